@@ -1,0 +1,805 @@
+"""What the three methods share: records in, packed rows, length-normalised scores, devices, FSDP2, checkpoints. No loss lives here.
+
+The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt is read once.
+A row is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own prompt and itself;
+positions restart after the prompt; logits are computed only where a response token is predicted.
+
+    encode(tokenizer, record)        one prompt and its candidates as token ids
+    pack(encoded_records)            a row of one or more of them; pack_padded: the plain way, one sequence a candidate
+    candidate_logprobs(model, batch) sum of token log-probabilities and token count of every candidate
+    length_normalized(...)           the score that all three papers rank by
+"""
+
+import argparse
+import dataclasses
+import errno
+import fcntl
+import gzip
+import hashlib
+import json
+import math
+import os
+import pathlib
+import random
+import shlex
+import shutil
+import signal
+import sys
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
+HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
+FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU of the log line
+
+
+class UserError(Exception):
+    """A mistake the user can mend: shown as one sentence on stderr, exit code 2, no traceback."""
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **kwargs):
+        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def run_cli(main):
+    """Call `main` as a command: UserError becomes one line and exit code 2, on rank 0 alone."""
+    try:
+        main()
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
+    """An argparse type: a finite number with low <= x <= high and x > above."""
+
+    def parse(text):
+        x = kind(text)
+        if not (math.isfinite(x) and low <= x <= high and x > above):
+            raise argparse.ArgumentTypeError(f"{text} is out of range")
+        return x
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Records
+
+
+def read_rows(path):
+    """Yield (where, dict) from JSONL, a JSON array, or CSV, plain or .gz; `where` is "file:line" for messages.
+
+    Streams (a JSON array excepted). Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if kind not in ("jsonl", "json", "csv"):
+        raise UserError(f"{path}: expected .jsonl, .json or .csv, plain or .gz")
+    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
+        try:
+            if kind == "csv":
+                yield from _csv_rows(path, f)
+            elif kind == "json":
+                rows = _json(f.read(), f"{path}:1")
+                if not isinstance(rows, list):
+                    raise UserError(f"{path}:1: expected a JSON array of objects")
+                yield from ((f"{path}:{i}", _object(row, f"{path}:{i}")) for i, row in enumerate(rows, 1))
+            else:
+                for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+                    where = f"{path}:{number}"
+                    if len(line) > MAX_LINE:
+                        raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
+                    if line.strip():
+                        yield where, _object(_json(line, where), where)
+        except (EOFError, OSError) as e:  # a torn or false .gz
+            raise UserError(f"{path}: cannot be read ({e})") from e
+
+
+def _csv_rows(path, f):
+    import csv
+    import io
+
+    csv.field_size_limit(MAX_LINE)
+    reader = csv.DictReader(io.TextIOWrapper(f, encoding="utf-8-sig", errors="strict", newline=""), strict=True)
+    try:
+        for row in reader:
+            where = f"{path}:{reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{where}: the row has more or fewer fields than the header")
+            yield where, row
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV in UTF-8 ({e})") from e
+
+
+def _json(line, where):
+    def constant(name):
+        raise UserError(f"{where}: {name} is not a JSON value")
+
+    try:
+        value = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
+        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be written back
+        return value
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON in UTF-8 ({str(e).splitlines()[0]})") from e
+
+
+def _object(value, where):
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
+    "label": (lambda x: x is None or isinstance(x, str), "a string or null"),
+    "correct": (lambda x: isinstance(x, bool), "true or false"),
+    "logprob": (is_number, "a finite number"),
+    "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
+    "reward": (is_number, "a finite number"),
+    "similarity": (is_number, "a finite number"),
+    "rank": (lambda x: x is None or (isinstance(x, int) and not isinstance(x, bool) and x >= 0), "an integer from 0, or null"),
+}
+
+
+def load_candidates(path, need=(), added_by=None, limit=None):
+    """Read a candidates file -> list of records, each validated; `need` names annotations every candidate must carry.
+
+    Raises UserError naming file, line, and field; for a missing annotation also `added_by`, the command that adds it.
+    """
+    records, seen = [], {}
+    for where, record in read_rows(path):
+        check_record(record, where)
+        if record["id"] in seen:
+            raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
+        seen[record["id"]] = where
+        for i, candidate in enumerate(record["candidates"]):
+            for field in need:
+                if field not in candidate:
+                    hint = f"; add it with: {added_by}" if added_by else ""
+                    raise UserError(f"{where}: candidates[{i}] has no field {field!r}{hint}")
+        records.append(record)
+        if limit and len(records) == limit:
+            break
+    if not records:
+        raise UserError(f"{path}: holds no records")
+    return records
+
+
+def check_record(record, where):
+    """Raise UserError, naming `where` and the field, unless `record` has the form that all scripts share."""
+    for field in ("id", "prompt"):
+        if not isinstance(record.get(field), str) or not record[field].strip():
+            raise UserError(f"{where}: field {field!r} must be a non-empty string")
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        raise UserError(f"{where}: field 'candidates' must be a non-empty list")
+    for i, candidate in enumerate(candidates):
+        if not isinstance(candidate, dict):
+            raise UserError(f"{where}: candidates[{i}] must be an object")
+        for field in ("text", "source"):
+            if not isinstance(candidate.get(field), str):
+                raise UserError(f"{where}: candidates[{i}].{field} must be a string")
+        if not candidate["source"] or (candidate["source"] in HUMAN and not candidate["text"].strip()):
+            raise UserError(f"{where}: candidates[{i}] has an empty source, or an empty text from {candidate['source']!r}")
+        for field, (valid, expected) in CANDIDATE_FIELDS.items():
+            if field in candidate and not valid(candidate[field]):
+                raise UserError(f"{where}: candidates[{i}].{field} must be {expected}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tokens, rows, scores
+
+
+@dataclasses.dataclass
+class Encoded:
+    """One record as token ids. Candidate i is `prompt_ids + responses[i]`; every response ends with EOS."""
+
+    id: str
+    prompt_ids: list[int]
+    responses: list[list[int]]
+    prompt_cut: int  # tokens cut from the left of the prompt
+    responses_cut: int  # responses that were cut from the right
+
+    @property
+    def num_tokens(self):
+        return len(self.prompt_ids) + sum(map(len, self.responses))
+
+
+def encode(tokenizer, record, max_length=512, max_response_length=None):
+    """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without, plus EOS) apart.
+
+    A response keeps at most `max_response_length` tokens, its EOS among them: it is cut from the right. Then the prompt is cut from
+    the left, its BOS kept, so that it and the longest response fit `max_length`; at least one prompt token always stays.
+    """
+    eos = tokenizer.eos_token_id
+    text = record["prompt"]
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # a chat template wrote it already
+    prompt = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    if prompt and prompt[-1] == eos and not text.endswith(tokenizer.eos_token):
+        prompt = prompt[:-1]  # tokenizers that close every text with EOS
+    bos = prompt[:1] if prompt and prompt[0] == tokenizer.bos_token_id and len(prompt) > 1 else []
+    limit = min(max_response_length or max_length, max_length - len(bos) - 1)
+    responses = [tokenizer(c["text"], add_special_tokens=False).input_ids for c in record["candidates"]]
+    responses_cut = sum(len(r) + 1 > limit for r in responses)
+    responses = [r[: limit - 1] + [eos] for r in responses]
+    excess = max(0, len(prompt) + max(map(len, responses)) - max_length)
+    prompt = bos + prompt[len(bos) + excess :]
+    return Encoded(record["id"], prompt, responses, excess, responses_cut)
+
+
+@dataclasses.dataclass
+class PackedBatch:
+    """One row of one or more prompts, each followed by its candidates (or, padded: one sequence a candidate).
+
+    input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or a BlockMask
+    logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, and its candidate
+    sizes: candidates of each prompt; num_candidates N = sum(sizes)
+    Padded: input_ids and attention_mask [N, L], position_ids None, logit_positions into the flattened N * L.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor | None
+    attention_mask: object
+    logit_positions: torch.Tensor
+    targets: torch.Tensor
+    candidate_index: torch.Tensor
+    sizes: list[int]
+    num_candidates: int
+
+    def to(self, device):
+        move = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if hasattr(v, "to")}
+        return dataclasses.replace(self, **move)
+
+
+def pack(encoded_records, flex_device=None):
+    """Pack encoded records into one row -> PackedBatch. `flex_device`: build a FlexAttention BlockMask there instead of a T x T mask."""
+    ids, positions, owner, segment = [], [], [], []  # per token: id, position, prompt number, 0 for prompt tokens else candidate + 1
+    logit_positions, targets, candidate_index, sizes = [], [], [], []
+    for prompt_number, e in enumerate(encoded_records):
+        start, P = len(ids), len(e.prompt_ids)
+        ids += e.prompt_ids
+        positions += range(P)
+        segment += [0] * P
+        for response in e.responses:
+            candidate = len(targets) and candidate_index[-1] + 1
+            logit_positions += [start + P - 1, *range(len(ids), len(ids) + len(response) - 1)]  # the last prompt token serves all n
+            targets += response
+            candidate_index += [candidate] * len(response)
+            segment += [candidate + 1] * len(response)
+            positions += range(P, P + len(response))
+            ids += response
+        owner += [prompt_number] * (len(ids) - start)
+        sizes.append(len(e.responses))
+    owner, segment = torch.tensor(owner), torch.tensor(segment)
+    tensors = [torch.tensor(x) for x in (ids, positions, logit_positions, targets, candidate_index)]
+    if flex_device is None:
+        T = len(ids)
+        visible = (owner[:, None] == owner) & ((segment == 0) | (segment[:, None] == segment))
+        mask = (visible & torch.ones(T, T, dtype=torch.bool).tril())[None, None]
+    else:
+        mask, tensors[:2] = _flex_mask(owner, segment, tensors[:2], flex_device)
+    return PackedBatch(tensors[0][None], tensors[1][None], mask, *tensors[2:], sizes, sum(sizes))
+
+
+def _flex_mask(owner, segment, per_token, device, block=128):
+    """The same mask as a BlockMask: the row is filled up to a multiple of `block`, each filler token alone in a prompt of its own."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    fill = -len(owner) % block
+    owner = torch.cat([owner, torch.arange(-fill, 0)]).to(device)
+    segment = torch.cat([segment, torch.zeros(fill, dtype=segment.dtype)]).to(device)
+    T = len(owner)
+
+    def visible(b, h, q, k):
+        return (owner[q] == owner[k]) & ((segment[k] == 0) | (segment[q] == segment[k])) & (q >= k)
+
+    return create_block_mask(visible, None, None, T, T, device=device, BLOCK_SIZE=block), [F.pad(x, (0, fill)) for x in per_token]
+
+
+def pack_padded(encoded_records, pad_id=0):
+    """The plain way: each candidate a sequence with its own copy of the prompt, padded right -> PackedBatch. The reference for `pack`."""
+    sequences = [(e.prompt_ids, r) for e in encoded_records for r in e.responses]
+    L = max(len(p) + len(r) for p, r in sequences)
+    input_ids = torch.full((len(sequences), L), pad_id)
+    mask = torch.zeros(len(sequences), L, dtype=torch.long)  # by length: pad is often EOS, which responses must keep
+    logit_positions, targets, candidate_index = [], [], []
+    for i, (p, r) in enumerate(sequences):
+        input_ids[i, : len(p) + len(r)] = torch.tensor(p + r)
+        mask[i, : len(p) + len(r)] = 1
+        logit_positions += range(i * L + len(p) - 1, i * L + len(p) + len(r) - 1)
+        targets += r
+        candidate_index += [i] * len(r)
+    indices = [torch.tensor(x) for x in (logit_positions, targets, candidate_index)]
+    return PackedBatch(input_ids, None, mask, *indices, [len(e.responses) for e in encoded_records], len(sequences))
+
+
+def candidate_logprobs(model, batch):
+    """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count; both fp32."""
+    if batch.position_ids is None:
+        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+        logits = logits.flatten(0, 1)[batch.logit_positions]  # [N * L, V] -> [R, V]
+    else:  # through the root's forward: under fully_shard only it gathers the embedding
+        logits = model(
+            input_ids=batch.input_ids,
+            attention_mask=batch.attention_mask,
+            position_ids=batch.position_ids,
+            logits_to_keep=batch.logit_positions,
+            use_cache=False,
+        ).logits[0]  # [R, V]
+    token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
+    zeros = token_logprobs.new_zeros(batch.num_candidates)
+    logprobs = zeros.index_add(0, batch.candidate_index, token_logprobs)
+    lengths = zeros.index_add(0, batch.candidate_index, torch.ones_like(token_logprobs))
+    return logprobs, lengths
+
+
+def length_normalized(logprobs, lengths, exponent):
+    """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Eq. 3, beta of Tuna Eq. 3)."""
+    return logprobs / lengths**exponent
+
+
+def plan_rows(lengths, max_tokens, world):
+    """Share out prompts of `lengths` tokens over the rows of `world` ranks -> rows[rank], a list of (indices, weight).
+
+    Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest multiple of `world`
+    with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get equally many rows, since each forward is
+    a collective under FSDP: one that runs out repeats a row with weight 0.
+    """
+    k = min(len(lengths), max(1, math.ceil(sum(lengths) / max_tokens)))
+    k = min(len(lengths), math.ceil(k / world) * world)
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while True:
+        rows, load = [[] for _ in range(k)], [0] * k
+        for i in order:
+            r = load.index(min(load))
+            rows[r].append(i)
+            load[r] += lengths[i]
+        if k == len(lengths) or all(n <= max_tokens or len(row) == 1 for n, row in zip(load, rows)):
+            break
+        k = min(len(lengths), k + world)
+    rows = [row for _, row in sorted(zip(load, rows), reverse=True)]
+    plan = [[(sorted(row), 1.0) for row in rows[rank::world]] for rank in range(world)]
+    for rank in range(world):
+        plan[rank] += [(rows[-1], 0.0)] * (len(plan[0]) - len(plan[rank]))
+    return plan
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Flags
+
+
+def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_length=512, max_response_length=None):
+    """The flags that all training scripts share, with the paper's values as defaults."""
+    add = parser.add_argument
+    add("--data", help="candidates file, JSONL")
+    add("--output", help="folder for the run: log, checkpoints, and the final model in OUTPUT/model")
+    add("--model", default=model, help=f"hub id or folder (paper: {model})")
+    add("--lr", type=in_range(float, above=0), default=lr, help=f"peak learning rate (paper: {lr:g})")
+    add("--schedule", choices=["cosine", "constant"], default=schedule, help=f"after the warm-up (paper: {schedule})")
+    add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
+    add("--epochs", type=in_range(int, 1), default=epochs, help=f"passes over the data (paper: {epochs})")
+    add("--batch_size", type=in_range(int, 1), default=batch_size, help=f"prompts per step over all ranks (paper: {batch_size})")
+    add("--max_length", type=in_range(int, 8), default=max_length, help="tokens of prompt + one response; longer prompts are cut from the left")
+    add("--max_response_length", type=in_range(int, 2), default=max_response_length, help="tokens of a response with EOS; cut from the right")
+    add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
+    add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
+    add("--max_tokens_per_row", type=in_range(int, 1), help="token budget of a packed row (default 1024 on CPU, 8192 on CUDA)")
+    add("--padded", action="store_true", help="one padded sequence a candidate: for sliding windows and state-space layers")
+    add("--attn", choices=["auto", "sdpa", "flex"], default="auto", help="attention over packed rows; auto: flex on CUDA, sdpa on CPU")
+    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward: less memory, a third more time")
+    add("--seed", type=int, default=0, help="order of the data, dropout")
+    add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (from the start if there is none)")
+    add("--overwrite", action="store_true", help="delete what an earlier run left in OUTPUT")
+    add("--allow_changed", action="store_true", help="with --resume: accept arguments that differ from the checkpoint's")
+    add("--checkpoint_every", type=in_range(int, 0), default=100, help="steps between checkpoints; 0: only when interrupted")
+    add("--keep_checkpoints", type=in_range(int, 1), default=1, help="how many of the newest checkpoints stay on disk")
+    add("--log_every", type=in_range(int, 1), default=1, help="steps between log lines")
+    add("--allow_pickle", action="store_true", help="load weights from .bin files too: they can run code, so trust their author")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Processes and models
+
+
+def init_distributed():
+    """-> (rank, world, device). nccl on CUDA, gloo on CPU, a group of one without torchrun: the same code everywhere."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo also on CUDA: flags and objects travel without a GPU sync
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def on_rank0(fn):
+    """Call fn on rank 0 and give every rank its result, or its UserError."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = fn()
+        except UserError as e:
+            box[1] = str(e)
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
+    """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; UserError names the flag."""
+    safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
+    try:
+        return auto_class.from_pretrained(name, **safe, **kwargs)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from e
+
+
+def load_tokenizer(name, flag="--model"):
+    tokenizer = load_pretrained(AutoTokenizer, name, flag)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag} {name}: the tokenizer has no EOS token, which must end every response")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
+    return tokenizer
+
+
+def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
+    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all ranks, layer by layer, then the root."""
+    tokenizer = load_tokenizer(args.model)
+    if args.attn == "auto":
+        args.attn = "flex" if device.type == "cuda" and not args.padded else "sdpa"
+    attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
+    model = load_pretrained(auto_class, args.model, allow_pickle=args.allow_pickle, dtype=torch.float32, **attn, **kwargs)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
+        raise UserError(f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded")
+    model.config.use_cache = False
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})  # before fully_shard
+    model.train()
+    if dist.get_world_size() > 1 or device.type == "cuda":
+        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        policy = {"mp_policy": bf16} if device.type == "cuda" else {}
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh, **policy)
+        fully_shard(model, mesh=mesh, **policy)  # embedding and head stay with the root: they may be tied
+    return model, tokenizer
+
+
+def decoder_layers(model):
+    """The transformer's blocks: the longest ModuleList of the model, whatever the architecture calls it."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[])
+
+
+def encode_all(tokenizer, records, args):
+    """encode() for every record, with a bar; prints how much the two length limits cut."""
+    bar = tqdm(records, desc="tokenising", leave=False, disable=dist.get_rank() != 0)
+    encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
+    prompts, responses = sum(e.prompt_cut > 0 for e in encoded), sum(e.responses_cut for e in encoded)
+    say(f"{len(encoded)} prompts, {sum(len(e.responses) for e in encoded)} candidates, {sum(e.num_tokens for e in encoded)} tokens; "
+        f"cut to fit: {prompts} prompts (left), {responses} responses (right)")  # fmt: skip
+    return encoded
+
+
+def make_batch(encoded_records, args, tokenizer, device):
+    """pack() or, with --padded, pack_padded(), on `device`."""
+    if args.padded:
+        return pack_padded(encoded_records, tokenizer.pad_token_id).to(device)
+    return pack(encoded_records, device if args.attn == "flex" else None).to(device)
+
+
+@torch.no_grad()
+def check_packing(model, encoded, args, tokenizer, device):
+    """Score one prompt packed and padded: a forward that ignores the mask or the positions shows here and not in a spoilt run."""
+    shortest = min(encoded, key=lambda e: e.num_tokens)
+    model.eval()
+    packed, lengths = candidate_logprobs(model, make_batch([shortest] * 2, args, tokenizer, device))
+    plain, _ = candidate_logprobs(model, pack_padded([shortest] * 2, tokenizer.pad_token_id).to(device))
+    model.train()
+    gap = ((packed - plain).abs() / lengths).max().item()
+    if not gap <= (1e-3 if device.type == "cpu" else 0.1):  # bf16 rounding on CUDA; NaN is no pass
+        raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g} a token; add --padded")
+
+
+def say(*text):
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
+        sys.stdout.flush()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A training run: its folder, its steps, its end
+
+
+def learning_rate(step, total, args):
+    """Linear warm-up, then constant or a cosine to 0. `step` counts from 0; the first step already learns."""
+    warmup = args.warmup if args.warmup >= 1 else math.ceil(args.warmup * total)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def epoch_batches(num_prompts, args, epoch):
+    """The prompts of each step of an epoch: a seeded shuffle in slices of --batch_size, the last one shorter."""
+    order = list(range(num_prompts))
+    random.Random(f"{args.seed}-{epoch}").shuffle(order)
+    return [order[i : i + args.batch_size] for i in range(0, num_prompts, args.batch_size)]
+
+
+def all_sum(values):
+    """Sum a list of tensors or numbers, element by element, over all ranks -> list of floats. One collective and one sync."""
+    total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_grad_norm(model, max_norm):
+    """Clip to `max_norm` -> the norm before clipping, a float that every rank agrees on."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+
+
+def speed(model, tokens, seconds, device):
+    """-> {"tok/s": unique tokens a second over all ranks, and on a known GPU "MFU"}: 6 x parameters x tokens against the dense bf16 peak."""
+    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds / dist.get_world_size()
+    return {"tok/s": tokens / seconds} | ({"MFU": flops / peak} if peak else {})
+
+
+def require_data(path, how):
+    """Raise UserError with `how`, the commands that make `path`, where it is missing."""
+    if not pathlib.Path(path).exists():
+        raise UserError(f"--data {path} is not there. Make it with:\n{how}")
+
+
+def file_digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+
+
+class Run:
+    """A training run's folder and its place in time.
+
+    OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
+    OUTPUT/log.jsonl      one line a logged step
+    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last; OUTPUT/latest names the newest
+    OUTPUT/model/         the trained model, a Hugging Face folder
+
+    The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole data and RNG state.
+    """
+
+    def __init__(self, args, rank, world, device):
+        self.args, self.rank, self.world, self.device = args, rank, world, device
+        self.output = pathlib.Path(args.output)
+        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
+        self.settings["data_sha256"] = on_rank0(lambda: file_digest(args.data))
+        self.signal = None
+        on_rank0(self._claim_folder)
+        if self.finished:
+            say(f"{self.output} is finished: its model is in {self.model_folder}")
+            return
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+
+    @property
+    def model_folder(self):
+        return self.output / "model"
+
+    @property
+    def finished(self):
+        return (self.model_folder / "config.json").exists()
+
+    def _claim_folder(self):
+        out, args_file = self.output, self.output / "args.json"
+        content = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
+        if content and "args.json" not in content:
+            raise UserError(f"--output {out} holds something else than a run (no args.json): name another folder")
+        begun = content > {"args.json"}  # a run that failed before its first step left nothing to lose
+        if begun and not (self.args.resume or self.args.overwrite):
+            raise UserError(f"--output {out} is not empty: continue it with --resume, replace it with --overwrite, or name another folder")
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            self._lock = open(args_file, "a+")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {out}: another run is writing there") from None
+        except OSError as e:
+            raise UserError(f"--output {out}: cannot be written ({e.strerror})") from e
+        if self.args.overwrite:
+            for name in ("checkpoints", "model", "model.part"):
+                shutil.rmtree(out / name, ignore_errors=True)
+            for name in ("log.jsonl", "latest"):
+                (out / name).unlink(missing_ok=True)
+        self._lock.seek(0)
+        before = self._lock.read()
+        if before and begun and not self.args.overwrite:
+            self._compare(json.loads(before)["settings"])
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")} | {"python": sys.version.split()[0]}
+        self._lock.truncate(0)
+        json.dump({"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world}, self._lock, indent=1)
+        self._lock.flush()
+
+    def _compare(self, before):
+        changed = [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
+        if changed and not self.args.allow_changed:
+            raise UserError(f"--resume {self.output}: arguments differ from the run's: {', '.join(changed)} (--allow_changed accepts them)")
+
+    def _on_signal(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)  # asked twice: leave at once
+        self.signal = number
+
+    def interrupted(self):
+        """Whether any rank was told to stop (SIGTERM, SIGINT); all ranks learn it together, so call it on all."""
+        flag = torch.tensor([float(self.signal is not None)])
+        dist.all_reduce(flag)
+        return flag.item() > 0
+
+    def stop(self, step, model, optimizer):
+        """Save after an interruption, say how to go on, and leave with exit code 0."""
+        self.save(step, model, optimizer)
+        torchrun = f"torchrun --nproc_per_node {self.world} " if "RANK" in os.environ else "python "
+        argv = [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
+        say(f"stopped after step {step}; continue with: {torchrun}{shlex.join(argv)}")
+        sys.exit(0)
+
+    def check_finite(self, step, losses, grad_norm):
+        """Raise UserError unless every micro-batch's loss and the gradient norm are finite. losses: [(loss, record ids)] of this rank."""
+        bad = [i for loss, ids in losses if not torch.isfinite(loss) for i in ids]
+        everyone = [None] * self.world
+        if all_sum([len(bad)])[0] == 0 and math.isfinite(grad_norm):
+            return
+        dist.all_gather_object(everyone, (bad, [i for _, ids in losses for i in ids]))
+        names = sorted({i for b, _ in everyone for i in b} or {i for _, ids in everyone for i in ids})
+        raise UserError(f"step {step + 1}: the loss or the gradient is not finite, records {', '.join(names[:16])}{' ...' * (len(names) > 16)}; "
+                        f"nothing was updated since the last checkpoint ({self.latest() or 'none yet'}): look at them, or lower --lr")  # fmt: skip
+
+    def log(self, step, values, bar=None):
+        """Append a line to log.jsonl and print it, on rank 0."""
+        if self.rank == 0:
+            line = {"step": step} | values
+            with open(self.output / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+    # -- checkpoints
+
+    def save(self, step, model, optimizer):
+        """Write OUTPUT/checkpoints/step-N: under a temporary name, then renamed, then `latest` changes, then old ones go."""
+        folder = self.output / "checkpoints" / f"step-{step:08d}"
+        if folder.exists():
+            return
+        part = folder.with_name(f"part-{step:08d}")
+        on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        try:
+            dcp.save(state, checkpoint_id=part)
+            on_rank0(lambda: self._publish(part, folder, step))
+        except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
+            full = "No space left" in str(e) or "File too large" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG)
+            reason = "the disk is full" if full else str(e).strip().splitlines()[-1]
+            latest = self.latest()
+            raise UserError(f"checkpoint of step {step} could not be saved ({reason}); "
+                            f"{f'the one before, {latest}, is whole' if latest else 'there is no older one'}") from e  # fmt: skip
+
+    def _publish(self, part, folder, step):
+        meta = {"step": step, "world": self.world, "settings": self.settings}
+        write_atomically(part / "meta.json", json.dumps(meta))
+        sync_folder(part)
+        os.replace(part, folder)
+        write_atomically(self.output / "latest", folder.name + "\n")
+        whole = sorted(p for p in folder.parent.glob("step-*") if (p / "meta.json").exists())
+        for old in whole[: -self.args.keep_checkpoints]:
+            shutil.rmtree(old)
+
+    def latest(self):
+        """The newest whole checkpoint's folder, or None. `latest` names it; an incomplete one is passed over with a word."""
+        folder = self.output / "checkpoints"
+        for part in folder.glob("part-*"):
+            say(f"{part} is incomplete: passed over")
+        whole = sorted(p for p in folder.glob("step-*") if (p / "meta.json").exists() and (p / ".metadata").exists())
+        marker = self.output / "latest"
+        named = folder / marker.read_text().strip() if marker.exists() else None
+        return named if named in whole else (whole[-1] if whole else None)
+
+    def restore(self, model, optimizer):
+        """Load the newest whole checkpoint, on any number of ranks -> the step to go on from (0 when there is none)."""
+        folder = on_rank0(self.latest)
+        if folder is None:
+            return 0
+        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        dcp.load(state, checkpoint_id=folder)
+        set_model_state_dict(model, state["model"])
+        set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        step = json.loads((folder / "meta.json").read_text())["step"]
+        on_rank0(lambda: self._cut_log(step))
+        say(f"resuming after step {step} from {folder}")
+        return step
+
+    def _cut_log(self, step):
+        """Drop the log's lines after `step`: these steps are about to be taken again."""
+        log = self.output / "log.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        write_atomically(log, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+
+    def finish(self, model, tokenizer):
+        """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation config; then drop the checkpoints."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone, one tensor at a time
+        state = get_model_state_dict(model, options=options)
+        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        on_rank0(lambda: save_model(model, {k: v.to(dtype) for k, v in state.items()}, tokenizer, self.model_folder, dtype))
+        on_rank0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
+        on_rank0(lambda: (self.output / "latest").unlink(missing_ok=True))
+        say(f"model saved in {self.model_folder}")
+
+
+def save_model(model, state, tokenizer, folder, dtype):
+    """Write a Hugging Face folder from a full state dict, under a temporary name, then renamed."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
+    plain_class = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
+    with torch.device("meta"):
+        blank = plain_class(config).to(dtype)  # the architecture without FSDP's wrapping
+    tied = blank.all_tied_weights_keys  # {name: the weight it shares}: a full state dict holds both
+    blank.generation_config = model.generation_config
+    try:
+        blank.save_pretrained(part, state_dict={k: v for k, v in state.items() if k not in tied})
+        tokenizer.save_pretrained(part)
+        os.replace(part, folder)
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"the model could not be saved in {folder} ({str(e).splitlines()[-1]}); the checkpoint is whole: --resume tries again") from e
+
+
+def write_atomically(path, text):
+    """Replace a file's content so that a crash leaves the old or the new text, never a part."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def sync_folder(folder):
+    """fsync every file of a folder: after a rename it must hold whole files even when the power goes."""
+    for file in folder.iterdir():
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
