@@ -1,7 +1,9 @@
-"""What the three methods share: records in, packed rows, length-normalised scores, devices, FSDP2, checkpoints. No loss lives here.
+"""What the three methods share: records in, packed rows, length-normalised scores, devices, FSDP2, checkpoints. No
+loss lives here.
 
 The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt is read once.
-A row is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own prompt and itself;
+A row is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own prompt and
+itself;
 positions restart after the prompt; logits are computed only where a response token is predicted.
 
     encode(tokenizer, record)        one prompt and its candidates as token ids
@@ -165,7 +167,10 @@ CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
     "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
     "reward": (is_number, "a finite number"),
     "similarity": (is_number, "a finite number"),
-    "rank": (lambda x: x is None or (isinstance(x, int) and not isinstance(x, bool) and x >= 0), "an integer from 0, or null"),
+    "rank": (
+        lambda x: x is None or (isinstance(x, int) and not isinstance(x, bool) and x >= 0),
+        "an integer from 0, or null",
+    ),
 }
 
 
@@ -208,7 +213,9 @@ def check_record(record, where):
             if not isinstance(candidate.get(field), str):
                 raise UserError(f"{where}: candidates[{i}].{field} must be a string")
         if not candidate["source"] or (candidate["source"] in HUMAN and not candidate["text"].strip()):
-            raise UserError(f"{where}: candidates[{i}] has an empty source, or an empty text from {candidate['source']!r}")
+            raise UserError(
+                f"{where}: candidates[{i}] has an empty source, or an empty text from {candidate['source']!r}"
+            )
         for field, (valid, expected) in CANDIDATE_FIELDS.items():
             if field in candidate and not valid(candidate[field]):
                 raise UserError(f"{where}: candidates[{i}].{field} must be {expected}")
@@ -236,23 +243,39 @@ class Encoded:
 def encode(tokenizer, record, max_length=512, max_response_length=None):
     """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without, plus EOS) apart.
 
-    A response keeps at most `max_response_length` tokens, its EOS among them: it is cut from the right. Then the prompt is cut from
-    the left, its BOS kept, so that it and the longest response fit `max_length`; at least one prompt token always stays.
+    A response keeps at most `max_response_length` tokens, its EOS among them: it is cut from the right. Then the
+    prompt is cut from
+    the left, its BOS kept, so that it and the longest response fit `max_length`; at least one prompt token always
+    stays.
     """
     eos = tokenizer.eos_token_id
-    text = record["prompt"]
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # a chat template wrote it already
-    prompt = tokenizer(text, add_special_tokens=not has_bos).input_ids
-    if prompt and prompt[-1] == eos and not text.endswith(tokenizer.eos_token):
-        prompt = prompt[:-1]  # tokenizers that close every text with EOS
-    bos = prompt[:1] if prompt and prompt[0] == tokenizer.bos_token_id and len(prompt) > 1 else []
-    limit = min(max_response_length or max_length, max_length - len(bos) - 1)
+    prompt = prompt_ids(tokenizer, record["prompt"])
+    limit = min(max_response_length or max_length, max_length - 2)  # BOS and one more token of the prompt stay
     responses = [tokenizer(c["text"], add_special_tokens=False).input_ids for c in record["candidates"]]
     responses_cut = sum(len(r) + 1 > limit for r in responses)
     responses = [r[: limit - 1] + [eos] for r in responses]
-    excess = max(0, len(prompt) + max(map(len, responses)) - max_length)
-    prompt = bos + prompt[len(bos) + excess :]
-    return Encoded(record["id"], prompt, responses, excess, responses_cut)
+    room = max_length - max(map(len, responses))
+    return Encoded(
+        record["id"], cut_left(tokenizer, prompt, room), responses, max(0, len(prompt) - room), responses_cut
+    )
+
+
+def prompt_ids(tokenizer, text):
+    """The prompt's tokens with the tokenizer's own special tokens, BOS once and no EOS."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(
+        tokenizer.bos_token
+    )  # a chat template wrote it already
+    ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
+    return ids[:-1] if closed else ids  # some tokenizers close every text with EOS
+
+
+def cut_left(tokenizer, ids, room):
+    """The last `room` tokens of a prompt, its BOS kept in front where it has one."""
+    if len(ids) <= room:
+        return ids
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and room > 1 else []
+    return bos + ids[len(ids) - room + len(bos) :]
 
 
 @dataclasses.dataclass
@@ -260,7 +283,8 @@ class PackedBatch:
     """One row of one or more prompts, each followed by its candidates (or, padded: one sequence a candidate).
 
     input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or a BlockMask
-    logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, and its candidate
+    logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, and its
+    candidate
     sizes: candidates of each prompt; num_candidates N = sum(sizes)
     Padded: input_ids and attention_mask [N, L], position_ids None, logit_positions into the flattened N * L.
     """
@@ -280,8 +304,14 @@ class PackedBatch:
 
 
 def pack(encoded_records, flex_device=None):
-    """Pack encoded records into one row -> PackedBatch. `flex_device`: build a FlexAttention BlockMask there instead of a T x T mask."""
-    ids, positions, owner, segment = [], [], [], []  # per token: id, position, prompt number, 0 for prompt tokens else candidate + 1
+    """Pack encoded records into one row -> PackedBatch. `flex_device`: build a FlexAttention BlockMask there instead
+    of a T x T mask."""
+    ids, positions, owner, segment = (
+        [],
+        [],
+        [],
+        [],
+    )  # per token: id, position, prompt number, 0 for prompt tokens else candidate + 1
     logit_positions, targets, candidate_index, sizes = [], [], [], []
     for prompt_number, e in enumerate(encoded_records):
         start, P = len(ids), len(e.prompt_ids)
@@ -290,7 +320,10 @@ def pack(encoded_records, flex_device=None):
         segment += [0] * P
         for response in e.responses:
             candidate = len(targets) and candidate_index[-1] + 1
-            logit_positions += [start + P - 1, *range(len(ids), len(ids) + len(response) - 1)]  # the last prompt token serves all n
+            logit_positions += [
+                start + P - 1,
+                *range(len(ids), len(ids) + len(response) - 1),
+            ]  # the last prompt token serves all n
             targets += response
             candidate_index += [candidate] * len(response)
             segment += [candidate + 1] * len(response)
@@ -310,7 +343,8 @@ def pack(encoded_records, flex_device=None):
 
 
 def _flex_mask(owner, segment, per_token, device, block=128):
-    """The same mask as a BlockMask: the row is filled up to a multiple of `block`, each filler token alone in a prompt of its own."""
+    """The same mask as a BlockMask: the row is filled up to a multiple of `block`, each filler token alone in a
+    prompt of its own."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     fill = -len(owner) % block
@@ -321,11 +355,14 @@ def _flex_mask(owner, segment, per_token, device, block=128):
     def visible(b, h, q, k):
         return (owner[q] == owner[k]) & ((segment[k] == 0) | (segment[q] == segment[k])) & (q >= k)
 
-    return create_block_mask(visible, None, None, T, T, device=device, BLOCK_SIZE=block), [F.pad(x, (0, fill)) for x in per_token]
+    return create_block_mask(visible, None, None, T, T, device=device, BLOCK_SIZE=block), [
+        F.pad(x, (0, fill)) for x in per_token
+    ]
 
 
 def pack_padded(encoded_records, pad_id=0):
-    """The plain way: each candidate a sequence with its own copy of the prompt, padded right -> PackedBatch. The reference for `pack`."""
+    """The plain way: each candidate a sequence with its own copy of the prompt, padded right -> PackedBatch. The
+    reference for `pack`."""
     sequences = [(e.prompt_ids, r) for e in encoded_records for r in e.responses]
     L = max(len(p) + len(r) for p, r in sequences)
     input_ids = torch.full((len(sequences), L), pad_id)
@@ -342,7 +379,8 @@ def pack_padded(encoded_records, pad_id=0):
 
 
 def candidate_logprobs(model, batch):
-    """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count; both fp32."""
+    """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count;
+    both fp32."""
     if batch.position_ids is None:
         logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         logits = logits.flatten(0, 1)[batch.logit_positions]  # [N * L, V] -> [R, V]
@@ -362,15 +400,18 @@ def candidate_logprobs(model, batch):
 
 
 def length_normalized(logprobs, lengths, exponent):
-    """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Eq. 3, beta of Tuna Eq. 3)."""
+    """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Eq. 3, beta
+    of Tuna Eq. 3)."""
     return logprobs / lengths**exponent
 
 
 def plan_rows(lengths, max_tokens, world):
     """Share out prompts of `lengths` tokens over the rows of `world` ranks -> rows[rank], a list of (indices, weight).
 
-    Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest multiple of `world`
-    with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get equally many rows, since each forward is
+    Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest
+    multiple of `world`
+    with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get equally many rows,
+    since each forward is
     a collective under FSDP: one that runs out repeats a row with weight 0.
     """
     k = min(len(lengths), max(1, math.ceil(sum(lengths) / max_tokens)))
@@ -396,7 +437,9 @@ def plan_rows(lengths, max_tokens, world):
 # Flags
 
 
-def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_length=512, max_response_length=None):
+def add_training_flags(
+    parser, *, model, lr, schedule, warmup, epochs, batch_size, max_length=512, max_response_length=None
+):
     """The flags that all training scripts share, with the paper's values as defaults."""
     add = parser.add_argument
     add("--data", help="candidates file, JSONL")
@@ -406,23 +449,70 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--schedule", choices=["cosine", "constant"], default=schedule, help=f"after the warm-up (paper: {schedule})")
     add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
     add("--epochs", type=in_range(int, 1), default=epochs, help=f"passes over the data (paper: {epochs})")
-    add("--batch_size", type=in_range(int, 1), default=batch_size, help=f"prompts per step over all ranks (paper: {batch_size})")
-    add("--max_length", type=in_range(int, 8), default=max_length, help="tokens of prompt + one response; longer prompts are cut from the left")
-    add("--max_response_length", type=in_range(int, 2), default=max_response_length, help="tokens of a response with EOS; cut from the right")
+    add(
+        "--batch_size",
+        type=in_range(int, 1),
+        default=batch_size,
+        help=f"prompts per step over all ranks (paper: {batch_size})",
+    )
+    add(
+        "--max_length",
+        type=in_range(int, 8),
+        default=max_length,
+        help="tokens of prompt + one response; longer prompts are cut from the left",
+    )
+    add(
+        "--max_response_length",
+        type=in_range(int, 2),
+        default=max_response_length,
+        help="tokens of a response with EOS; cut from the right",
+    )
     add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
     add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
-    add("--max_tokens_per_row", type=in_range(int, 1), help="token budget of a packed row (default 1024 on CPU, 8192 on CUDA)")
-    add("--padded", action="store_true", help="one padded sequence a candidate: for sliding windows and state-space layers")
-    add("--attn", choices=["auto", "sdpa", "flex"], default="auto", help="attention over packed rows; auto: flex on CUDA, sdpa on CPU")
-    add("--activation_checkpointing", action="store_true", help="recompute activations in the backward: less memory, a third more time")
+    add(
+        "--max_tokens_per_row",
+        type=in_range(int, 1),
+        help="token budget of a packed row (default 1024 on CPU, 8192 on CUDA)",
+    )
+    add(
+        "--padded",
+        action="store_true",
+        help="one padded sequence a candidate: for sliding windows and state-space layers",
+    )
+    add(
+        "--attn",
+        choices=["auto", "sdpa", "flex"],
+        default="auto",
+        help="attention over packed rows; auto: flex on CUDA, sdpa on CPU",
+    )
+    add(
+        "--activation_checkpointing",
+        action="store_true",
+        help="recompute activations in the backward: less memory, a third more time",
+    )
     add("--seed", type=int, default=0, help="order of the data, dropout")
-    add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (from the start if there is none)")
+    add(
+        "--resume",
+        action="store_true",
+        help="continue from OUTPUT's newest checkpoint (from the start if there is none)",
+    )
     add("--overwrite", action="store_true", help="delete what an earlier run left in OUTPUT")
-    add("--allow_changed", action="store_true", help="with --resume: accept arguments that differ from the checkpoint's")
-    add("--checkpoint_every", type=in_range(int, 0), default=100, help="steps between checkpoints; 0: only when interrupted")
+    add(
+        "--allow_changed", action="store_true", help="with --resume: accept arguments that differ from the checkpoint's"
+    )
+    add(
+        "--checkpoint_every",
+        type=in_range(int, 0),
+        default=100,
+        help="steps between checkpoints; 0: only when interrupted",
+    )
     add("--keep_checkpoints", type=in_range(int, 1), default=1, help="how many of the newest checkpoints stay on disk")
     add("--log_every", type=in_range(int, 1), default=1, help="steps between log lines")
-    add("--allow_pickle", action="store_true", help="load weights from .bin files too: they can run code, so trust their author")
+    add(
+        "--allow_pickle",
+        action="store_true",
+        help="load weights from .bin files too: they can run code, so trust their author",
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -430,7 +520,8 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
 
 
 def init_distributed():
-    """-> (rank, world, device). nccl on CUDA, gloo on CPU, a group of one without torchrun: the same code everywhere."""
+    """-> (rank, world, device). nccl on CUDA, gloo on CPU, a group of one without torchrun: the same code
+    everywhere."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -458,7 +549,8 @@ def on_rank0(fn):
 
 
 def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
-    """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; UserError names the flag."""
+    """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; UserError names the
+    flag."""
     safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
     try:
         return auto_class.from_pretrained(name, **safe, **kwargs)
@@ -477,15 +569,20 @@ def load_tokenizer(name, flag="--model"):
 
 
 def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
-    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all ranks, layer by layer, then the root."""
+    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all ranks, layer by
+    layer, then the root."""
     tokenizer = load_tokenizer(args.model)
     if args.attn == "auto":
         args.attn = "flex" if device.type == "cuda" and not args.padded else "sdpa"
     attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
-    model = load_pretrained(auto_class, args.model, allow_pickle=args.allow_pickle, dtype=torch.float32, **attn, **kwargs)
+    model = load_pretrained(
+        auto_class, args.model, allow_pickle=args.allow_pickle, dtype=torch.float32, **attn, **kwargs
+    )
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
-        raise UserError(f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded")
+        raise UserError(
+            f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded"
+        )
     model.config.use_cache = False
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # before fully_shard
@@ -510,8 +607,11 @@ def encode_all(tokenizer, records, args):
     bar = tqdm(records, desc="tokenising", leave=False, disable=dist.get_rank() != 0)
     encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
     prompts, responses = sum(e.prompt_cut > 0 for e in encoded), sum(e.responses_cut for e in encoded)
-    say(f"{len(encoded)} prompts, {sum(len(e.responses) for e in encoded)} candidates, {sum(e.num_tokens for e in encoded)} tokens; "
-        f"cut to fit: {prompts} prompts (left), {responses} responses (right)")  # fmt: skip
+    candidates, tokens = sum(len(e.responses) for e in encoded), sum(e.num_tokens for e in encoded)
+    say(
+        f"{len(encoded)} prompts, {candidates} candidates, {tokens} tokens; "
+        f"cut to fit: {prompts} prompts (left), {responses} responses (right)"
+    )
     return encoded
 
 
@@ -524,12 +624,15 @@ def make_batch(encoded_records, args, tokenizer, device):
 
 @torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
-    """Score one prompt packed and padded: a forward that ignores the mask or the positions shows here and not in a spoilt run."""
+    """Score one prompt packed and padded: a forward that ignores the mask or the positions shows here and not in a
+    spoilt run."""
     shortest = min(encoded, key=lambda e: e.num_tokens)
     model.eval()
     packed, lengths = candidate_logprobs(model, make_batch([shortest] * 2, args, tokenizer, device))
     plain, _ = candidate_logprobs(model, pack_padded([shortest] * 2, tokenizer.pad_token_id).to(device))
     model.train()
+    if hasattr(model, "reshard"):
+        model.reshard()  # FSDP2 keeps the root's weights gathered after a forward: an optimizer made now would hold these
     gap = ((packed - plain).abs() / lengths).max().item()
     if not gap <= (1e-3 if device.type == "cpu" else 0.1):  # bf16 rounding on CUDA; NaN is no pass
         raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g} a token; add --padded")
@@ -563,7 +666,8 @@ def epoch_batches(num_prompts, args, epoch):
 
 
 def all_sum(values):
-    """Sum a list of tensors or numbers, element by element, over all ranks -> list of floats. One collective and one sync."""
+    """Sum a list of tensors or numbers, element by element, over all ranks -> list of floats. One collective and one
+    sync."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
     dist.all_reduce(total)
     return total.tolist()
@@ -576,8 +680,11 @@ def clip_grad_norm(model, max_norm):
 
 
 def speed(model, tokens, seconds, device):
-    """-> {"tok/s": unique tokens a second over all ranks, and on a known GPU "MFU"}: 6 x parameters x tokens against the dense bf16 peak."""
-    peak = next((f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    """-> {"tok/s": unique tokens a second over all ranks, and on a known GPU "MFU"}: 6 x parameters x tokens against
+    the dense bf16 peak."""
+    peak = next(
+        (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
+    )
     flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds / dist.get_world_size()
     return {"tok/s": tokens / seconds} | ({"MFU": flops / peak} if peak else {})
 
@@ -590,7 +697,11 @@ def require_data(path, how):
 
 def file_digest(path):
     with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.sha256(f.read()).hexdigest()
+        return (
+            hashlib.file_digest(f, "sha256").hexdigest()
+            if hasattr(hashlib, "file_digest")
+            else hashlib.sha256(f.read()).hexdigest()
+        )
 
 
 class Run:
@@ -598,10 +709,12 @@ class Run:
 
     OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
     OUTPUT/log.jsonl      one line a logged step
-    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last; OUTPUT/latest names the newest
+    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last; OUTPUT/latest names the
+    newest
     OUTPUT/model/         the trained model, a Hugging Face folder
 
-    The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole data and RNG state.
+    The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole
+    data and RNG state.
     """
 
     def __init__(self, args, rank, world, device):
@@ -632,10 +745,13 @@ class Run:
             raise UserError(f"--output {out} holds something else than a run (no args.json): name another folder")
         begun = content > {"args.json"}  # a run that failed before its first step left nothing to lose
         if begun and not (self.args.resume or self.args.overwrite):
-            raise UserError(f"--output {out} is not empty: continue it with --resume, replace it with --overwrite, or name another folder")
+            raise UserError(
+                f"--output {out} is not empty: continue it with --resume, replace it with --overwrite, "
+                "or name another folder"
+            )
         try:
             out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(args_file, "a+")
+            self._lock = open(args_file, "a+")  # noqa: SIM115, it stays open, locked
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output {out}: another run is writing there") from None
@@ -650,15 +766,24 @@ class Run:
         before = self._lock.read()
         if before and begun and not self.args.overwrite:
             self._compare(json.loads(before)["settings"])
-        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")} | {"python": sys.version.split()[0]}
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")} | {
+            "python": sys.version.split()[0]
+        }
         self._lock.truncate(0)
-        json.dump({"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world}, self._lock, indent=1)
+        json.dump(
+            {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world},
+            self._lock,
+            indent=1,
+        )
         self._lock.flush()
 
     def _compare(self, before):
         changed = [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
         if changed and not self.args.allow_changed:
-            raise UserError(f"--resume {self.output}: arguments differ from the run's: {', '.join(changed)} (--allow_changed accepts them)")
+            raise UserError(
+                f"--resume {self.output}: arguments differ from the run's: {', '.join(changed)} "
+                "(--allow_changed accepts them)"
+            )
 
     def _on_signal(self, number, frame):
         if self.signal:
@@ -680,15 +805,18 @@ class Run:
         sys.exit(0)
 
     def check_finite(self, step, losses, grad_norm):
-        """Raise UserError unless every micro-batch's loss and the gradient norm are finite. losses: [(loss, record ids)] of this rank."""
+        """Raise UserError unless every micro-batch's loss and the gradient norm are finite. losses: [(loss, record
+        ids)] of this rank."""
         bad = [i for loss, ids in losses if not torch.isfinite(loss) for i in ids]
         everyone = [None] * self.world
         if all_sum([len(bad)])[0] == 0 and math.isfinite(grad_norm):
             return
         dist.all_gather_object(everyone, (bad, [i for _, ids in losses for i in ids]))
         names = sorted({i for b, _ in everyone for i in b} or {i for _, ids in everyone for i in ids})
-        raise UserError(f"step {step + 1}: the loss or the gradient is not finite, records {', '.join(names[:16])}{' ...' * (len(names) > 16)}; "
-                        f"nothing was updated since the last checkpoint ({self.latest() or 'none yet'}): look at them, or lower --lr")  # fmt: skip
+        raise UserError(
+            f"step {step + 1}: the loss or the gradient is not finite (records {', '.join(names)}); "
+            f"the last checkpoint ({self.latest() or 'none yet'}) is good: look at these records, or lower --lr"
+        )
 
     def log(self, step, values, bar=None):
         """Append a line to log.jsonl and print it, on rank 0."""
@@ -701,7 +829,8 @@ class Run:
     # -- checkpoints
 
     def save(self, step, model, optimizer):
-        """Write OUTPUT/checkpoints/step-N: under a temporary name, then renamed, then `latest` changes, then old ones go."""
+        """Write OUTPUT/checkpoints/step-N: under a temporary name, then renamed, then `latest` changes, then old ones
+        go."""
         folder = self.output / "checkpoints" / f"step-{step:08d}"
         if folder.exists():
             return
@@ -712,11 +841,17 @@ class Run:
             dcp.save(state, checkpoint_id=part)
             on_rank0(lambda: self._publish(part, folder, step))
         except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
-            full = "No space left" in str(e) or "File too large" in str(e) or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG)
+            full = (
+                "No space left" in str(e)
+                or "File too large" in str(e)
+                or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG)
+            )
             reason = "the disk is full" if full else str(e).strip().splitlines()[-1]
             latest = self.latest()
-            raise UserError(f"checkpoint of step {step} could not be saved ({reason}); "
-                            f"{f'the one before, {latest}, is whole' if latest else 'there is no older one'}") from e  # fmt: skip
+            raise UserError(
+                f"checkpoint of step {step} could not be saved ({reason}); "
+                f"{f'the one before, {latest}, is whole' if latest else 'there is no older one'}"
+            ) from e
 
     def _publish(self, part, folder, step):
         meta = {"step": step, "world": self.world, "settings": self.settings}
@@ -729,7 +864,8 @@ class Run:
             shutil.rmtree(old)
 
     def latest(self):
-        """The newest whole checkpoint's folder, or None. `latest` names it; an incomplete one is passed over with a word."""
+        """The newest whole checkpoint's folder, or None. `latest` names it; an incomplete one is passed over with a
+        word."""
         folder = self.output / "checkpoints"
         for part in folder.glob("part-*"):
             say(f"{part} is incomplete: passed over")
@@ -759,11 +895,14 @@ class Run:
         write_atomically(log, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
 
     def finish(self, model, tokenizer):
-        """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation config; then drop the checkpoints."""
+        """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation
+        config; then drop the checkpoints."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone, one tensor at a time
         state = get_model_state_dict(model, options=options)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        on_rank0(lambda: save_model(model, {k: v.to(dtype) for k, v in state.items()}, tokenizer, self.model_folder, dtype))
+        on_rank0(
+            lambda: save_model(model, {k: v.to(dtype) for k, v in state.items()}, tokenizer, self.model_folder, dtype)
+        )
         on_rank0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
         on_rank0(lambda: (self.output / "latest").unlink(missing_ok=True))
         say(f"model saved in {self.model_folder}")
@@ -784,7 +923,10 @@ def save_model(model, state, tokenizer, folder, dtype):
         tokenizer.save_pretrained(part)
         os.replace(part, folder)
     except (OSError, RuntimeError) as e:
-        raise UserError(f"the model could not be saved in {folder} ({str(e).splitlines()[-1]}); the checkpoint is whole: --resume tries again") from e
+        raise UserError(
+            f"the model could not be saved in {folder} ({str(e).splitlines()[-1]}); "
+            "the checkpoint is whole: --resume tries again"
+        ) from e
 
 
 def write_atomically(path, text):

@@ -1,6 +1,7 @@
 """RESCUE: train a language model to rank partially ordered human and model responses (arXiv 2311.09136).
 
-A prompt x has one human response and several model responses y_b. The model's own length-normalised log-likelihood scores them,
+A prompt x has one human response and several model responses y_b. The model's own length-normalised log-likelihood
+scores them,
 
     Eq. 3   s(y) = log pi(y | x) / |y| ** lambda        lambda = 1.0 for human, 0.85 for model responses (Sec. 4)
     Eq. 2   L_rank = sum over pairs (better, worse) of max(0, s(worse) - s(better))
@@ -11,15 +12,17 @@ and the pairs come from an ordering, partial where that is all one knows (Sec. 3
 
     human       the human response before every model response
     label       responses with the right label (or answer) before the others; equals are not compared
-    hybrid      human, then right, then wrong (multi-document QA: right and anchored in the gold passage, then right, then wrong)
+    hybrid      human, then right, then wrong (multi-document QA: right and anchored in the gold passage, then right,
+                then wrong)
     similarity  full: by embedding similarity to the human response       gpt      full: by a stronger model's ranking
     reward      full: by a reward model's score (with it and --length_scaling 1 this is RRHF)
     none        supervised fine-tuning on the human response alone
 
 Where the print and the released code (RRHF's) differ, the default is what gave the paper's results:
- 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. Used: the hinge on violated pairs,
-    summed over a prompt's pairs, then averaged over prompts.
- 2. Eq. 1 as printed is not normalised. Used: the mean token NLL of the best response, the first one among ties (so the human one).
+ 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. Used: the hinge
+    on violated pairs, summed over a prompt's pairs, then averaged over prompts.
+ 2. Eq. 1 as printed is not normalised. Used: the mean token NLL of the best response, the first one among ties (so
+    the human one).
  3. lambda goes by each candidate's `source`, not by its place in the list.
  4. Batch 64 as printed (the released script runs 8); alpha 0.1 as released.
  5. Multi-document QA has no human response and no SFT term: --no_sft.
@@ -65,7 +68,8 @@ def preference(record, ordering):
 
 
 def select_candidates(record, num_candidates, seed, human_only=False):
-    """At most `num_candidates` of a record's candidates: the human ones always, a seeded draw of the others, in the file's order (Fig. 4)."""
+    """At most `num_candidates` of a record's candidates: the human ones always, a seeded draw of the others, in the
+    file's order (Fig. 4)."""
     candidates = record["candidates"]
     human = [i for i, c in enumerate(candidates) if c["source"] in common.HUMAN]
     others = [i for i in range(len(candidates)) if i not in human]
@@ -85,9 +89,12 @@ def ranking_loss(scores, ranks):
 
 
 def sft_loss(logprobs, lengths, ranks):
-    """Eq. 1, normalised: mean token NLL of the best candidate, the first among ties. logprobs, lengths, ranks [n] -> scalar."""
+    """Eq. 1, normalised: mean token NLL of the best candidate, the first among ties. logprobs, lengths, ranks [n] ->
+    scalar."""
     best = ranks.argmax()
-    return -logprobs[best] / lengths[best]  # <- the length normalisation of the SFT term; Eq. 3's is common.length_normalized
+    return (
+        -logprobs[best] / lengths[best]
+    )  # <- the length normalisation of the SFT term; Eq. 3's is common.length_normalized
 
 
 def pair_statistics(scores, ranks):
@@ -100,13 +107,25 @@ def pair_statistics(scores, ranks):
 def parse_args():
     parser = common.Parser(description=__doc__)
     add = parser.add_argument
-    add("--ordering", required=True, choices=["human", "label", "hybrid", "similarity", "gpt", "reward", "none"], help="Sec. 3; see above")
-    add("--alpha", type=in_range(float, 0), default=0.1, help="weight of the ranking loss, Eq. 3; best 0.01-0.1, Sec. 7")
+    add(
+        "--ordering",
+        required=True,
+        choices=["human", "label", "hybrid", "similarity", "gpt", "reward", "none"],
+        help="Sec. 3; see above",
+    )
+    add(
+        "--alpha", type=in_range(float, 0), default=0.1, help="weight of the ranking loss, Eq. 3; best 0.01-0.1, Sec. 7"
+    )
     add("--length_scaling", type=in_range(float, 0), default=0.85, help="lambda of model responses (paper: 0.85)")
     add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses (paper: 1.0)")
-    add("--num_candidates", type=in_range(int, 1), default=5, help="candidates a prompt, the human one always among them (paper: 5; Fig. 4)")
+    add(
+        "--num_candidates",
+        type=in_range(int, 1),
+        default=5,
+        help="candidates a prompt, the human one always among them (paper: 5; Fig. 4)",
+    )
     add("--no_sft", action="store_true", help="drop Eq. 1, as multi-document QA does")
-    defaults = dict(lr=2e-5, schedule="cosine", warmup=0.03, epochs=1, batch_size=64)
+    defaults = {"lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
     common.add_training_flags(parser, model="meta-llama/Llama-2-7b-hf", **defaults)
     args = parser.parse_args()
     args.data = args.data or "data/esnli/ranked.jsonl"
@@ -117,7 +136,8 @@ def parse_args():
 
 
 def load_data(args):
-    """-> (records with their selected candidates, their preference levels as tensors [n]); prints what can be compared."""
+    """-> (records with their selected candidates, their preference levels as tensors [n]); prints what can be
+    compared."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
     common.require_data(args.data, COLLECT.format(by))
     need = {NEEDS[args.ordering]} if args.ordering in NEEDS else set()
@@ -125,16 +145,23 @@ def load_data(args):
     for record in records:
         human = any(c["source"] in common.HUMAN for c in record["candidates"])
         if not human and args.ordering in ("human", "none", "similarity"):
-            raise UserError(f"{args.data}: record {record['id']!r} has no human response, which --ordering {args.ordering} needs")
+            raise UserError(
+                f"{args.data}: record {record['id']!r} has no human response, which --ordering {args.ordering} needs"
+            )
         for i, c in enumerate(record["candidates"]):
             for field in need - c.keys():
                 if not (c["source"] in common.HUMAN and field in ("correct", "similarity")):
-                    raise UserError(f"{args.data}: record {record['id']!r}: candidates[{i}] has no {field!r}; "
-                                    f"add it with: {RANK_BY.format(by, args.data)}")  # fmt: skip
+                    raise UserError(
+                        f"{args.data}: record {record['id']!r}: candidates[{i}] has no {field!r}; "
+                        f"add it with: {RANK_BY.format(by, args.data)}"
+                    )
     records = [select_candidates(r, args.num_candidates, args.seed, args.ordering == "none") for r in records]
     ranks = [torch.tensor(preference(r, args.ordering)) for r in records]
     pairs = [int((r[:, None] > r[None, :]).sum()) for r in ranks]
-    say(f"{len(records)} prompts, {sum(pairs)} ordered pairs, {pairs.count(0)} prompts without any (they train the SFT term alone)")
+    say(
+        f"{len(records)} prompts, {sum(pairs)} ordered pairs, "
+        f"{pairs.count(0)} prompts without any (they train the SFT term alone)"
+    )
     return records, ranks
 
 
@@ -154,12 +181,18 @@ def main():
     if not args.padded:
         common.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    exponents = [[args.human_length_scaling if c["source"] in common.HUMAN else args.length_scaling for c in r["candidates"]] for r in records]
+    exponents = [
+        [args.human_length_scaling if c["source"] in common.HUMAN else args.length_scaling for c in r["candidates"]]
+        for r in records
+    ]
     lengths_in_tokens = [e.num_tokens for e in encoded]
     row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
     batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
     first = common.plan_rows([lengths_in_tokens[i] for i in batches[0]], row_budget, world)
-    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; first step: {len(first[0])} rows a rank, accumulated")
+    say(
+        f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; "
+        f"the first accumulates {len(first[0])} rows a rank"
+    )
 
     start = run.restore(model, optimizer)
     for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
@@ -182,7 +215,9 @@ def main():
                 rank_term, sft_term = ranking_loss(s, levels), sft_loss(logp, length, levels)
                 loss = loss + args.alpha * rank_term + (0 if args.no_sft else sft_term)
                 sums += weight * torch.stack([rank_term, sft_term, *pair_statistics(s, levels)]).detach()
-            (weight * loss * world / len(prompts)).backward()  # FSDP averages over ranks: the sum over the global batch / its prompts
+            (
+                weight * loss * world / len(prompts)
+            ).backward()  # FSDP averages over ranks: the sum over the global batch / its prompts
             losses.append((loss.detach(), [records[i]["id"] for i in row]))
             if run.interrupted():
                 run.stop(step, model, optimizer)
@@ -196,12 +231,19 @@ def main():
         if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
             rank_sum, sft_sum, in_order, pairs, margin = common.all_sum(sums)
             tokens = sum(lengths_in_tokens[i] for i in prompts)
-            run.log(step + 1, {
-                "loss": (args.alpha * rank_sum + (0 if args.no_sft else sft_sum)) / len(prompts),
-                "rank_loss": rank_sum / len(prompts), "sft_loss": sft_sum / len(prompts),
-                "pair_accuracy": in_order / max(pairs, 1), "margin": margin / max(pairs, 1),
-                "grad_norm": grad_norm, "lr": lr, **common.speed(model, tokens, time.perf_counter() - began, device),
-            })  # fmt: skip
+            run.log(
+                step + 1,
+                {
+                    "loss": (args.alpha * rank_sum + (0 if args.no_sft else sft_sum)) / len(prompts),
+                    "rank_loss": rank_sum / len(prompts),
+                    "sft_loss": sft_sum / len(prompts),
+                    "pair_accuracy": in_order / max(pairs, 1),
+                    "margin": margin / max(pairs, 1),
+                    "grad_norm": grad_norm,
+                    "lr": lr,
+                    **common.speed(model, tokens, time.perf_counter() - began, device),
+                },
+            )
         if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
             run.save(step + 1, model, optimizer)
     run.finish(model, tokenizer)

