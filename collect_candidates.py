@@ -504,15 +504,20 @@ def print_length_by_rank(records, by):
 VERBS = {"prepare": (prepare_flags, prepare), "sample": (sample_flags, sample), "rank": (rank_flags, rank)}
 
 
-def main():
-    parser = common.Parser(description=__doc__)
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    for name, (flags, run) in VERBS.items():
-        verb = verbs.add_parser(name, description=run.__doc__)
+def run_verb(verbs, description):
+    """Parse `SCRIPT VERB --flags` against {verb: (its flags, its function)} and call the function."""
+    parser = common.Parser(description=description)
+    subparsers = parser.add_subparsers(dest="verb", required=True)
+    for name, (flags, run) in verbs.items():
+        verb = subparsers.add_parser(name, description=run.__doc__)
         flags(verb.add_argument)
         verb.set_defaults(run=run)
     args = parser.parse_args()
     args.run(args)
+
+
+def main():
+    run_verb(VERBS, __doc__)
 
 
 if __name__ == "__main__":

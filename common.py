@@ -632,7 +632,7 @@ def check_packing(model, encoded, args, tokenizer, device):
     plain, _ = candidate_logprobs(model, pack_padded([shortest] * 2, tokenizer.pad_token_id).to(device))
     model.train()
     if hasattr(model, "reshard"):
-        model.reshard()  # FSDP2 keeps the root's weights gathered after a forward: an optimizer made now would hold these
+        model.reshard()  # a forward leaves the root gathered: an optimizer made now would hold the gathered weights
     gap = ((packed - plain).abs() / lengths).max().item()
     if not gap <= (1e-3 if device.type == "cpu" else 0.1):  # bf16 rounding on CUDA; NaN is no pass
         raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g} a token; add --padded")
