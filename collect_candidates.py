@@ -17,6 +17,7 @@ arguments.
 
 import contextlib
 import fcntl
+import functools
 import itertools
 import json
 import os
@@ -273,10 +274,13 @@ def prepare(args):
 # sample
 
 
-def load_for_generation(name, device, flag="--model", auto_class=AutoModelForCausalLM, **kwargs):
-    """-> a model on `device` for inference: bf16 on CUDA, fp32 on CPU."""
+@functools.cache
+def load_generator(name, device, flag="--model", auto_class=AutoModelForCausalLM):
+    """-> (model, tokenizer) for inference on `device`, bf16 on CUDA, fp32 on CPU. Loaded at the first call: what is
+    all done loads none."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return common.load_pretrained(auto_class, name, flag, dtype=dtype, **kwargs).to(device).eval()
+    model = common.load_pretrained(auto_class, name, flag, dtype=dtype)
+    return model.to(device).eval(), common.load_tokenizer(name, flag)
 
 
 @torch.inference_mode()
@@ -393,7 +397,6 @@ def sample(args):
     journal = Journal(
         args.output or f"data/{args.task}/sampled.jsonl", [r["id"] for r in records], settings_of(args), rank, world
     )
-    tokenizer, model = common.load_tokenizer(args.model), load_for_generation(args.model, device)
     options = {
         k: getattr(args, k) for k in ("max_new_tokens", "num_samples", "temperature", "top_p", "max_prompt_length")
     }
@@ -405,6 +408,7 @@ def sample(args):
         batch = [records[i] for i in batch]
         if all(r["id"] in journal.done for r in batch):
             continue
+        model, tokenizer = load_generator(args.model, device)
         torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
         for record, responses in zip(batch, generate(model, tokenizer, [r["prompt"] for r in batch], **options)):
             record["candidates"] = record.get("candidates", []) + [r | {"source": args.source} for r in responses]

@@ -42,7 +42,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as transformers_logging
 
+transformers_logging.disable_progress_bar()  # a bar a rank for loading and saving weights says nothing
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}

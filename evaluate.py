@@ -142,10 +142,10 @@ def ranking(args):
     rank, world, device = common.init_distributed()
     field = {"label": "correct", "human": "source"}.get(args.by, args.by)
     records = common.load_candidates(args.input, need=[field], added_by=f"collect_candidates.py rank --by {args.by}")
-    tokenizer, model = common.load_tokenizer(args.model), collect.load_for_generation(args.model, device)
 
     @torch.inference_mode()
     def compute(batch):
+        model, tokenizer = collect.load_generator(args.model, device)
         encoded = [common.encode(tokenizer, r, args.max_length, args.max_response_length) for r in batch]
         logprobs, lengths = common.candidate_logprobs(model, common.pack(encoded).to(device))
         for record, logp, n in zip(
@@ -222,10 +222,10 @@ def nli(args):
     for record in records:
         if record.get("label") not in collect.NLI_LABELS:
             raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(collect.NLI_LABELS)}")
-    tokenizer, model = common.load_tokenizer(args.model), collect.load_for_generation(args.model, device)
     options = {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length", "num_beams")}
 
     def compute(batch):
+        model, tokenizer = collect.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
         for record, [answer] in zip(
             batch, collect.generate(model, tokenizer, prompts, stop=collect.unescape(args.stop), **options)
@@ -312,6 +312,7 @@ def plot_nli(metrics, name, path):
 
 def report_flags(add):
     add("names", nargs="+", help=f"systems: folders under {EVAL_FOLDER}, or paths")
+    add("--columns", nargs="+", help="one table with just these figures, whichever verbs they come from")
     add("--output", help="also write the Markdown there")
 
 
@@ -327,7 +328,14 @@ def report(args):
             document = json.loads(file.read_text())
             plain = {k: v for k, v in document["metrics"].items() if common.is_number(v)}
             tables.setdefault(file.name.removesuffix(".metrics.json"), {})[document["name"]] = plain
-    text = "\n\n".join(f"### {verb}\n\n{markdown(rows)}" for verb, rows in tables.items())
+    if args.columns:
+        merged = {name: {} for rows in tables.values() for name in rows}
+        for name, row in ((name, row) for rows in tables.values() for name, row in rows.items()):
+            merged[name] |= {k: v for k, v in row.items() if k in args.columns}
+        if unknown := set(args.columns) - {k for row in merged.values() for k in row}:
+            raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(args.names)}")
+        tables = {"": {name: {k: row[k] for k in args.columns if k in row} for name, row in merged.items()}}
+    text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
     say(text)
     if args.output:
         common.write_atomically(pathlib.Path(args.output), text + "\n")

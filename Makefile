@@ -1,0 +1,30 @@
+# make demo | make test | make bench | make faults: each sets up .venv by itself (python >= 3.10)
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_DISABLE_TELEMETRY = 1
+export TOKENIZERS_PARALLELISM = false
+
+.PHONY: demo test bench faults clean
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'python 3.10 or newer is needed: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+demo: .venv/installed  ## RESCUE's whole pipeline on a real 135M model, on a laptop's CPU
+	PATH="$(CURDIR)/$(BIN):$$PATH" TRAIN=$(TRAIN) TEST=$(TEST) bash demo/demo.sh
+
+test: .venv/installed  ## ruff, then every test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(ARGS)
+
+bench: .venv/installed  ## step time and memory beside the padded step and peers; make bench ARGS=--help
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+faults: .venv/installed  ## the long fault rig: kills, torn files, hostile servers, malformed inputs
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(ARGS)
+
+clean:  ## what make demo wrote (not the model)
+	rm -rf data/demo runs/demo-* runs/eval/demo-*
