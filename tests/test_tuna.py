@@ -1,0 +1,191 @@
+"""tuna.py: the loss in both reductions and the teacher's score by hand, ranks, and each stage from end to end."""
+
+import json
+import re
+import sys
+
+import pytest
+import torch
+
+import common
+import tuna
+
+
+def naive_loss(scores, ranks, margin, mean_by_distance):
+    by_distance = {}
+    for i, a in enumerate(ranks):
+        for j, b in enumerate(ranks):
+            if a < b:  # i is the better one
+                by_distance.setdefault(b - a, []).append(max(0.0, scores[j] - scores[i] + margin * (b - a)))
+    return sum(sum(v) / (len(v) if mean_by_distance else 1) for v in by_distance.values())
+
+
+def test_ranking_loss_by_hand():
+    scores = torch.tensor([-1.0, -0.8, -1.5])  # best first, m = 0.1
+    # pairs: (0,1) 0.2 + 0.1 = 0.3; (1,2) -0.7 + 0.1 -> 0; (0,2) -0.5 + 0.2 -> 0
+    assert tuna.ranking_loss(scores, 0.1).item() == pytest.approx(0.3, abs=1e-6)
+    # distance 1: (0.3 + 0) / 2; distance 2: 0
+    assert tuna.ranking_loss(scores, 0.1, pair_reduction="mean_by_distance").item() == pytest.approx(0.15, abs=1e-6)
+    # a margin of 1: 1.2 + 0.3 + 1.5 against (1.2 + 0.3) / 2 + 1.5
+    assert tuna.ranking_loss(scores, 1.0).item() == pytest.approx(3.0, abs=1e-6)
+    assert tuna.ranking_loss(scores, 1.0, pair_reduction="mean_by_distance").item() == pytest.approx(2.25, abs=1e-6)
+
+
+def test_ranking_loss_gradient_by_hand():
+    scores = torch.tensor([-1.0, -0.8, -1.5], requires_grad=True)
+    tuna.ranking_loss(scores, 1.0).backward()
+    assert scores.grad.tolist() == [-2.0, 0.0, 2.0]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_by_distance"])
+def test_ranking_loss_against_loops(reduction):
+    generator = torch.Generator().manual_seed(0)
+    for n in (1, 2, 4, 5):
+        scores = torch.randn(n, generator=generator)
+        for ranks in (list(range(n)), torch.randperm(n, generator=generator).tolist(), [min(i, 2) for i in range(n)]):
+            loss = tuna.ranking_loss(scores, 0.3, torch.tensor(ranks), reduction)
+            assert loss.item() == pytest.approx(naive_loss(scores.tolist(), ranks, 0.3, reduction != "sum"), abs=1e-5)
+
+
+def test_ranking_loss_without_pairs():
+    for scores in (torch.empty(0), torch.tensor([1.0])):
+        for reduction in ("sum", "mean_by_distance"):
+            assert tuna.ranking_loss(scores, 0.1, torch.zeros(len(scores), dtype=torch.long), reduction).item() == 0
+
+
+def test_ties_are_not_compared():
+    ties = torch.tensor([0, 0, 1])
+    assert tuna.ranking_loss(torch.tensor([0.0, 9.0, -1.0]), 0.1, ties).item() == 0
+    in_order, pairs, margin = tuna.pair_statistics(torch.tensor([0.0, 9.0, 1.0]), ties)
+    assert (in_order.item(), pairs.item(), margin.item()) == (1, 2, 7.0)
+
+
+def test_teacher_score_by_hand():
+    assert tuna.teacher_score(-20.0, 10, 1.3) == pytest.approx(-20 / 19.9526, rel=1e-5)  # 10 ** 1.3
+    assert tuna.teacher_score(-20.0, 10, 0.0) == -20.0
+
+
+def test_length_penalty_changes_the_order():
+    candidates = [
+        {"text": "short", "source": "t", "logprob": -4.0, "num_tokens": 2},
+        {"text": "long", "source": "t", "logprob": -15.0, "num_tokens": 9},
+    ]
+    assert tuna.teacher_ranks(candidates, "probabilistic", 0.5) == [0, 1]  # -2.83 > -5
+    assert tuna.teacher_ranks(candidates, "probabilistic", 1.3) == [1, 0]  # -1.62 < -0.86
+
+
+def test_teacher_ranks():
+    candidates = [
+        {"text": "original", "source": "reference"},  # unannotated: for L_MLE alone
+        {"text": "b", "source": "m", "rank": 1},
+        {"text": "a", "source": "m", "rank": 0},
+        {"text": "b ", "source": "m", "rank": 3},  # a repetition
+        {"text": "tie", "source": "m", "rank": 1},
+        {"text": "excluded", "source": "m", "rank": None},
+        {"text": "c", "source": "m", "rank": 4},
+    ]
+    assert tuna.teacher_ranks(candidates, "contextual", 1.3) == [-1, 1, 0, -1, 1, -1, 2]
+    assert tuna.teacher_ranks(candidates, "sft", 1.3) == [-1] * 7
+
+
+def test_mle_loss_by_hand():
+    assert tuna.mle_loss(torch.tensor([-6.0, -2.0]), torch.tensor([3.0, 1.0])).item() == 2.0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From end to end
+
+
+def write_data(path, num_records=6, annotate=True, reference=True):
+    words = ["red", "green", "blue", "a long grey one", "an even longer yellow one"]
+    with open(path, "w") as f:
+        for i in range(num_records):
+            candidates = [
+                {"text": f"{words[(i + k) % 5]} {i}", "source": "teacher"}
+                | ({"logprob": -3.0 - k, "num_tokens": 2 + k, "rank": k} if annotate else {})
+                for k in range(4)
+            ]
+            original = [{"text": f"original answer {i}", "source": "reference"}] if reference else []
+            record = {"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": original + candidates}
+            f.write(json.dumps(record) + "\n")
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["tuna.py", *map(str, argv)])
+    common.run_cli(tuna.main)
+
+
+def read_log(output):
+    return [json.loads(line) for line in open(output / "log.jsonl")]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--stage", "sft"],
+        ["--stage", "sft", "--all_candidates"],
+        ["--stage", "probabilistic"],
+        ["--stage", "contextual", "--mle_on", "all", "--pair_reduction", "mean_by_distance"],
+        ["--stage", "contextual", "--mle_weight", "0"],
+    ],
+)
+def test_stage_trains_and_packed_equals_padded(tmp_path, tiny_model, monkeypatch, flags):
+    write_data(tmp_path / "d.jsonl")
+    common_flags = ["--model", tiny_model, "--data", tmp_path / "d.jsonl", "--batch_size", 3, "--lr", 1e-3]
+    for name, extra in (("packed", []), ("padded", ["--padded"])):
+        run(monkeypatch, *flags, *common_flags, "--epochs", 2, "--output", tmp_path / name, *extra)
+    packed, padded = read_log(tmp_path / "packed"), read_log(tmp_path / "padded")
+    assert len(packed) == 4
+    for a, b in zip(packed, padded):
+        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    term = "rank_loss" if "0" in flags else "mle_loss"
+    assert packed[-1][term] < packed[0][term]
+    if "sft" in flags:
+        assert packed[0]["rank_loss"] == 0 and packed[0]["loss"] == packed[0]["mle_loss"]
+    weight = 0 if "0" in flags else 1
+    assert packed[0]["loss"] == pytest.approx(packed[0]["rank_loss"] + weight * packed[0]["mle_loss"], abs=1e-5)
+
+
+def test_first_loss_is_that_of_its_parts(tmp_path, tiny_model, monkeypatch):
+    """The logged loss of the first step, from each candidate scored alone through transformers."""
+    write_data(tmp_path / "d.jsonl", num_records=2)
+    flags = ["--model", tiny_model, "--data", tmp_path / "d.jsonl", "--batch_size", 2, "--output", tmp_path / "out"]
+    run(monkeypatch, "--stage", "probabilistic", *flags)
+    model = common.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = common.load_tokenizer(tiny_model)
+    rank_loss = mle = 0.0
+    for record in common.load_candidates(tmp_path / "d.jsonl"):
+        e = common.encode(tokenizer, record)
+        scores = []
+        for response in e.responses:
+            logits = model(torch.tensor([e.prompt_ids + response])).logits[0, len(e.prompt_ids) - 1 : -1]
+            token_logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])
+            scores.append(token_logprobs.mean().item())
+        worth = [(-3.0 - k) / (2 + k) ** 1.3 for k in range(4)]
+        ranks = [sorted(worth, reverse=True).index(w) for w in worth]
+        rank_loss += naive_loss(scores[1:], ranks, 0.1, False)
+        mle += -scores[0]
+    [line] = read_log(tmp_path / "out")
+    assert line["rank_loss"] == pytest.approx(rank_loss / 2, abs=1e-4)
+    assert line["mle_loss"] == pytest.approx(mle / 2, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    "flags, data, message",
+    [
+        (["--stage", "probabilistic"], {"annotate": False}, r"candidates\[1\] has no 'logprob'.*rank --by logprob"),
+        (["--stage", "contextual"], {"annotate": False}, r"candidates\[1\] has no 'rank'.*rank --by contextual"),
+        (["--stage", "contextual"], {"reference": False}, "record 'r0' has no reference response"),
+        (["--stage", "contextual", "--all_candidates"], {}, "--all_candidates belongs to --stage sft"),
+        (["--stage", "contextual", "--margin", "-1"], {}, "-1 is out of range"),
+        (["--stage", "probabilistic"], None, r"is not there. Make it with:(.|\n)*sample --task alpaca"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, tiny_model, monkeypatch, capsys, flags, data, message):
+    if data is not None:
+        write_data(tmp_path / "d.jsonl", **data)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *flags, "--model", tiny_model, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o")
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
