@@ -229,7 +229,50 @@ def prepare_esnli(row, where, index, template):
     }
 
 
-TASKS = {"esnli": (prepare_esnli, NLI_TEMPLATE)}
+ALPACA_TEMPLATE = """Carry out the task below, with the input that follows it. Write the response and nothing else.
+
+Task:
+{instruction}
+
+Input:
+{input}
+
+Response:
+---
+Carry out the task below. Write the response and nothing else.
+
+Task:
+{instruction}
+
+Response:
+"""
+
+
+def alpaca_prompt(template, fields, where):
+    """Fill the template's part before a line --- where there is an input, else the part after it."""
+    with_input, mark, without_input = template.partition("\n---\n")
+    part = with_input if fields["input"] or not mark else without_input
+    return fill(part.strip() + "\n", fields, where)
+
+
+def prepare_alpaca(row, where, index, template):
+    """A row of Alpaca (instruction, input, output) -> record with the output as reference; None where it is empty."""
+    fields = {"instruction": text_field(row, "instruction", where)}
+    fields |= {k: text_field(row, k, where, optional=True) for k in ("input", "output")}
+    if not fields["output"]:
+        return None
+    return {
+        "id": str(row.get("id", f"alpaca-{index}")),
+        "task": "alpaca",
+        "prompt": alpaca_prompt(template, fields, where),
+        "instruction": "\n\n".join(filter(None, (fields["instruction"], fields["input"]))),
+        "label": None,
+        "answers": None,
+        "candidates": [{"text": fields["output"], "source": "reference"}],
+    }
+
+
+TASKS = {"esnli": (prepare_esnli, NLI_TEMPLATE), "alpaca": (prepare_alpaca, ALPACA_TEMPLATE)}
 
 
 def prepare_flags(add):
@@ -255,9 +298,12 @@ def prepare(args):
             raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
     rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
     rows = itertools.islice(enumerate(rows), args.skip, args.limit and args.skip + args.limit)
-    records = {}
+    records, empty = {}, 0
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
         record = convert(row, where, index, template)
+        if record is None:
+            empty += 1
+            continue
         if record["id"] in records:
             raise UserError(f"{where}: id {record['id']!r} occurs twice")
         common.check_record(record, where)
@@ -267,7 +313,7 @@ def prepare(args):
     journal = Journal(args.output or f"data/{args.task}/train.jsonl", records, settings_of(args))
     journal.write(r for i, r in records.items() if i not in journal.done)
     journal.finish()
-    say("labels:", dict(Counter(r["label"] for r in records.values())))
+    say(f"left out: {empty} rows without a response; labels:", dict(Counter(r["label"] for r in records.values())))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -380,7 +426,68 @@ def sample_flags(add):
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0)
     add("--seed", type=int, default=0)
+    add("--max_rouge_l", type=in_range(float, 0, 1), help="resample responses more similar than this (Tuna: tau 0.8)")
+    add("--temperature_step", type=in_range(float, 0), default=0.1, help="added for every resampling (Tuna: 0.1)")
+    add("--max_trials", type=in_range(int, 0), default=3, help="then keep the least similar (Tuna: 3)")
     generation_flags(add, 128)
+
+
+def max_similarity(text, others):
+    """The largest ROUGE-L F1 between a text and others, 0 where there are none; the same text is 1 in any script."""
+    score = rouge_scorer().score
+    return max((1.0 if text == other else score(other, text)["rougeL"].fmeasure for other in others), default=0.0)
+
+
+@functools.cache
+def rouge_scorer(use_stemmer=False):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=use_stemmer)
+
+
+def keep_diverse(responses, draw, args, count):
+    """Tuna's diversity rule (Sec. 2.3) for a batch of prompts: responses, a list of n per prompt -> the same shape.
+
+    A response whose ROUGE-L with one before it is above --max_rouge_l is dropped and drawn again at a temperature
+    raised by --temperature_step, --max_trials times; then the least similar of those dropped fill the places left.
+    draw(prompt numbers, n, temperature) -> n responses for each; `count` gains how often each branch ran.
+    """
+    n = len(responses[0])
+    kept, dropped = [[] for _ in responses], [[] for _ in responses]
+
+    def texts(i):
+        return [r["text"] for r in kept[i]]
+
+    def take(i, response, how):
+        similar = max_similarity(response["text"], texts(i)) > args.max_rouge_l
+        (dropped if similar else kept)[i].append(response)
+        count.update(["too similar" if similar else how])
+
+    for i, first in enumerate(responses):
+        count["similar pairs before"] += similar_pairs(first, args.max_rouge_l)
+        for response in first:
+            take(i, response, "kept at once")
+    for trial in range(1, args.max_trials + 1):
+        short = [i for i in range(len(kept)) if len(kept[i]) < n]
+        if not short:
+            break
+        temperature = round(args.temperature + trial * args.temperature_step, 6)
+        for i, more in zip(short, draw(short, n - min(len(kept[i]) for i in short), temperature)):
+            for response in more[: n - len(kept[i])]:
+                take(i, response | {"temperature": temperature}, f"kept at trial {trial}")
+    for i in range(len(kept)):
+        while len(kept[i]) < n:
+            least = min(dropped[i], key=lambda r: max_similarity(r["text"], texts(i)))
+            kept[i].append(dropped[i].pop(dropped[i].index(least)))
+            count["least similar kept"] += 1
+        count["pairs"] += n * (n - 1) // 2
+        count["similar pairs after"] += similar_pairs(kept[i], args.max_rouge_l)
+    return kept
+
+
+def similar_pairs(responses, limit):
+    texts = [r["text"] for r in responses]
+    return sum(max_similarity(a, [b]) > limit for a, b in itertools.combinations(texts, 2))
 
 
 def batches_by_length(records, batch_size):
@@ -401,7 +508,7 @@ def sample(args):
         k: getattr(args, k) for k in ("max_new_tokens", "num_samples", "temperature", "top_p", "max_prompt_length")
     }
     options["stop"] = unescape(args.stop)
-    count = Counter()
+    count, diversity = Counter(), Counter()
     # batches are planned over all prompts and seeded by their own content: a restart, or another number of ranks,
     # samples the same
     for batch in tqdm(batches_by_length(records, args.batch_size)[rank::world], desc="sample", disable=rank != 0):
@@ -410,7 +517,15 @@ def sample(args):
             continue
         model, tokenizer = load_generator(args.model, device)
         torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
-        for record, responses in zip(batch, generate(model, tokenizer, [r["prompt"] for r in batch], **options)):
+        drawn = generate(model, tokenizer, [r["prompt"] for r in batch], **options)
+        if args.max_rouge_l is not None:
+
+            def draw(numbers, n, temperature):
+                again = options | {"num_samples": n, "temperature": temperature}
+                return generate(model, tokenizer, [batch[i]["prompt"] for i in numbers], **again)
+
+            drawn = keep_diverse(drawn, draw, args, diversity)
+        for record, responses in zip(batch, drawn):
             record["candidates"] = record.get("candidates", []) + [r | {"source": args.source} for r in responses]
             count.update(
                 {
@@ -423,6 +538,12 @@ def sample(args):
     journal.finish()
     totals = common.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
     say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
+    if args.max_rouge_l is not None:
+        trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
+        kinds = ["kept at once", "too similar", *trials, "least similar kept"]
+        kinds += ["pairs", "similar pairs before", "similar pairs after"]
+        totals = common.all_sum([diversity[k] for k in kinds])
+        say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds, totals)))
 
 
 def unescape(strings):

@@ -1,0 +1,162 @@
+"""collect_candidates.py, what Tuna asks of it: Alpaca's rows, the diversity rule, rankings by a model that reads."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+
+import pytest
+
+import collect_candidates as collect
+import common
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, argv)])
+    common.run_cli(collect.main)
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path)]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# prepare
+
+ALPACA = [
+    {"instruction": "Add the numbers.", "input": "2 and {3}", "output": "5"},
+    {"instruction": "Name a colour.", "input": "", "output": "Red."},
+    {"instruction": "Say nothing.", "input": "", "output": ""},
+    {"instruction": "Name a fruit.", "output": " Pear "},
+]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_prepare_alpaca(tmp_path, monkeypatch, capsys, kind):
+    source = tmp_path / f"alpaca_data.{kind}"
+    source.write_text(json.dumps(ALPACA) if kind == "json" else "\n".join(map(json.dumps, ALPACA)))
+    run(monkeypatch, "prepare", "--task", "alpaca", "--input", source, "--output", tmp_path / "o.jsonl")
+    records = read_jsonl(tmp_path / "o.jsonl")
+    assert [r["id"] for r in records] == ["alpaca-0", "alpaca-1", "alpaca-3"]
+    assert "1 rows without a response" in capsys.readouterr().out
+    with_input, without, fruit = (r["prompt"] for r in records)
+    assert "Add the numbers.\n\nInput:\n2 and {3}\n" in with_input and with_input.endswith("Response:\n")
+    assert "Input" not in without and "Task:\nName a colour.\n" in without and "---" not in with_input + without
+    assert fruit.endswith("Response:\n")
+    assert records[2]["candidates"] == [{"text": "Pear", "source": "reference"}]
+
+
+def test_prepare_alpaca_with_a_template_of_ones_own(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "d.jsonl", ALPACA)
+    for name, text in (
+        ("two", "I {instruction} N {input} R:\n---\nI {instruction} R:\n"),
+        ("one", "Q {instruction} A"),
+    ):
+        (tmp_path / name).write_text(text)
+        flags = [
+            "--input",
+            tmp_path / "d.jsonl",
+            "--prompt_file",
+            tmp_path / name,
+            "--output",
+            tmp_path / f"{name}.jsonl",
+        ]
+        run(monkeypatch, "prepare", "--task", "alpaca", *flags)
+    assert [r["prompt"] for r in read_jsonl(tmp_path / "two.jsonl")] == [
+        "I Add the numbers. N 2 and {3} R:\n",
+        "I Name a colour. R:\n",
+        "I Name a fruit. R:\n",
+    ]
+    assert read_jsonl(tmp_path / "one.jsonl")[0]["prompt"] == "Q Add the numbers. A\n"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The diversity rule
+
+
+def test_rouge_l_by_hand():
+    # longest common subsequence "the cat sat": precision 3/4, recall 3/5, F1 2/3
+    assert collect.max_similarity("the cat sat down", ["the old cat sat there", "nothing"]) == pytest.approx(2 / 3)
+    assert collect.max_similarity("a b", []) == 0
+    assert collect.max_similarity("你好", ["你好"]) == 1 and collect.max_similarity("", [""]) == 1
+
+
+def diverse(first, later, **changes):
+    """Run the rule on one prompt; `later` are the texts drawn at each trial -> (kept texts, temperatures, counts)."""
+    settings = {"max_rouge_l": 0.8, "temperature": 1.0, "temperature_step": 0.1, "max_trials": 3} | changes
+    asked, count, trials = [], Counter(), iter(later)
+
+    def draw(numbers, n, temperature):
+        asked.append((list(numbers), n, temperature))
+        return [[{"text": text} for text in next(trials)[:n]] for _ in numbers]
+
+    [kept] = collect.keep_diverse([[{"text": t} for t in first]], draw, argparse.Namespace(**settings), count)
+    return [r["text"] for r in kept], asked, count
+
+
+def test_diverse_responses_stay():
+    kept, asked, count = diverse(["a b c", "d e f", "g h i", "j k l"], [])
+    assert kept == ["a b c", "d e f", "g h i", "j k l"] and asked == []
+    assert count == {"kept at once": 4, "pairs": 6, "similar pairs before": 0, "similar pairs after": 0}
+
+
+def test_similar_responses_are_drawn_again_at_rising_temperatures():
+    kept, asked, count = diverse(["a b c", "a b c", "a b c", "d e f"], [["a b c", "g h i"], ["j k l"]])
+    assert kept == ["a b c", "d e f", "g h i", "j k l"]
+    assert asked == [([0], 2, 1.1), ([0], 1, 1.2)]
+    assert count["similar pairs before"] == 3 and count["similar pairs after"] == 0
+    assert (count["kept at once"], count["too similar"], count["kept at trial 1"], count["kept at trial 2"]) == (
+        2,
+        3,
+        1,
+        1,
+    )
+
+
+def test_after_the_last_trial_the_least_similar_stays():
+    first = ["a b c d e f g h i j", "a b c d e f g h i j"]
+    # each shares 9 of 10 words in order with the first (F1 0.9), the third trial's 9 of 11 (F1 18/21)
+    later = [["a b c d e f g h i x"], ["x b c d e f g h i j"], ["a b c d e f g h i x y"]]
+    kept, asked, count = diverse(first, later)
+    assert [temperature for _, _, temperature in asked] == [1.1, 1.2, 1.3]
+    assert kept == [first[0], "a b c d e f g h i x y"]
+    assert count["least similar kept"] == 1 and count["similar pairs after"] == 1
+    kept, asked, count = diverse(first, [], max_trials=0)
+    assert kept == first and asked == [] and count["least similar kept"] == 1
+
+
+def test_each_prompt_gets_what_it_lacks():
+    count, asked = Counter(), []
+
+    def draw(numbers, n, temperature):
+        asked.append((list(numbers), n))
+        return [[{"text": f"new {i} {k}"} for k in "xyz"[:n]] for i in numbers]
+
+    responses = [[{"text": t} for t in texts] for texts in (["a b", "c d", "e f"], ["a", "a", "a"], ["a", "b", "b"])]
+    args = argparse.Namespace(max_rouge_l=0.8, temperature=0.5, temperature_step=0.25, max_trials=3)
+    kept = collect.keep_diverse(responses, draw, args, count)
+    assert asked[0] == ([1, 2], 2)
+    assert [[r["text"] for r in k] for k in kept] == [
+        ["a b", "c d", "e f"],
+        ["a", "new 1 x", "new 1 y"],
+        ["a", "b", "new 2 x"],
+    ]
+    assert kept[2][2]["temperature"] == 0.75
+
+
+def test_sample_with_the_rule(tmp_path, tiny_model, monkeypatch, capsys):
+    """At temperature 0 all four samples agree, so the rule must run; the first one stays as it was."""
+    write_jsonl(tmp_path / "d.jsonl", [{"id": f"r{i}", "prompt": f"Word {i}:"} for i in range(3)])
+    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny_model, "--temperature", 0, "--max_new_tokens", 8]
+    for name, extra in (("plain", []), ("diverse", ["--max_rouge_l", 0.5, "--temperature_step", 1])):
+        run(monkeypatch, "sample", *flags, "--output", tmp_path / f"{name}.jsonl", *extra)
+    out = capsys.readouterr().out
+    assert "pairs 18, similar pairs before 18, similar pairs after 0" in out
+    for plain, new in zip(read_jsonl(tmp_path / "plain.jsonl"), read_jsonl(tmp_path / "diverse.jsonl")):
+        texts = [c["text"] for c in new["candidates"]]
+        assert texts[0] == plain["candidates"][0]["text"] and len(set(texts)) == 4
+        assert "temperature" not in new["candidates"][0] and new["candidates"][1]["temperature"] >= 1.0
