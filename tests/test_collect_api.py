@@ -1,0 +1,232 @@
+"""complete(): a hostile server on loopback, a local model, re-asks."""
+
+import argparse
+import collections
+import http.server
+import json
+import threading
+import time
+
+import pytest
+
+import collect_candidates as collect
+from common import UserError
+
+
+class Server:
+    """An OpenAI-compatible server whose `behave(prompt, nth time it is asked, body)` says how each request goes wrong.
+
+    behave -> None (a good reply), an HTTP status, (status, headers[, body]), a body, or a named fault.
+    """
+
+    def __init__(self, behave):
+        self.asked, self.bodies, self.headers, self.times = collections.Counter(), [], [], []
+        server = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *args):
+                pass
+
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                prompt = body["messages"][0]["content"]
+                server.asked[prompt] += 1
+                server.bodies.append(body)
+                server.headers.append({k.lower(): v for k, v in self.headers.items()})
+                server.times.append(time.monotonic())
+                server.answer(self, behave(prompt, server.asked[prompt], body), f"echo {prompt}")
+
+        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.http.daemon_threads = True
+        self.http.handle_error = lambda request, address: None  # clients that give up are the point here
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
+
+    def answer(self, handler, fault, text):
+        if fault == "silence":
+            return time.sleep(2)
+        if fault == "drip":  # headers a byte at a time: no single read ever times out
+            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40:
+                time.sleep(0.05)
+                handler.connection.sendall(bytes([byte]))
+            return None
+        fault = (fault, {}) if isinstance(fault, int) else (200, {}, fault) if isinstance(fault, bytes) else fault
+        status, headers, *body = fault if isinstance(fault, tuple) else (200, {}, chat(text))
+        body = body[0] if body else b'{"error": {"message": "no"}}'
+        length = 2**30 if fault == "flood" else len(body)
+        handler.send_response(status)
+        for name, value in {"content-type": "application/json", "content-length": str(length), **headers}.items():
+            handler.send_header(name, value)
+        handler.end_headers()
+        if fault == "flood":
+            for _ in range(64):
+                handler.wfile.write(b" " * 2**20)
+        return handler.wfile.write(body[: len(body) // 2] if fault == "half" else body)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exc):
+        self.http.shutdown()
+        self.http.server_close()
+
+
+def chat(*texts, finish="stop", **more):
+    choices = [{"index": i, "message": {"content": t}, "finish_reason": finish} for i, t in enumerate(texts)]
+    return json.dumps({"choices": choices, "usage": {"completion_tokens": 7}} | more).encode()
+
+
+def arguments(url=None, model="m", *more):
+    parser = argparse.ArgumentParser()
+    collect.api_flags(parser.add_argument, 12)
+    fast = ["--timeout", "0.8", "--retries", "3"]
+    return parser.parse_args(["--model", str(model), *(["--base_url", url] if url else []), *fast, *more])
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(collect.random, "uniform", lambda a, b: 0.02)  # of the pauses between repeated requests
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+
+
+def test_every_fault_once_then_an_answer():
+    faults = [429, 500, b"<html>", b'{"choices": []}', b"[1]", "half", "silence", "flood", (503, {"Retry-After": "0"})]
+    faults += [
+        b'{"choices": [{"message": {"content": "\\ud800"}}]}',
+        b'{"choices": [{"message": {"content": 3}}]}',
+        "drip",
+    ]
+    with Server(lambda prompt, nth, body: faults[int(prompt)] if nth == 1 else None) as server:
+        prompts = [str(i) for i in range(len(faults))]
+        results = list(collect.complete(arguments(server.url), prompts))
+    assert sorted(i for i, _, _ in results) == list(range(len(faults)))
+    for i, responses, error in results:
+        assert error is None
+        assert responses == [{"text": f"echo {i}", "finished": True, "num_tokens": 7}]
+    assert set(server.asked.values()) == {2}
+    assert server.headers[0]["authorization"] == "Bearer sk-secret-key"
+
+
+def test_faults_without_end_are_listed_and_harm_no_other_prompt():
+    always = {"a": 500, "b": b"garbage", "c": "half", "d": 400, "e": (429, {"Retry-After": "9999"})}
+    with Server(lambda prompt, nth, body: always.get(prompt)) as server:
+        results = {i: (r, e) for i, r, e in collect.complete(arguments(server.url), list("abcdef"))}
+    assert len(results) == 6 and results[5][0][0]["text"] == "echo f"
+    assert [results[i][0] for i in range(5)] == [None] * 5
+    assert "HTTP 500" in results[0][1] and "no chat completion" in results[1][1] and "HTTP 400" in results[3][1]
+    assert "asks to wait 9999 s" in results[4][1]
+    assert server.asked == {"a": 4, "b": 4, "c": 4, "d": 1, "e": 1, "f": 1}
+
+
+def test_retry_after_is_honoured():
+    with Server(lambda prompt, nth, body: (429, {"Retry-After": "0.5"}) if nth == 1 else None) as server:
+        assert [e for _, _, e in collect.complete(arguments(server.url), ["a"])] == [None]
+    assert server.times[1] - server.times[0] >= 0.5
+    now = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
+    assert 25 < collect.retry_after(now) <= 30
+    assert [collect.retry_after(x) for x in ("1.5", "-3", "nan", "soon", "")] == [1.5, 0, 0, 0, 0]
+
+
+def test_max_requests_counts_repeats_and_leaves_the_rest():
+    with Server(lambda prompt, nth, body: 500 if prompt == "a" and nth < 3 else None) as server:
+        args = arguments(server.url, "m", "--max_requests", "4", "--concurrency", "1")
+        results = list(collect.complete(args, list("abcde")))
+    assert [(i, e) for i, r, e in results if r is None] == [(i, "--max_requests is reached") for i in (2, 3, 4)]
+    assert sum(server.asked.values()) == 4
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (401, "OPENAI_API_KEY is missing or refused"),
+        (404, "HTTP 404"),
+        ((302, {"Location": "http://127.0.0.1:9/v1"}), "redirects are not followed"),
+    ],
+)
+def test_what_no_prompt_survives_stops_at_once(fault, message):
+    with Server(lambda prompt, nth, body: fault) as server, pytest.raises(UserError, match=message):
+        list(collect.complete(arguments(server.url), [str(i) for i in range(50)]))
+    assert sum(server.asked.values()) <= 8
+
+
+def test_a_server_that_fails_always_is_given_up():
+    with Server(lambda prompt, nth, body: 400) as server, pytest.raises(UserError, match="20 prompts in a row failed"):
+        list(collect.complete(arguments(server.url), [str(i) for i in range(500)]))
+    assert sum(server.asked.values()) < 40
+    with pytest.raises(UserError, match="20 prompts in a row"):  # nobody listens on port 9
+        list(collect.complete(arguments("http://127.0.0.1:9/v1", "m", "--retries", "0"), [str(i) for i in range(50)]))
+
+
+def test_key_and_address(monkeypatch):
+    leak = (400, {}, b'{"error": {"message": "bad key sk-secret-key"}}')
+    with Server(lambda prompt, nth, body: leak) as server:
+        [(_, _, error)] = collect.complete(arguments(server.url), ["a"])
+    assert "bad key ***" in error and "secret" not in error
+    for url in ("http://user:sk@host/v1", "https://host/v1?key=sk", "localhost:8000", "file:///etc"):
+        with pytest.raises(UserError) as e:
+            list(collect.complete(arguments(url), ["a"]))
+        assert "sk" not in str(e.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk\nsecret")
+    with pytest.raises(UserError, match="no key has"):
+        list(collect.complete(arguments("http://127.0.0.1:9/v1"), ["a"]))
+
+
+def test_at_most_concurrency_at_once():
+    active, most = set(), []
+
+    def behave(prompt, nth, body):
+        active.add(prompt)
+        most.append(len(active))
+        time.sleep(0.02)
+        active.discard(prompt)
+
+    with Server(behave) as server:
+        args = arguments(server.url, "m", "--concurrency", "3")
+        assert len(list(collect.complete(args, [str(i) for i in range(30)]))) == 30
+    assert max(most) == 3
+
+
+def test_fewer_samples_than_asked_for_are_completed():
+    with Server(lambda prompt, nth, body: chat("x", "y") if nth == 1 else None) as server:
+        [(_, responses, _)] = collect.complete(arguments(server.url), ["a"], num_samples=4)
+    assert [r["text"] for r in responses] == ["x", "y", "echo a", "echo a"]
+    assert [b.get("n") for b in server.bodies] == [4, 2, None]
+
+
+def test_log_probabilities_and_the_newer_name_of_the_limit():
+    tokens = {"content": [{"logprob": -0.5}, {"logprob": -1.25}]}
+    choice = {"message": {"content": "hi"}, "finish_reason": "length", "logprobs": tokens}
+    refused = (400, {}, b'{"error": {"message": "use \'max_completion_tokens\' instead"}}')
+    reply = json.dumps({"choices": [choice]}).encode()
+    with Server(lambda prompt, nth, body: reply if "max_completion_tokens" in body else refused) as server:
+        [(_, [response], _)] = collect.complete(arguments(server.url), ["a"], logprobs=True)
+    assert response == {"text": "hi", "finished": False, "logprob": -1.75, "num_tokens": 2}
+    assert server.bodies[1]["max_completion_tokens"] == 12 and "max_tokens" not in server.bodies[1]
+
+
+def test_re_asks_carry_the_dialogue_and_end():
+    follow_ups = []
+
+    def follow_up(i, text):
+        follow_ups.append(text)
+        return None if i == 0 else "again, please"
+
+    with Server(lambda prompt, nth, body: None) as server:
+        results = list(collect.complete(arguments(server.url), ["a", "b"], follow_up=follow_up))
+    assert sorted(i for i, _, _ in results) == [0, 1]
+    assert server.asked == {"a": 1, "b": 3}
+    roles = [m["role"] for m in server.bodies[-1]["messages"]]
+    assert roles == ["user", "assistant", "user", "assistant", "user"]
+    assert server.bodies[-1]["messages"][-1]["content"] == "again, please"
+
+
+def test_local_model_answers_in_the_callers_numbering(tiny_model):
+    args = arguments(None, tiny_model, "--batch_size", "2")
+    prompts = ["a", "a much longer prompt", "bb"]
+    results = {i: r for i, r, e in collect.complete(args, prompts, num_samples=2, temperature=1.0)}
+    assert sorted(results) == [0, 1, 2] and all(len(r) == 2 for r in results.values())
+    alone = {i: r for i, r, e in collect.complete(args, prompts)}
+    model, tokenizer = collect.load_generator(tiny_model, collect.torch.device("cpu"))
+    for i, prompt in enumerate(prompts):
+        [[want]] = collect.generate(model, tokenizer, [prompt + "\n"], max_new_tokens=12)
+        assert alone[i][0]["text"] == want["text"]
