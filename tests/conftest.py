@@ -1,30 +1,148 @@
-"""Fixtures that the tests share."""
+"""Fixtures: a tiny random Llama with a tokenizer trained on the spot, records, and the scripts called in this process
+or as commands."""
 
+import importlib
+import json
+import os
 import pathlib
+import signal
+import subprocess
 import sys
 
 import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+torch.set_num_threads(1)
+
+TEXT = [json.loads(line) for line in (ROOT / "demo/nli.jsonl").read_text().splitlines()]
+LABELS = ("entailment", "neutral", "contradiction")
+
+
+def make_tokenizer(bos=True):
+    """A byte-level BPE of 400 entries: every text round-trips, nothing is unknown. With BOS it adds one, as Llama's
+    does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([row["premise"] for row in TEXT], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    if bos:
+        from tokenizers.processors import TemplateProcessing
+
+        fast._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return fast
+
+
+def make_model(seed=0, layers=2, **kwargs):
+    torch.manual_seed(seed)
+    config = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+    config |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.2}
+    return LlamaForCausalLM(LlamaConfig(**(config | kwargs)))
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """A folder with a tiny random Llama and a byte-level tokenizer, made on the fly."""
-    import tokenizers
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+def tokenizer():
+    return make_tokenizer()
 
-    letters = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    vocab = {"<s>": 0, "</s>": 1} | {c: i for i, c in enumerate(letters, 2)}
-    raw = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
-    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    raw.decoder = tokenizers.decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=len(vocab), num_key_value_heads=2, bos_token_id=0, eos_token_id=1, **sizes)
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A folder with the tiny model: what --model takes."""
     folder = tmp_path_factory.mktemp("tiny")
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_records(n=12, candidates=3):
+    """n records with a human and `candidates` model responses of different lengths, labels and correctness
+    annotated."""
+    records = []
+    for i, row in enumerate(TEXT[:n]):
+        human = {"text": f"{row['explanation']} #### {row['label'].capitalize()}", "source": "human"}
+        others = []
+        for j in range(candidates):
+            other = TEXT[(7 * i + 3 * j + 1) % len(TEXT)]
+            text = other["explanation"].split()[: 3 + 2 * j]
+            label = LABELS[(i + j) % 3]
+            others.append({"text": f"{' '.join(text)} #### {label.capitalize()}", "source": "tiny"})
+        for c in [human, *others]:
+            c["label"] = c["text"].rpartition("#### ")[2].lower()
+            c["correct"] = c["label"] == row["label"]
+        prompt = f"Premise: {row['premise']}\nHypothesis: {row['hypothesis']}\nAnswer:\n"
+        records.append(
+            {"id": f"r{i}", "task": "esnli", "prompt": prompt, "label": row["label"], "candidates": [human, *others]}
+        )
+    return records
+
+
+def write_jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in open(path)]
+
+
+@pytest.fixture
+def data(tmp_path):
+    return write_jsonl(tmp_path / "data.jsonl", make_records())
+
+
+class Result:
+    def __init__(self, code, out, err):
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture
+def cli(capfd, monkeypatch):
+    """cli("rescue", "--ordering", ...) runs a script's main in this process -> Result(code, out, err)."""
+
+    def run(script, *args):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        capfd.readouterr()
+        code = 0
+        try:
+            importlib.import_module("common").run_cli(module.main)
+        except SystemExit as e:
+            code = e.code or 0
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return Result(code, *capfd.readouterr())
+
+    return run
+
+
+def refused(result, *words):
+    """Assert a user's error: one line on stderr (bars apart), exit code 2, each of `words` in it."""
+    assert result.code == 2, (result.code, result.err)
+    assert "Traceback" not in result.err
+    message = result.err[result.err.index("error: ") :]
+    for word in words:
+        assert str(word) in message, (word, message)
+    return message
+
+
+def command(*args, check=True, **kwargs):
+    """Run a command line in the project's root, as a user does; torchrun and python are this environment's."""
+    env = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run([*map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    if check:
+        assert done.returncode == 0, done.stderr[-3000:]
+    return done

@@ -1,0 +1,262 @@
+"""common.py: readers, encoding, packed against padded rows in values and gradients, planning, schedules."""
+
+import gzip
+import json
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model, make_records, make_tokenizer, write_jsonl
+
+import common
+from common import UserError, candidate_logprobs, encode, pack, pack_padded, plan_rows
+
+
+class TestEncode:
+    def test_prompt_and_responses_apart_and_eos(self, tokenizer):
+        record = {"id": "a", "prompt": "A man", "candidates": [{"text": " sleeps"}, {"text": "runs"}]}
+        e = encode(tokenizer, record)
+        assert e.prompt_ids[0] == tokenizer.bos_token_id and tokenizer.decode(e.prompt_ids[1:]) == "A man"
+        assert [r[-1] for r in e.responses] == [tokenizer.eos_token_id] * 2
+        assert [tokenizer.decode(r[:-1]) for r in e.responses] == [" sleeps", "runs"]
+        assert all(tokenizer.bos_token_id not in r for r in e.responses)
+
+    def test_the_boundary_never_merges(self, tokenizer):
+        """'ma' + 'n' joined would be another token sequence: the prompt's ids must be those of the prompt alone."""
+        together = tokenizer("man", add_special_tokens=False).input_ids
+        apart = encode(tokenizer, {"id": "a", "prompt": "ma", "candidates": [{"text": "n"}]})
+        assert apart.prompt_ids[1:] + apart.responses[0][:-1] != together
+        assert tokenizer.decode(apart.prompt_ids[1:] + apart.responses[0][:-1]) == "man"
+
+    def test_response_from_the_right_then_prompt_from_the_left(self, tokenizer):
+        record = {
+            "id": "a",
+            "prompt": "one two three four five six",
+            "candidates": [{"text": "x y z u v w"}, {"text": "x"}],
+        }
+        full = encode(tokenizer, record)
+        e = encode(tokenizer, record, max_length=12, max_response_length=5)
+        assert (e.responses_cut, [len(r) for r in e.responses]) == (1, [5, len(full.responses[1])])
+        assert e.responses[0] == full.responses[0][:4] + [tokenizer.eos_token_id]
+        assert len(e.prompt_ids) == 7 and e.prompt_ids == full.prompt_ids[:1] + full.prompt_ids[-6:]
+        assert e.prompt_cut == len(full.prompt_ids) - 7
+
+    def test_a_response_longer_than_everything_leaves_some_prompt(self, tokenizer):
+        e = encode(tokenizer, {"id": "a", "prompt": "one two", "candidates": [{"text": "word " * 50}]}, max_length=16)
+        assert len(e.prompt_ids) == 2 and len(e.responses[0]) == 14 and e.responses[0][-1] == tokenizer.eos_token_id
+
+    def test_bos_written_by_a_template_is_not_doubled(self, tokenizer):
+        e = encode(tokenizer, {"id": "a", "prompt": "<s>hello", "candidates": [{"text": "x"}]})
+        assert e.prompt_ids.count(tokenizer.bos_token_id) == 1
+
+    def test_no_bos_where_the_tokenizer_adds_none(self):
+        plain = make_tokenizer(bos=False)
+        e = encode(plain, {"id": "a", "prompt": "hello", "candidates": [{"text": "x"}]}, max_length=512)
+        assert plain.bos_token_id not in e.prompt_ids
+
+
+def gradients(model, batch, exponent=0.85):
+    model.zero_grad()
+    logprobs, lengths = candidate_logprobs(model, batch)
+    weights = torch.linspace(-1, 1, len(logprobs))
+    (common.length_normalized(logprobs, lengths, exponent) * weights).sum().backward()
+    return logprobs.detach(), lengths, {n: p.grad.clone() for n, p in model.named_parameters()}
+
+
+class TestPacking:
+    @pytest.mark.parametrize("prompts", [1, 3])
+    def test_packed_is_padded_is_one_by_one(self, tokenizer, prompts):
+        model = make_model()
+        encoded = [encode(tokenizer, r) for r in make_records(prompts)]
+        packed, lengths, grads = gradients(model, pack(encoded))
+        padded, padded_lengths, padded_grads = gradients(model, pack_padded(encoded, tokenizer.pad_token_id))
+        torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
+        assert torch.equal(lengths, padded_lengths)
+        for name, g in padded_grads.items():
+            assert (grads[name] - g).norm() <= 1e-5 * g.norm(), name
+        plain = []  # the plainest way: one candidate at a time, no mask, no padding
+        for e in encoded:
+            for r in e.responses:
+                with torch.no_grad():
+                    logits = model(torch.tensor([e.prompt_ids + r])).logits[0, len(e.prompt_ids) - 1 : -1]
+                plain.append(F.log_softmax(logits, -1).gather(1, torch.tensor(r)[:, None]).sum())
+        torch.testing.assert_close(packed, torch.stack(plain), atol=1e-4, rtol=1e-5)
+        assert lengths.tolist() == [len(r) for e in encoded for r in e.responses]
+
+    def test_a_neighbour_changes_nothing(self, tokenizer):
+        model, records = make_model(), make_records(2)
+        a, b = (encode(tokenizer, r) for r in records)
+        with torch.no_grad():
+            alone, _ = candidate_logprobs(model, pack([a]))
+            beside, _ = candidate_logprobs(model, pack([b, a]))
+        torch.testing.assert_close(alone, beside[len(b.responses) :], atol=1e-4, rtol=1e-5)
+
+    def test_eos_counts(self, tokenizer):
+        """Length and sum include EOS: dropping it from the targets must change both."""
+        e = encode(tokenizer, make_records(1)[0])
+        batch = pack([e])
+        assert (batch.targets == tokenizer.eos_token_id).sum() == len(e.responses)
+
+    def test_layout(self):
+        e = common.Encoded("a", [5, 6], [[7, 1], [8, 9, 1]], 0, 0)
+        batch = pack([e, e])
+        assert batch.input_ids[0].tolist() == [5, 6, 7, 1, 8, 9, 1] * 2
+        assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 2, 3, 4] * 2
+        assert batch.logit_positions.tolist() == [1, 2, 1, 4, 5, 8, 9, 8, 11, 12]
+        assert batch.candidate_index.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+        visible = batch.attention_mask[0, 0].int().tolist()
+        assert visible[6] == [1, 1, 0, 0, 1, 1, 1] + [0] * 7  # its own prompt and itself
+        assert visible[9] == [0] * 7 + [1, 1, 1, 0, 0, 0, 0]
+
+    def test_flex_mask_is_the_same_mask(self, tokenizer):
+        """The BlockMask's function, evaluated everywhere, equals the boolean mask; filler sees itself only."""
+        encoded = [encode(tokenizer, r) for r in make_records(2)]
+        plain, flex = pack(encoded), pack(encoded, torch.device("cpu"))
+        T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
+        assert filled % 128 == 0
+        index = torch.arange(filled)
+        dense = flex.attention_mask.mask_mod(0, 0, index[:, None], index[None, :])
+        assert torch.equal(dense[:T, :T], plain.attention_mask[0, 0])
+        assert torch.equal(dense[T:], torch.eye(filled, dtype=torch.bool)[T:])
+
+    def test_flex_scores(self, tokenizer, tmp_path):
+        make_model().save_pretrained(tmp_path)
+        encoded = [encode(tokenizer, r) for r in make_records(2)]
+        load = common.AutoModelForCausalLM.from_pretrained
+        with torch.no_grad():
+            want, _ = candidate_logprobs(load(tmp_path), pack(encoded))
+            model = load(tmp_path, attn_implementation="flex_attention").eval()
+            got, _ = candidate_logprobs(model, pack(encoded, torch.device("cpu")))
+        torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
+
+    def test_length_normalisation_ignores_padding(self, tokenizer):
+        """RRHF's bug: scores divided by the padded length. A long neighbour must leave a short one's score alone."""
+        model, e = make_model(), encode(tokenizer, make_records(1)[0])
+        longer = encode(tokenizer, {"id": "b", "prompt": "x " * 90, "candidates": [{"text": "y " * 60}]})
+        with torch.no_grad():
+            alone = common.length_normalized(*candidate_logprobs(model, pack_padded([e])), 1.0)
+            beside = common.length_normalized(*candidate_logprobs(model, pack_padded([e, longer])), 1.0)
+        torch.testing.assert_close(alone, beside[: len(alone)], atol=1e-5, rtol=1e-5)
+
+
+class TestPlan:
+    @pytest.mark.parametrize("world", [1, 2, 4])
+    @pytest.mark.parametrize("budget", [1, 100, 5000])
+    def test_every_prompt_once_equal_rows_within_budget(self, world, budget):
+        lengths = [30, 500, 70, 40, 99, 10, 55, 23, 41]
+        plan = plan_rows(lengths, budget, world)
+        assert len(plan) == world and len({len(rows) for rows in plan}) == 1
+        counted = sorted(i for rows in plan for row, weight in rows if weight for i in row)
+        assert counted == list(range(len(lengths)))
+        assert all(len(row) == 1 or sum(lengths[i] for i in row) <= budget for rows in plan for row, _ in rows)
+
+    def test_fewer_prompts_than_ranks(self):
+        plan = plan_rows([10], 100, 4)
+        assert [rows[0][1] for rows in plan] == [1.0, 0.0, 0.0, 0.0]
+
+
+def test_learning_rate():
+    args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
+    rates = [common.learning_rate(s, 10, args) for s in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[6] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.05
+    args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
+    assert [common.learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+
+
+class TestReaders:
+    def test_formats_agree(self, tmp_path):
+        rows = [{"a": "1", "b": "x,y\nz"}, {"a": "ü", "b": ""}]
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        (tmp_path / "r.jsonl").write_text("\ufeff" + text.replace("\n", "\r\n"))  # BOM, CRLF
+        (tmp_path / "r.json").write_text(json.dumps(rows))
+        (tmp_path / "r.csv").write_text('\ufeffa,b\n1,"x,y\nz"\nü,\n')
+        with gzip.open(tmp_path / "g.jsonl.gz", "wt") as f:
+            f.write(text)
+        for name in ("r.jsonl", "r.json", "r.csv", "g.jsonl.gz"):
+            assert [row for _, row in common.read_rows(tmp_path / name)] == rows, name
+
+    @pytest.mark.parametrize(
+        "name, content, words",
+        [
+            ("a.jsonl", b'{"a": 1}\n{"a": \n', ["a.jsonl:2"]),
+            ("a.jsonl", b"[1]\n", ["a.jsonl:1", "list"]),
+            ("a.jsonl", b'{"a": NaN}\n', ["a.jsonl:1", "NaN"]),
+            ("a.jsonl", b'{"a": "\xff"}\n', ["a.jsonl:1"]),
+            ("a.jsonl", b'{"a": "\\ud800"}\n', ["a.jsonl:1"]),
+            ("a.jsonl", b'{"a": "\x00"}\n', ["a.jsonl:1"]),
+            ("a.jsonl", b'"' + b"x" * (11 << 20), ["a.jsonl:1", "10 MiB"]),
+            ("a.json", b'{"a": 1}', ["a.json:1", "array"]),
+            ("a.json", b"[1]", ["a.json:1"]),
+            ("a.csv", b"a,b\n1\n", ["a.csv:2"]),
+            ("a.csv", b"a,b\n1,2,3\n", ["a.csv:2"]),
+            ("a.csv", b"a\n\xff\n", ["a.csv"]),
+            ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz"]),
+            ("a.txt", b"x", [".jsonl"]),
+        ],
+    )
+    def test_refused_by_name(self, tmp_path, name, content, words):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as e:
+            list(common.read_rows(tmp_path / name))
+        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+    def test_deep_nesting(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+        with pytest.raises(UserError, match="a.jsonl:1"):
+            list(common.read_rows(tmp_path / "a.jsonl"))
+
+    @pytest.mark.parametrize(
+        "change, words",
+        [
+            ({"id": ""}, ["id"]),
+            ({"id": 7}, ["id"]),
+            ({"prompt": " \n"}, ["prompt"]),
+            ({"prompt": None}, ["prompt"]),
+            ({"candidates": []}, ["candidates"]),
+            ({"candidates": "x"}, ["candidates"]),
+            ({"candidates": ["x"]}, ["candidates[0]"]),
+            ({"candidates": [{"text": 1, "source": "m"}]}, ["candidates[0].text"]),
+            ({"candidates": [{"text": "x"}]}, ["candidates[0].source"]),
+            ({"candidates": [{"text": " ", "source": "human"}]}, ["candidates[0]", "human"]),
+            ({"candidates": [{"text": "x", "source": "m", "reward": "0.5"}]}, ["candidates[0].reward"]),
+            ({"candidates": [{"text": "x", "source": "m", "correct": 1}]}, ["candidates[0].correct"]),
+            ({"candidates": [{"text": "x", "source": "m", "rank": -1}]}, ["candidates[0].rank"]),
+            ({"candidates": [{"text": "x", "source": "m", "num_tokens": 0}]}, ["candidates[0].num_tokens"]),
+        ],
+    )
+    def test_bad_records(self, tmp_path, change, words):
+        path = write_jsonl(tmp_path / "c.jsonl", [make_records(1)[0], make_records(2)[1] | change])
+        with pytest.raises(UserError) as e:
+            common.load_candidates(path)
+        assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
+
+    def test_duplicates_needs_and_limits(self, tmp_path):
+        path = write_jsonl(tmp_path / "c.jsonl", make_records(2) + make_records(1))
+        with pytest.raises(UserError, match=r"c.jsonl:3.*'r0'.*c.jsonl:1"):
+            common.load_candidates(path)
+        assert len(common.load_candidates(path, limit=2)) == 2
+        with pytest.raises(UserError, match=r"c.jsonl:1: candidates\[0\].*'reward'.*add it with: the command"):
+            common.load_candidates(path, need=["reward"], added_by="the command")
+
+    def test_empty_file(self, tmp_path):
+        (tmp_path / "c.jsonl").write_text("\n\n")
+        with pytest.raises(UserError, match="no records"):
+            common.load_candidates(tmp_path / "c.jsonl")
+
+
+@pytest.mark.parametrize("value, low, ok", [("0.5", 0, True), ("-1", 0, False), ("nan", 0, False), ("inf", 0, False)])
+def test_in_range(value, low, ok):
+    parse = common.in_range(float, low)
+    if ok:
+        assert parse(value) == float(value)
+    else:
+        with pytest.raises(common.argparse.ArgumentTypeError):
+            parse(value)
+
+
+def test_atomic_write(tmp_path):
+    common.write_atomically(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new" and math.isclose(len(list(tmp_path.iterdir())), 1)

@@ -1,0 +1,124 @@
+"""evaluate.py: the metrics by hand, the verbs from end to end on a tiny model, the report."""
+
+import json
+import math
+
+import pytest
+from conftest import make_records, read_jsonl, refused, write_jsonl
+
+import evaluate
+
+
+class TestMetrics:
+    def test_ranking_by_hand(self):
+        rows = [
+            {"scores": [-1.0, -2.0, -1.05], "levels": [2, 1, 0]},  # gaps 1.0, 0.05, -0.95
+            {"scores": [-3.0, -1.0], "levels": [1, 1]},  # a tie: no pair
+            {"scores": [-3.0, -1.0], "levels": [1, 0]},  # gap -2.0
+        ]
+        got = evaluate.ranking_metrics(rows, margin=0.1)
+        assert got["pairs"] == 4 and got["prompts"] == 2
+        assert got["pair_accuracy"] == 0.5 and got["margin_violations"] == 0.75
+        assert got["mean_margin"] == pytest.approx((1.0 + 0.05 - 0.95 - 2.0) / 4)
+        assert got["kendall_tau"] == pytest.approx(((2 - 1) / 3 + -1) / 2)
+
+    @pytest.mark.parametrize(
+        "a, b, tau",
+        [
+            ([1, 2, 3], [1, 2, 3], 1),
+            ([1, 2, 3], [3, 2, 1], -1),
+            ([1, 1, 2], [1, 2, 3], 2 / math.sqrt(6)),
+            ([1, 1], [1, 2], 0),
+        ],
+    )
+    def test_kendall_tau_b(self, a, b, tau):
+        assert evaluate.kendall_tau(a, b) == pytest.approx(tau)
+
+    def test_nli_by_hand(self):
+        def row(gold, predicted, text="a b"):
+            return {"label": gold, "prediction": predicted, "well_formed": predicted is not None, "text": text}
+
+        e, n, c = "entailment", "neutral", "contradiction"
+        got = evaluate.nli_metrics([row(e, e), row(e, n), row(n, n), row(c, None, "x y z w")])
+        assert (
+            got["accuracy"] == 0.5
+            and got["unparsed"] == 0.25
+            and got["well_formed"] == 0.75
+            and got["mean_words"] == 2.5
+        )
+        assert got["precision"] == {e: 1.0, n: 0.5, c: 0.0} and got["recall"] == {e: 0.5, n: 1.0, c: 0.0}
+        assert got["confusion"][c] == {e: 0, n: 0, c: 0, "unparsed": 1}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "d.jsonl", make_records(5))
+    return tmp_path
+
+
+def test_verbs_and_report(cli, tiny, here):
+    for name in ("a", "b"):
+        result = cli("evaluate", "nli", "--model", tiny, "--name", name, "--input", "d.jsonl", "--max_new_tokens", 4)
+        assert result.code == 0, result.err
+        assert (here / f"runs/eval/{name}/nli.png").stat().st_size > 10_000
+        assert (
+            cli("evaluate", "ranking", "--model", tiny, "--name", name, "--input", "d.jsonl", "--by", "label").code == 0
+        )
+    predictions = read_jsonl(here / "runs/eval/a/nli.jsonl")
+    assert [p["id"] for p in predictions] == [f"r{i}" for i in range(5)]
+    metrics = json.loads((here / "runs/eval/a/nli.metrics.json").read_text())
+    assert metrics["metrics"]["prompts"] == 5 and {"torch", "transformers"} <= metrics["versions"].keys()
+    report = cli("evaluate", "report", "a", "b", "--columns", "accuracy", "pair_accuracy", "--output", "table.md").out
+    assert "| a |" in report and "| b |" in report and (here / "table.md").read_text() == report
+    assert "### nli" in cli("evaluate", "report", "a", "b").out
+    refused(cli("evaluate", "report", "a", "--columns", "beauty"), "beauty")
+    refused(cli("evaluate", "report", "nobody"), "nobody")
+
+
+def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
+    args = ("evaluate", "nli", "--model", tiny, "--name", "a", "--input", "d.jsonl", "--max_new_tokens", 4)
+    first = cli(*args).out
+    monkeypatch.setattr(evaluate.collect, "load_generator", lambda *a: pytest.fail("loaded a model for nothing"))
+    assert cli(*args).out.splitlines()[-2] == first.splitlines()[-2]
+    refused(cli(*args[:-1], 5), "max_new_tokens")
+
+
+def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
+    import torch
+
+    import common
+
+    cli(
+        "evaluate",
+        "ranking",
+        "--model",
+        tiny,
+        "--name",
+        "a",
+        "--input",
+        "d.jsonl",
+        "--by",
+        "label",
+        "--length_scaling",
+        0.85,
+    )
+    tokenizer = common.load_tokenizer(str(tiny))
+    model = common.AutoModelForCausalLM.from_pretrained(tiny)
+    for record, row in zip(make_records(5), read_jsonl(here / "runs/eval/a/ranking.jsonl")):
+        with torch.no_grad():
+            logp, n = common.candidate_logprobs(model, common.pack_padded([common.encode(tokenizer, record)]))
+        want = [(x / k ** (1.0 if i == 0 else 0.85)).item() for i, (x, k) in enumerate(zip(logp, n))]
+        assert row["scores"] == pytest.approx(want, rel=1e-4)
+
+
+def test_refusals(cli, tiny, here):
+    write_jsonl(here / "nolabel.jsonl", [{"id": "a", "prompt": "p"}])
+    refused(cli("evaluate", "nli", "--model", tiny, "--input", "nolabel.jsonl"), "nolabel.jsonl", "label")
+    bad = make_records(1)
+    del bad[0]["candidates"][1]["correct"]
+    write_jsonl(here / "bad.jsonl", bad)
+    refused(
+        cli("evaluate", "ranking", "--model", tiny, "--input", "bad.jsonl", "--by", "label"), "candidates[1]", "correct"
+    )
+    refused(cli("evaluate", "ranking", "--model", tiny, "--input", "none.jsonl", "--by", "label"), "none.jsonl")

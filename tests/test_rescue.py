@@ -1,0 +1,312 @@
+"""rescue.py: the loss against hand-worked numbers and naive loops, the orderings, and the training loop's
+invariances."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+from conftest import command, make_records, read_jsonl, refused, write_jsonl
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import common
+from rescue import pair_statistics, preference, ranking_loss, select_candidates, sft_loss
+
+
+def naive_ranking_loss(scores, ranks):
+    total = 0.0
+    for i in range(len(scores)):
+        for j in range(len(scores)):
+            if ranks[i] > ranks[j]:
+                total += max(0.0, scores[j] - scores[i])
+    return total
+
+
+class TestLoss:
+    def test_by_hand(self):
+        # human 2, right 1, wrong 0; violated: (0, 1): 0.5, (0, 2): 1.0, (1, 2): 0.5
+        scores = torch.tensor([-2.0, -1.5, -1.0], requires_grad=True)
+        loss = ranking_loss(scores, torch.tensor([2.0, 1.0, 0.0]))
+        assert loss.item() == pytest.approx(2.0)
+        loss.backward()
+        assert scores.grad.tolist() == [
+            -2.0,
+            0.0,
+            2.0,
+        ]  # pushed up by two pairs, up by one and down by one, down by two
+
+    def test_in_order_is_zero(self):
+        assert ranking_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.0])).item() == 0.0
+
+    def test_ties_are_not_compared(self):
+        scores = torch.tensor([-3.0, -1.0, -2.0], requires_grad=True)
+        loss = ranking_loss(scores, torch.tensor([1.0, 1.0, 1.0]))
+        loss.backward()
+        assert loss.item() == 0.0 and scores.grad.tolist() == [0.0, 0.0, 0.0]
+
+    def test_partial_order_by_hand(self):
+        # label ordering, right {0, 2}, wrong {1}: only (0, 1) is violated, by 0.4; 0 and 2 are not compared
+        loss = ranking_loss(torch.tensor([-1.4, -1.0, -0.2]), torch.tensor([1.0, 0.0, 1.0]))
+        assert loss.item() == pytest.approx(0.4)
+
+    @pytest.mark.parametrize("seed", range(20))
+    def test_against_loops(self, seed):
+        rng = random.Random(seed)
+        n = rng.randint(1, 6)
+        values, ranks = [rng.uniform(-4, 0) for _ in range(n)], [rng.randint(0, 2) for _ in range(n)]
+        scores = torch.tensor(values, dtype=torch.float64, requires_grad=True)
+        loss = ranking_loss(scores, torch.tensor(ranks))
+        assert loss.item() == pytest.approx(naive_ranking_loss(values, ranks), abs=1e-12)
+        loss.backward()
+        for i in range(n):  # central differences: the hinge is linear away from its kinks
+            up, down = ([v + (k == i) * d for k, v in enumerate(values)] for d in (1e-7, -1e-7))
+            slope = (naive_ranking_loss(up, ranks) - naive_ranking_loss(down, ranks)) / 2e-7
+            assert scores.grad[i].item() == pytest.approx(slope, abs=1e-5)
+
+    def test_infinite_levels(self):  # similarity puts the human response at infinity
+        assert ranking_loss(torch.tensor([-2.0, -1.0]), torch.tensor([math.inf, 0.3])).item() == pytest.approx(1.0)
+
+    def test_sft_takes_the_first_best(self):
+        logprobs, lengths = torch.tensor([-6.0, -4.0, -9.0]), torch.tensor([3.0, 4.0, 3.0])
+        assert sft_loss(logprobs, lengths, torch.tensor([1.0, 1.0, 0.0])).item() == pytest.approx(2.0)
+        assert sft_loss(logprobs, lengths, torch.tensor([0.0, 1.0, 2.0])).item() == pytest.approx(3.0)
+
+    def test_length_scaling_by_hand(self):
+        # Eq. 3: -8 / 4**0.85 and -8 / 4**1
+        got = common.length_normalized(torch.tensor([-8.0, -8.0]), torch.tensor([4.0, 4.0]), torch.tensor([0.85, 1.0]))
+        assert got.tolist() == pytest.approx([-8 / 3.2490095854, -2.0])
+
+    def test_pair_statistics(self):
+        right, pairs, margin = pair_statistics(torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([2.0, 1.0, 0.0]))
+        assert (right.item(), pairs.item(), margin.item()) == (1, 3, pytest.approx(1.0 - 0.5 - 1.5))
+
+
+class TestOrderings:
+    record = {
+        "id": "w",
+        "candidates": [
+            {"text": "h", "source": "human", "correct": True, "similarity": 1.0, "rank": 1, "reward": 0.1},
+            {"text": "a", "source": "m", "correct": True, "similarity": 0.4, "rank": 0, "reward": 0.5},
+            {"text": "b", "source": "m", "correct": False, "similarity": 0.6, "rank": 3, "reward": -2.0},
+            {"text": "c", "source": "m", "correct": False, "similarity": 0.2, "rank": 2, "reward": 0.4},
+        ],
+    }
+
+    @pytest.mark.parametrize(
+        "ordering, levels",
+        [
+            ("human", [1, 0, 0, 0]),
+            ("label", [1, 1, 0, 0]),
+            ("hybrid", [2, 1, 0, 0]),
+            ("similarity", [math.inf, 0.4, 0.6, 0.2]),
+            ("gpt", [-1, 0, -3, -2]),
+            ("reward", [0.1, 0.5, -2.0, 0.4]),
+        ],
+    )
+    def test_worked_example(self, ordering, levels):
+        assert preference(self.record, ordering) == levels
+
+    def test_multi_document_hybrid(self):
+        anchors = [("gold", True), ("distractor", True), ("gold", False), ("distractor", False)]
+        record = {"candidates": [{"source": "m", "anchor": a, "correct": c} for a, c in anchors]}
+        assert preference(record, "hybrid") == [2, 1, 0, 0]
+        assert preference(record, "label") == [1, 1, 0, 0]
+
+    def test_unranked_record_has_no_pairs(self):
+        assert preference({"candidates": [{"source": "m", "rank": None}] * 2}, "gpt") == [0.0, 0.0]
+
+    def test_selection_keeps_the_human(self):
+        record = make_records(1, candidates=6)[0]
+        record["candidates"] = record["candidates"][1:] + record["candidates"][:1]  # the human one last
+        drawn = {s: [c["text"] for c in select_candidates(record, 3, s)["candidates"]] for s in range(8)}
+        assert all(len(d) == 3 and d[-1] == record["candidates"][-1]["text"] for d in drawn.values())
+        assert len({tuple(d) for d in drawn.values()}) > 1
+        assert drawn[0] == [c["text"] for c in select_candidates(record, 3, 0)["candidates"]]
+
+
+def train(cli, tiny, data, output, *args, code=0):
+    flags = ("--model", tiny, "--data", data, "--output", output, "--lr", "1e-3", "--batch_size", 4)
+    ordering = () if "--ordering" in args else ("--ordering", "label")
+    result = cli("rescue", *flags, *ordering, *args)
+    assert result.code == code, result.err
+    return result
+
+
+def weights(output):
+    return load_file(output / "model" / "model.safetensors")
+
+
+def difference(a, b):
+    a, b = weights(a), weights(b)
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+class TestTraining:
+    def test_rows_and_padding_do_not_change_the_run(self, cli, tiny, data, tmp_path):
+        """1 x 4 prompts a row = 4 x 1 = padded: accumulation, packing and padding leave the trajectory as it is."""
+        train(cli, tiny, data, tmp_path / "one", "--max_tokens_per_row", 10_000)
+        train(cli, tiny, data, tmp_path / "four", "--max_tokens_per_row", 1)
+        train(cli, tiny, data, tmp_path / "padded", "--padded")
+        assert difference(tmp_path / "one", tmp_path / "four") < 2e-6
+        assert difference(tmp_path / "one", tmp_path / "padded") < 2e-6
+        for a, b in zip(read_jsonl(tmp_path / "one/log.jsonl"), read_jsonl(tmp_path / "padded/log.jsonl")):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+                b["grad_norm"], rel=1e-4
+            )
+
+    def test_two_ranks_are_one_rank(self, cli, tiny, tmp_path):
+        """Uneven data too: 7 prompts in batches of 4, so that the last step has 3 for 2 ranks, and 1 record in a step
+        of its own."""
+        data = write_jsonl(tmp_path / "seven.jsonl", make_records(9))
+        train(cli, tiny, data, tmp_path / "one", "--max_tokens_per_row", 200)
+        flags = f"--data {data} --output {tmp_path / 'two'} --lr 1e-3 --batch_size 4 --ordering label"
+        flags += " --max_tokens_per_row 200"
+        command("torchrun", "--nproc_per_node", 2, "rescue.py", "--model", tiny, *flags.split())
+        assert difference(tmp_path / "one", tmp_path / "two") < 2e-6
+
+    def test_resumed_is_uninterrupted_bit_for_bit(self, cli, tiny, data, tmp_path, monkeypatch):
+        train(cli, tiny, data, tmp_path / "whole", "--epochs", 2)
+        stopped = interrupt_after(monkeypatch, 3)
+        result = train(cli, tiny, data, tmp_path / "parts", "--epochs", 2)
+        assert "--resume" in result.out and not (tmp_path / "parts/model").exists()
+        stopped.undo()
+        train(cli, tiny, data, tmp_path / "parts", "--epochs", 2, "--resume")
+        assert difference(tmp_path / "whole", tmp_path / "parts") == 0.0
+        a, b = (read_jsonl(tmp_path / x / "log.jsonl") for x in ("whole", "parts"))
+        assert [(x["step"], x["loss"]) for x in a] == [(x["step"], x["loss"]) for x in b]
+
+    def test_saved_folder_gives_the_same_logits(self, cli, tiny, data, tmp_path, monkeypatch):
+        seen = {}
+        save = common.Run.finish
+        monkeypatch.setattr(
+            common.Run, "finish", lambda run, model, tok: (seen.update(model=model), save(run, model, tok))
+        )
+        train(cli, tiny, data, tmp_path / "run", "--ordering", "none")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+        ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run/model")("A man sleeps.").input_ids])
+        with torch.no_grad():
+            assert torch.equal(loaded(ids).logits, seen["model"].eval()(ids).logits)
+        assert (tmp_path / "run/model/generation_config.json").exists() and loaded.config.use_cache
+        assert "lm_head.weight" not in weights(tmp_path / "run")  # tied
+
+    def test_learns_the_ordering(self, cli, tiny, data, tmp_path):
+        train(cli, tiny, data, tmp_path / "run", "--ordering", "human", "--epochs", 8, "--alpha", 1, "--lr", "3e-3")
+        log = read_jsonl(tmp_path / "run/log.jsonl")
+        assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["pair_accuracy"] >= 0.9
+
+    def test_no_sft_and_alpha(self, cli, tiny, data, tmp_path):
+        train(cli, tiny, data, tmp_path / "a", "--no_sft", "--alpha", 0.5, "--max_train_samples", 4)
+        line = read_jsonl(tmp_path / "a/log.jsonl")[0]
+        assert line["loss"] == pytest.approx(0.5 * line["rank_loss"])
+        train(cli, tiny, data, tmp_path / "b", "--max_train_samples", 4)
+        line = read_jsonl(tmp_path / "b/log.jsonl")[0]
+        assert line["loss"] == pytest.approx(0.1 * line["rank_loss"] + line["sft_loss"])
+
+    def test_activation_checkpointing_changes_nothing(self, cli, tiny, data, tmp_path):
+        train(cli, tiny, data, tmp_path / "a", "--max_train_samples", 4)
+        train(cli, tiny, data, tmp_path / "b", "--max_train_samples", 4, "--activation_checkpointing")
+        assert difference(tmp_path / "a", tmp_path / "b") < 1e-6
+
+
+def interrupt_after(monkeypatch, steps):
+    """Make Run.interrupted say yes after that many optimizer steps' micro-batches; undo() takes it back."""
+    context = pytest.MonkeyPatch()
+    original = common.Run.log
+    state = {"steps": 0}
+
+    def log(run, step, values, *rest):
+        state["steps"] = step
+        original(run, step, values, *rest)
+
+    context.setattr(common.Run, "log", log)
+    context.setattr(common.Run, "interrupted", lambda run: state["steps"] >= steps)
+    return context
+
+
+class TestRefusals:
+    def run(self, cli, tiny, data, tmp_path, *args):
+        return train(cli, tiny, data, tmp_path / "out", *args, code=2)
+
+    def test_missing_data(self, cli, tiny, tmp_path):
+        refused(self.run(cli, tiny, tmp_path / "none.jsonl", tmp_path), "none.jsonl", "collect_candidates.py prepare")
+
+    def test_unknown_ordering(self, cli, tiny, data, tmp_path):
+        refused(self.run(cli, tiny, data, tmp_path, "--ordering", "best"), "--ordering", "best")
+
+    def test_negative_alpha(self, cli, tiny, data, tmp_path):
+        refused(self.run(cli, tiny, data, tmp_path, "--alpha=-1"), "--alpha", "-1")
+
+    def test_unknown_and_abbreviated_flags(self, cli, tiny, data, tmp_path):
+        refused(self.run(cli, tiny, data, tmp_path, "--alph", "1"), "--alph")
+
+    def test_model_that_does_not_load(self, cli, data, tmp_path):
+        refused(self.run(cli, tmp_path, data, tmp_path), "--model")
+        assert not (tmp_path / "out/model").exists()
+
+    @pytest.mark.parametrize("field", ["correct"])
+    def test_missing_annotation_names_the_command(self, cli, tiny, tmp_path, field):
+        records = make_records(2)
+        del records[1]["candidates"][2][field]
+        data = write_jsonl(tmp_path / "d.jsonl", records)
+        refused(self.run(cli, tiny, data, tmp_path), "r1", "candidates[2]", field, "rank --by label")
+
+    def test_output_in_use_is_not_overwritten(self, cli, tiny, data, tmp_path):
+        train(cli, tiny, data, tmp_path / "out", "--max_train_samples", 4)
+        before = weights(tmp_path / "out")
+        refused(self.run(cli, tiny, data, tmp_path), "--resume", "--overwrite")
+        assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "out").items())
+        train(cli, tiny, data, tmp_path / "out", "--overwrite")
+        assert any(not torch.equal(before[k], v) for k, v in weights(tmp_path / "out").items())
+
+    def test_someone_elses_folder(self, cli, tiny, data, tmp_path):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/thesis.tex").write_text("years of work")
+        refused(self.run(cli, tiny, data, tmp_path, "--overwrite"), "args.json")
+        assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
+
+    def test_changed_arguments(self, cli, tiny, data, tmp_path, monkeypatch):
+        stopped = interrupt_after(monkeypatch, 1)
+        train(cli, tiny, data, tmp_path / "out")
+        stopped.undo()
+        refused(
+            self.run(cli, tiny, data, tmp_path, "--resume", "--alpha", "0.2"), "--alpha 0.1 -> 0.2", "--allow_changed"
+        )
+        train(cli, tiny, data, tmp_path / "out", "--resume", "--alpha", "0.2", "--allow_changed")
+
+    def test_nan_names_the_records(self, cli, tiny, data, tmp_path, monkeypatch):
+        import rescue
+
+        original, calls = rescue.candidate_logprobs, []
+
+        def poisoned(model, batch):
+            logprobs, lengths = original(model, batch)
+            calls.append(1)
+            return (logprobs * float("nan") if len(calls) == 2 else logprobs), lengths
+
+        monkeypatch.setattr(rescue, "candidate_logprobs", poisoned)
+        message = refused(
+            self.run(cli, tiny, data, tmp_path, "--checkpoint_every", 1), "step 2", "not finite", "step-00000001"
+        )
+        assert sum(f"r{i}" in message for i in range(12)) >= 4
+        assert not (tmp_path / "out/model").exists() and (tmp_path / "out/checkpoints/step-00000001/meta.json").exists()
+
+    def test_no_room_for_a_rank(self, cli, tiny, data, tmp_path):
+        refused(self.run(cli, tiny, data, tmp_path, "--ordering", "none", "--no_sft"), "--no_sft")
+
+
+def test_default_paths(cli, tiny, tmp_path, monkeypatch):
+    """Typed without a path: data/esnli/ranked.jsonl -> runs/rescue-label/, and the data's absence shows the
+    commands."""
+    monkeypatch.chdir(tmp_path)
+    message = refused(
+        cli("rescue", "--ordering", "label", "--model", tiny), "data/esnli/ranked.jsonl", "prepare", "sample", "rank"
+    )
+    assert "--by label" in message
+    (tmp_path / "data/esnli").mkdir(parents=True)
+    write_jsonl(tmp_path / "data/esnli/ranked.jsonl", make_records(4))
+    assert cli("rescue", "--ordering", "label", "--model", tiny).code == 0
+    settings = json.loads((tmp_path / "runs/rescue-label/args.json").read_text())["settings"]
+    assert settings["alpha"] == 0.1 and settings["length_scaling"] == 0.85 and settings["batch_size"] == 64
