@@ -54,20 +54,23 @@ class Journal:
 
     def __init__(self, path, ids, settings, rank=0, world=1):
         self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
-        if rank == 0:
-            self._claim(settings)
         if world > 1:
-            torch.distributed.barrier()
+            common.on_rank0(lambda: self._claim(settings))
+        else:
+            self._claim(settings)
         wanted = set(self.ids)
-        self.where = {}  # id -> (file, offset)
+        self.done = set()
         for file in self._files():
-            for offset, record in self._lines(file):
-                if record["id"] not in wanted:
-                    raise UserError(
-                        f"{file}: id {record['id']!r} is not in the input: name another --output, or delete this one"
-                    )
-                self.where.setdefault(record["id"], (file, offset))
-        self.done = set(self.where)
+            ids = [record["id"] for _, record in self._lines(file)]
+            if strangers := sorted(set(ids) - wanted):
+                raise UserError(f"{file}: id {strangers[0]!r} is not in the input: name another --output")
+            if len(ids) > len(set(ids)):
+                raise UserError(
+                    f"{file}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice: delete one of the lines"
+                )
+            self.done |= set(ids)
+        if world > 1:
+            torch.distributed.barrier()  # nobody writes while another still reads
         self._part = open(f"{self.path}.part{rank}", "ab")  # noqa: SIM115
 
     def _claim(self, settings):
@@ -81,17 +84,19 @@ class Journal:
         except OSError as e:
             raise UserError(f"--output {self.path}: cannot be written ({e.strerror})") from e
         self._lock.seek(0)
-        before = self._lock.read()
+        before = common.read_json(self._lock.read())
         if self._files():
-            if not before:
+            if before is None:
                 raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
-            before = json.loads(before)
             changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
             if changed:
                 raise UserError(
                     f"--output {self.path} was begun with other arguments ({', '.join(changed)}): "
                     "name another file, or delete it"
                 )
+            for file in self._files():
+                self._cut_torn_line(file)
+            return
         self._lock.truncate(0)
         json.dump(settings, self._lock, indent=1)
         self._lock.flush()
@@ -100,23 +105,22 @@ class Journal:
         parts = sorted(self.path.parent.glob(self.path.name + ".part*"))
         return [p for p in [self.path, *parts] if p.exists()]
 
-    def _lines(self, file):
+    def _cut_torn_line(self, file):
         with open(file, "r+b") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - common.MAX_LINE))
+            end = f.tell() + f.read().rfind(b"\n") + 1
+            if end < size:
+                say(f"{file}: cut off a torn last line of {size - end} bytes")
+                f.truncate(end)
+
+    def _lines(self, file):
+        with open(file, "rb") as f:
             offset = 0
             for line in f:
-                try:
-                    record = json.loads(line) if line.endswith(b"\n") else None
-                except ValueError:
-                    record = None
-                if record is None:
-                    if f.read(1):
-                        raise UserError(
-                            f"{file}: a line at byte {offset} is not valid JSON: delete the file to begin anew"
-                        )
-                    if self.rank == 0 or str(file).endswith(f".part{self.rank}"):
-                        say(f"{file}: cut off a torn last line")
-                        f.truncate(offset)
-                    return
+                record = common.read_json(line)
+                if not isinstance(record, dict) or "id" not in record:
+                    raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
                 yield offset, record
                 offset += len(line)
 

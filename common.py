@@ -71,6 +71,15 @@ def run_cli(main):
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            raise
+        where = f" ({e.filename})" if e.filename else ""
+        print(f"error: {e.strerror}{where}: free some space and run the same command again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted: what is written stays; the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -765,18 +774,17 @@ class Run:
             for name in ("log.jsonl", "latest"):
                 (out / name).unlink(missing_ok=True)
         self._lock.seek(0)
-        before = self._lock.read()
-        if before and begun and not self.args.overwrite:
-            self._compare(json.loads(before)["settings"])
+        before = read_json(self._lock.read())
+        if begun and before and not self.args.overwrite:
+            self._compare(before["settings"])
+            if before["settings"] == self.settings:
+                return
         versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")} | {
             "python": sys.version.split()[0]
         }
         self._lock.truncate(0)
-        json.dump(
-            {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world},
-            self._lock,
-            indent=1,
-        )
+        about = {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world}
+        json.dump(about, self._lock, indent=1)
         self._lock.flush()
 
     def _compare(self, before):
@@ -834,52 +842,48 @@ class Run:
         """Write OUTPUT/checkpoints/step-N: under a temporary name, then renamed, then `latest` changes, then old ones
         go."""
         folder = self.output / "checkpoints" / f"step-{step:08d}"
-        if folder.exists():
-            return
         part = folder.with_name(f"part-{step:08d}")
         on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         try:
-            dcp.save(state, checkpoint_id=part)
+            if not on_rank0(folder.exists):  # it does after a kill between the renaming and the next step
+                dcp.save(state, checkpoint_id=part)
             on_rank0(lambda: self._publish(part, folder, step))
         except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
-            full = (
-                "No space left" in str(e)
-                or "File too large" in str(e)
-                or getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG)
-            )
+            full = any(text in str(e) for text in ("No space left", "File too large", "Disk quota"))
             reason = "the disk is full" if full else str(e).strip().splitlines()[-1]
             latest = self.latest()
-            raise UserError(
-                f"checkpoint of step {step} could not be saved ({reason}); "
-                f"{f'the one before, {latest}, is whole' if latest else 'there is no older one'}"
-            ) from e
+            whole = f"the one before, {latest}, is whole" if latest else "there is no older one"
+            raise UserError(f"the checkpoint of step {step} could not be saved ({reason}); {whole}") from e
 
     def _publish(self, part, folder, step):
-        meta = {"step": step, "world": self.world, "settings": self.settings}
-        write_atomically(part / "meta.json", json.dumps(meta))
-        sync_folder(part)
-        os.replace(part, folder)
-        write_atomically(self.output / "latest", folder.name + "\n")
-        whole = sorted(p for p in folder.parent.glob("step-*") if (p / "meta.json").exists())
-        for old in whole[: -self.args.keep_checkpoints]:
-            shutil.rmtree(old)
+        try:
+            if not folder.exists():
+                write_atomically(part / "meta.json", json.dumps({"step": step, "world": self.world}))
+                sync_folder(part)
+                os.replace(part, folder)
+            write_atomically(self.output / "latest", folder.name + "\n")
+        except OSError as e:
+            raise UserError(f"the checkpoint of step {step} could not be saved ({e.strerror})") from e
+        for old in self._whole()[: -self.args.keep_checkpoints]:
+            os.replace(old, doomed := old.with_name(f"part-{old.name}"))  # never half deleted under a whole one's name
+            shutil.rmtree(doomed)
+
+    def _whole(self):
+        folders = (self.output / "checkpoints").glob("step-*")
+        return sorted(p for p in folders if (p / "meta.json").exists() and (p / ".metadata").exists())
 
     def latest(self):
-        """The newest whole checkpoint's folder, or None. `latest` names it; an incomplete one is passed over with a
-        word."""
-        folder = self.output / "checkpoints"
-        for part in folder.glob("part-*"):
+        """The newest whole checkpoint's folder, or None; an incomplete one is passed over with a word."""
+        for part in (self.output / "checkpoints").glob("part-*"):
             say(f"{part} is incomplete: passed over")
-        whole = sorted(p for p in folder.glob("step-*") if (p / "meta.json").exists() and (p / ".metadata").exists())
-        marker = self.output / "latest"
-        named = folder / marker.read_text().strip() if marker.exists() else None
-        return named if named in whole else (whole[-1] if whole else None)
+        return (self._whole() or [None])[-1]
 
     def restore(self, model, optimizer):
         """Load the newest whole checkpoint, on any number of ranks -> the step to go on from (0 when there is none)."""
         folder = on_rank0(self.latest)
         if folder is None:
+            on_rank0(lambda: self._cut_log(0))
             return 0
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.load(state, checkpoint_id=folder)
@@ -894,7 +898,9 @@ class Run:
         """Drop the log's lines after `step`: these steps are about to be taken again."""
         log = self.output / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        write_atomically(log, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+        if len(kept) < len(lines):
+            write_atomically(log, "".join(kept))
 
     def finish(self, model, tokenizer):
         """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation
@@ -929,6 +935,14 @@ def save_model(model, state, tokenizer, folder, dtype):
             f"the model could not be saved in {folder} ({str(e).splitlines()[-1]}); "
             "the checkpoint is whole: --resume tries again"
         ) from e
+
+
+def read_json(text):
+    """The value of a JSON text, or None where it is empty or torn."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def write_atomically(path, text):
