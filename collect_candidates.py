@@ -27,6 +27,7 @@ import os
 import pathlib
 import random
 import re
+import statistics
 import string
 import time
 import urllib.parse
@@ -215,6 +216,16 @@ def fill(template, fields, where):
     return re.sub(r"{(\w+)}", lambda m: fields[m[1]], template)
 
 
+def read_template(args, default):
+    """The text of --prompt_file, or the built-in template."""
+    if not args.prompt_file:
+        return default
+    try:
+        return pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
+
+
 def text_field(row, name, where, optional=False):
     value = row.get(name, "" if optional else None)
     if not isinstance(value, str) or not (optional or value.strip()):
@@ -302,11 +313,7 @@ def prepare_flags(add):
 
 def prepare(args):
     convert, template = TASKS[args.task]
-    if args.prompt_file:
-        try:
-            template = pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
+    template = read_template(args, template)
     rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
     rows = itertools.islice(enumerate(rows), args.skip, args.limit and args.skip + args.limit)
     records, empty = {}, 0
@@ -570,8 +577,12 @@ FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prom
 RE_ASKS = 2  # after an answer that could not be used
 
 
-def api_flags(add, max_new_tokens):
-    add("--model", required=True, help="a model's name at --base_url; without --base_url: hub id or folder, run here")
+def api_flags(add, max_new_tokens, required=True):
+    add(
+        "--model",
+        required=required,
+        help="a model's name at --base_url; without --base_url: hub id or folder, run here",
+    )
     add("--base_url", help="OpenAI-compatible server, e.g. https://api.openai.com/v1; its key: OPENAI_API_KEY")
     add("--concurrency", type=in_range(int, 1), default=8, help="requests under way at once")
     add("--max_requests", type=in_range(int, 1), help="stop after this many requests, repeated ones counted")
@@ -840,7 +851,178 @@ def rank_by_label(records, args):
         say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
 
 
-RANKERS = {"label": rank_by_label}
+CONTEXTUAL_TEMPLATE = """Compare {count} responses to one task.
+
+The task:
+{task}
+
+{responses}
+
+Work in this order:
+1. Decide whether the task is closed (one answer is right) or open (many answers can be good).
+2. Write your own response to the task. It is response 0.
+3. Find the responses that repeat an earlier one in the same or nearly the same words.
+4. Rate response 0 and every response that repeats none with three whole numbers from 0 to 5:
+   relevance, detail, accuracy.
+5. Rank these responses, the best first. For a closed task accuracy decides; for an open one all three do.
+
+Reply in exactly this form and with nothing else:
+Type: open or closed
+Reference: your own response
+Duplicates: none, or groups such as 2=4
+Ratings:
+0: relevance detail accuracy
+1: relevance detail accuracy
+Ranking: 0 > 2 > 1
+"""
+CONTEXTUAL_REPLY = re.compile(
+    r"^Type: *(?P<type>open|closed)[ .]*\n+Reference:(?P<reference>.*?)\n+Duplicates: *(?P<duplicates>[^\n]*?)[ .]*\n+"
+    r"Ratings: *\n+(?P<ratings>(?: *\d+:[ \d]+\n+)+)Ranking: *(?P<ranking>\d+(?: *> *\d+)*)[ .]*$",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+def parse_contextual(reply, n):
+    """A ranker's reply about responses 1..n -> {type, reference, repeated, ratings {number: [3]}, ranking [numbers]}.
+
+    0 is the ranker's own response. Strict: ValueError with the reason unless every field stands there once and ratings
+    and ranking hold exactly the numbers that repeat no earlier response. Text before and after the form is let pass.
+    """
+    for field in ("Type", "Reference", "Duplicates", "Ratings", "Ranking"):
+        if (times := len(re.findall(rf"^{field}:", reply, re.MULTILINE))) != 1:
+            raise ValueError(f"{field}: stands there {times} times")
+    found = CONTEXTUAL_REPLY.search(reply)
+    if not found:
+        raise ValueError("not in the form asked for")
+    groups = [] if found["duplicates"].lower() == "none" else found["duplicates"].split(",")
+    if not all(re.fullmatch(r" *\d+(?: *= *\d+)+ *", group) for group in groups):
+        raise ValueError("duplicates are no groups of numbers")
+    groups = [sorted(map(int, group.split("="))) for group in groups]
+    repeated = [i for group in groups for i in group[1:]]
+    members = [i for group in groups for i in group]
+    if len(set(members)) < len(members) or not set(members) <= set(range(1, n + 1)):
+        raise ValueError("duplicates name a response twice, or one that is not there")
+    rows = [line.replace(":", " ").split() for line in found["ratings"].splitlines() if line.strip()]
+    ratings = {int(number): list(map(int, values)) for number, *values in rows}
+    ranking = [int(i) for i in found["ranking"].split(">")]
+    if len(ratings) < len(rows) or not all(len(v) == 3 and max(v) <= 5 for v in ratings.values()):
+        raise ValueError("ratings are not three numbers from 0 to 5 for each response once")
+    asked = sorted({*range(n + 1)} - {*repeated})
+    if sorted(ranking) != asked or sorted(ratings.keys() - repeated) != asked:
+        raise ValueError("ratings or ranking leave out, repeat, or invent a response")
+    return {
+        "type": found["type"],
+        "reference": found["reference"].strip(),
+        "repeated": repeated,
+        "ratings": ratings,
+        "ranking": ranking,
+    }
+
+
+def rank_by_contextual(records, args):
+    """Set `rank` (and `ratings`) as a stronger model sees them, reading all responses at once (Tuna Sec. 2.3, Table 9).
+
+    The original response is shown only with --rank_original; repetitions get rank null. A reply that cannot be parsed
+    leaves every rank null and stays in the record as `unparsed_reply`; a request that failed is made again next time.
+    """
+    template, count, asked, prompts = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
+    for record in records:
+        texts = {}  # text -> its first candidate
+        for i, c in enumerate(record["candidates"]):
+            if args.rank_original or c["source"] not in common.HUMAN:
+                texts.setdefault(c["text"].strip(), i)
+        shown = random.Random(f"{args.seed}-{record['id']}").sample(list(texts.values()), len(texts))
+        if len(shown) < 2:
+            count["all the same"] += 1
+            yield record | {"candidates": contextual_candidates(record["candidates"], shown, None, args)}
+            continue
+        responses = [f"Response {k}:\n{record['candidates'][i]['text']}" for k, i in enumerate(shown, 1)]
+        fields = {"count": str(len(shown)), "responses": "\n\n".join(responses)}
+        fields["task"] = record.get("instruction") or record["prompt"]
+        asked.append((record, shown))
+        prompts.append(fill(template, fields, args.prompt_file or "the template"))
+    for number, replies, error in complete(args, prompts):
+        (record, shown), verdict = asked[number], None
+        if replies is None:
+            count["failed"] += 1
+            say(f"record {record['id']!r}: {error}")
+            continue
+        try:
+            verdict = parse_contextual(replies[0]["text"], len(shown))
+            count.update(["parsed", verdict["type"]] + ["repeated"] * len(verdict["repeated"]))
+        except ValueError as e:
+            record = record | {"unparsed_reply": replies[0]["text"]}
+            count.update(["unparsed", f"unparsed ({e})"])
+        yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict, args)}
+    say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none asked for")
+
+
+def contextual_candidates(candidates, shown, verdict, args):
+    """The candidates with the verdict's ranks and ratings; response k + 1 of the verdict is candidate shown[k]."""
+    candidates = [c | {"rank": None} for c in candidates]
+    if verdict is None:
+        return candidates
+    ranking = [i for i in verdict["ranking"] if i > 0 or args.keep_reference]
+    for place, i in enumerate(ranking):
+        if i == 0:
+            candidates.append({"text": verdict["reference"], "source": pathlib.Path(args.model).name})
+        c = candidates[shown[i - 1] if i else -1]
+        c |= {"rank": place, "ratings": verdict["ratings"][i]}
+    return candidates
+
+
+def log_likelihoods(records, args):
+    """Yield (record, logprobs [n], token counts [n]) under --model, prompts in packed rows of --batch_size."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = load_generator(args.model, device)
+    records = iter(records)
+    while batch := list(itertools.islice(records, args.batch_size)):
+        encoded = [common.encode(tokenizer, r, args.max_length) for r in batch]
+        with torch.inference_mode():
+            logprobs, lengths = common.candidate_logprobs(model, common.pack(encoded).to(device))
+        sizes = [len(e.responses) for e in encoded]
+        yield from zip(batch, logprobs.split(sizes), lengths.split(sizes))
+
+
+def rank_by_logprob(records, args):
+    """Set every candidate's `logprob` and `num_tokens` under a local teacher, --model (Tuna Eq. 3 reads them)."""
+    for record, logprobs, lengths in log_likelihoods(records, args):
+        values = zip(record["candidates"], logprobs.tolist(), lengths.tolist())
+        yield record | {"candidates": [c | {"logprob": logp, "num_tokens": int(n)} for c, logp, n in values]}
+
+
+def rank_by_prm(records, args):
+    """Rank by a model trained on ranked records, Tuna's proxy ranking model: by log p / length under --model.
+
+    A record that carries ranks keeps them: there the two rankings are compared (Spearman, averaged over prompts).
+    """
+    agreement = []
+    for record, logprobs, lengths in log_likelihoods(records, args):
+        scores, candidates = (logprobs / lengths).tolist(), record["candidates"]
+        ranked = [i for i, c in enumerate(candidates) if c.get("rank") is not None]
+        if len(ranked) > 1:
+            agreement.append(spearman([-candidates[i]["rank"] for i in ranked], [scores[i] for i in ranked]))
+        if not ranked:
+            ranks = [sum(other > score for other in scores) for score in scores]
+            record = record | {
+                "candidates": [c | {"rank": k} for c, k in zip(candidates, ranks)],
+                "ranked_by": args.model,
+            }
+        yield record
+    if agreement:
+        mean = sum(agreement) / len(agreement)
+        say(f"agreement with the ranking of {len(agreement)} records: Spearman {mean:.3f}")
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of two lists of n > 1 numbers, ties at their mean rank; 0 where one is constant."""
+    places = [[sum(y < x for y in values) + sum(y == x for y in values) / 2 for x in values] for values in (a, b)]
+    with contextlib.suppress(statistics.StatisticsError):
+        return statistics.correlation(*places)
+    return 0.0
+
+
+RANKERS = {"label": rank_by_label, "contextual": rank_by_contextual, "logprob": rank_by_logprob, "prm": rank_by_prm}
 
 
 def rank_flags(add):
@@ -848,17 +1030,25 @@ def rank_flags(add):
     add("--task", default="esnli", help="for the default paths: data/TASK/sampled.jsonl, data/TASK/ranked.jsonl")
     add("--input", help="records with candidates, JSONL")
     add("--output", help="the same records, annotated")
+    add("--prompt_file", help="contextual: a template of your own, {names} as in the built-in one")
+    add("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
+    add("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
+    add("--max_length", type=in_range(int, 8), default=512, help="logprob, prm: tokens of prompt + one response")
+    api_flags(add, 1024, required=False)
 
 
 def rank(args):
     args.input = args.input or f"data/{args.task}/sampled.jsonl"
+    args.output = args.output or f"data/{args.task}/ranked.jsonl"
+    if args.by != "label" and not args.model:
+        raise UserError(f"--by {args.by} needs --model")
     records = common.load_candidates(args.input)
-    journal = Journal(args.output or f"data/{args.task}/ranked.jsonl", [r["id"] for r in records], settings_of(args))
-    for record in RANKERS[args.by](tqdm(records, desc=f"rank by {args.by}", leave=False), args):
-        if record["id"] not in journal.done:
-            journal.write([record])
-    journal.finish()
-    print_length_by_rank(records, args.by)
+    journal = Journal(args.output, [r["id"] for r in records], settings_of(args))
+    todo = [r for r in records if r["id"] not in journal.done]
+    for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False), args):
+        journal.write([record])
+    if journal.finish() == len(records):
+        print_length_by_rank(common.load_candidates(args.output), args.by)
 
 
 def print_length_by_rank(records, by):
@@ -867,8 +1057,15 @@ def print_length_by_rank(records, by):
     for record in records:
         for c in record["candidates"]:
             key = c.get("rank") if by != "label" else {True: "correct", False: "incorrect"}[c["correct"]]
+            key = "unranked" if key is None else key
             lengths.setdefault(key, []).append(len(c["text"].split()))
-    say("mean words:", ", ".join(f"{key}: {sum(n) / len(n):.1f}" for key, n in sorted(lengths.items(), key=str)))
+    say(
+        "mean words:",
+        ", ".join(
+            f"{key}: {sum(n) / len(n):.1f}"
+            for key, n in sorted(lengths.items(), key=lambda x: (isinstance(x[0], str), x[0]))
+        ),
+    )
 
 
 VERBS = {"prepare": (prepare_flags, prepare), "sample": (sample_flags, sample), "rank": (rank_flags, rank)}
