@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 
 import pytest
+from conftest import read_jsonl, write_jsonl
 
 import collect_candidates as collect
 import common
@@ -15,14 +16,6 @@ import common
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, argv)])
     common.run_cli(collect.main)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def read_jsonl(path):
-    return [json.loads(line) for line in open(path)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -149,10 +142,10 @@ def test_each_prompt_gets_what_it_lacks():
     assert kept[2][2]["temperature"] == 0.75
 
 
-def test_sample_with_the_rule(tmp_path, tiny_model, monkeypatch, capsys):
+def test_sample_with_the_rule(tmp_path, tiny, monkeypatch, capsys):
     """At temperature 0 all four samples agree, so the rule must run; the first one stays as it was."""
     write_jsonl(tmp_path / "d.jsonl", [{"id": f"r{i}", "prompt": f"Word {i}:"} for i in range(3)])
-    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny_model, "--temperature", 0, "--max_new_tokens", 8]
+    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny, "--temperature", 0, "--max_new_tokens", 8]
     for name, extra in (("plain", []), ("diverse", ["--max_rouge_l", 0.5, "--temperature_step", 1])):
         run(monkeypatch, "sample", *flags, "--output", tmp_path / f"{name}.jsonl", *extra)
     out = capsys.readouterr().out
@@ -321,14 +314,14 @@ def test_spearman_by_hand():
     assert collect.spearman([1, 1], [1, 2]) == 0
 
 
-def test_rank_by_logprob_and_prm(tmp_path, tiny_model, monkeypatch, capsys):
+def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
     import torch
 
     records = [RANKABLE, RANKABLE | {"id": "r2", "prompt": "Another, longer prompt"}]
-    flags = ["--model", tiny_model, "--batch_size", 2]
+    flags = ["--model", tiny, "--batch_size", 2]
     scored = rank(monkeypatch, tmp_path, records, "--by", "logprob", *flags)
-    model = common.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    tokenizer = common.load_tokenizer(tiny_model)
+    model = common.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = common.load_tokenizer(tiny)
     for record in scored:
         for c in record["candidates"]:
             prompt = common.prompt_ids(tokenizer, record["prompt"])

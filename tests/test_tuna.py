@@ -129,9 +129,9 @@ def read_log(output):
         ["--stage", "contextual", "--mle_weight", "0"],
     ],
 )
-def test_stage_trains_and_packed_equals_padded(tmp_path, tiny_model, monkeypatch, flags):
+def test_stage_trains_and_packed_equals_padded(tmp_path, tiny, monkeypatch, flags):
     write_data(tmp_path / "d.jsonl")
-    common_flags = ["--model", tiny_model, "--data", tmp_path / "d.jsonl", "--batch_size", 3, "--lr", 1e-3]
+    common_flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 3, "--lr", 1e-3]
     for name, extra in (("packed", []), ("padded", ["--padded"])):
         run(monkeypatch, *flags, *common_flags, "--epochs", 2, "--output", tmp_path / name, *extra)
     packed, padded = read_log(tmp_path / "packed"), read_log(tmp_path / "padded")
@@ -147,13 +147,13 @@ def test_stage_trains_and_packed_equals_padded(tmp_path, tiny_model, monkeypatch
     assert packed[0]["loss"] == pytest.approx(packed[0]["rank_loss"] + weight * packed[0]["mle_loss"], abs=1e-5)
 
 
-def test_first_loss_is_that_of_its_parts(tmp_path, tiny_model, monkeypatch):
+def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
     """The logged loss of the first step, from each candidate scored alone through transformers."""
     write_data(tmp_path / "d.jsonl", num_records=2)
-    flags = ["--model", tiny_model, "--data", tmp_path / "d.jsonl", "--batch_size", 2, "--output", tmp_path / "out"]
+    flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 2, "--output", tmp_path / "out"]
     run(monkeypatch, "--stage", "probabilistic", *flags)
-    model = common.AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
-    tokenizer = common.load_tokenizer(tiny_model)
+    model = common.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = common.load_tokenizer(tiny)
     rank_loss = mle = 0.0
     for record in common.load_candidates(tmp_path / "d.jsonl"):
         e = common.encode(tokenizer, record)
@@ -182,10 +182,10 @@ def test_first_loss_is_that_of_its_parts(tmp_path, tiny_model, monkeypatch):
         (["--stage", "probabilistic"], None, r"is not there. Make it with:(.|\n)*sample --task alpaca"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, tiny_model, monkeypatch, capsys, flags, data, message):
+def test_mistakes_are_one_sentence(tmp_path, tiny, monkeypatch, capsys, flags, data, message):
     if data is not None:
         write_data(tmp_path / "d.jsonl", **data)
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *flags, "--model", tiny_model, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o")
+        run(monkeypatch, *flags, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o")
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
