@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
@@ -48,6 +49,7 @@ transformers_logging.disable_progress_bar()  # a bar a rank for loading and savi
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
+FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU of the log line
 
 
@@ -310,65 +312,74 @@ class PackedBatch:
     num_candidates: int
 
     def to(self, device):
-        move = {k: v.to(device, non_blocking=True) for k, v in vars(self).items() if hasattr(v, "to")}
-        return dataclasses.replace(self, **move)
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}  # a BlockMask is there already
+        if device.type == "cuda":  # only pinned memory is copied while the GPU computes
+            tensors = {k: v.pin_memory() for k, v in tensors.items()}
+        return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
 def pack(encoded_records, flex_device=None):
-    """Pack encoded records into one row -> PackedBatch. `flex_device`: build a FlexAttention BlockMask there instead
-    of a T x T mask."""
-    ids, positions, owner, segment = (
-        [],
-        [],
-        [],
-        [],
-    )  # per token: id, position, prompt number, 0 for prompt tokens else candidate + 1
-    logit_positions, targets, candidate_index, sizes = [], [], [], []
-    for prompt_number, e in enumerate(encoded_records):
-        start, P = len(ids), len(e.prompt_ids)
+    """Pack encoded records into one row -> PackedBatch; with `flex_device` its mask is FlexAttention's BlockMask."""
+    ids, positions, logit_positions, targets, candidate_index, sizes = [], [], [], [], [], []
+    spans = []  # a span is a prompt or a response: (its tokens, the span of its prompt)
+    for e in encoded_records:
+        P, prompt = len(e.prompt_ids), len(spans)
+        last = len(ids) + P - 1  # the last prompt token predicts the first token of all n responses
         ids += e.prompt_ids
         positions += range(P)
-        segment += [0] * P
-        for response in e.responses:
-            candidate = len(targets) and candidate_index[-1] + 1
-            logit_positions += [
-                start + P - 1,
-                *range(len(ids), len(ids) + len(response) - 1),
-            ]  # the last prompt token serves all n
+        spans.append((P, prompt))
+        for n, response in enumerate(e.responses, sum(sizes)):
+            logit_positions += [last, *range(len(ids), len(ids) + len(response) - 1)]
             targets += response
-            candidate_index += [candidate] * len(response)
-            segment += [candidate + 1] * len(response)
-            positions += range(P, P + len(response))
+            candidate_index += [n] * len(response)
             ids += response
-        owner += [prompt_number] * (len(ids) - start)
+            positions += range(P, P + len(response))
+            spans.append((len(response), prompt))
         sizes.append(len(e.responses))
-    owner, segment = torch.tensor(owner), torch.tensor(segment)
-    tensors = [torch.tensor(x) for x in (ids, positions, logit_positions, targets, candidate_index)]
+    tensors = [torch.tensor(x)[None] for x in (ids, positions)]
+    tensors += [torch.tensor(x) for x in (logit_positions, targets, candidate_index)]
     if flex_device is None:
-        T = len(ids)
-        visible = (owner[:, None] == owner) & ((segment == 0) | (segment[:, None] == segment))
-        mask = (visible & torch.ones(T, T, dtype=torch.bool).tril())[None, None]
+        segment, home = _segments(spans)
+        mask = _visible(segment[:, None], home[:, None], segment).tril()[None, None]
     else:
-        mask, tensors[:2] = _flex_mask(owner, segment, tensors[:2], flex_device)
-    return PackedBatch(tensors[0][None], tensors[1][None], mask, *tensors[2:], sizes, sum(sizes))
+        fill = -len(ids) % FLEX_BLOCK  # whole blocks: the row is filled up with a span that nobody looks at
+        mask = _block_mask(spans + [(fill, len(spans))] * (fill > 0), flex_device)
+        tensors[:2] = [F.pad(x, (0, fill)) for x in tensors[:2]]
+    return PackedBatch(*tensors[:2], mask, *tensors[2:], sizes, sum(sizes))
 
 
-def _flex_mask(owner, segment, per_token, device, block=128):
-    """The same mask as a BlockMask: the row is filled up to a multiple of `block`, each filler token alone in a
-    prompt of its own."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def _segments(spans):
+    """-> (segment [T], home [T]): each token's span, and the span of its prompt."""
+    lengths, home = torch.tensor(spans).unbind(1)
+    return torch.arange(len(spans)).repeat_interleave(lengths), home.repeat_interleave(lengths)
 
-    fill = -len(owner) % block
-    owner = torch.cat([owner, torch.arange(-fill, 0)]).to(device)
-    segment = torch.cat([segment, torch.zeros(fill, dtype=segment.dtype)]).to(device)
-    T = len(owner)
 
-    def visible(b, h, q, k):
-        return (owner[q] == owner[k]) & ((segment[k] == 0) | (segment[q] == segment[k])) & (q >= k)
+def _visible(segment, home, other):
+    """Whether a token of span `segment` with the prompt `home` sees an earlier token of span `other`."""
+    return (other == segment) | (other == home)
 
-    return create_block_mask(visible, None, None, T, T, device=device, BLOCK_SIZE=block), [
-        F.pad(x, (0, fill)) for x in per_token
-    ]
+
+def _block_mask(spans, device):
+    """The mask of a row of whole blocks as a BlockMask on `device`, from the few spans: nothing of size T x T."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    segment, home = _segments(spans)
+    inside = torch.zeros(len(segment) // FLEX_BLOCK, len(spans))  # [blocks, spans]: 1 where they overlap
+    inside[torch.arange(len(segment)) // FLEX_BLOCK, segment] = 1
+    number, prompt = torch.arange(len(spans)), torch.tensor(spans)[:, 1]
+    visible = _visible(number[:, None], prompt[:, None], number).float()  # [spans, spans]
+    seen = (inside @ visible @ inside.T > 0).tril()  # [blocks, blocks]: some pair is visible; in an earlier block
+    whole = (seen & ~(inside @ (1 - visible) @ inside.T > 0)).tril(-1)  # every key precedes every query, so exactly
+    segment, home = segment.to(device), home.to(device)
+
+    def token_mask(b, h, q, k):
+        return (q >= k) & _visible(segment[q], home[q], segment[k])
+
+    ordered = []
+    for blocks in (seen & ~whole, whole):
+        order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+        ordered += [x.int()[None, None].to(device) for x in (blocks.sum(-1), order)]
+    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=token_mask)
 
 
 def pack_padded(encoded_records, pad_id=0):
@@ -389,25 +400,51 @@ def pack_padded(encoded_records, pad_id=0):
     return PackedBatch(input_ids, None, mask, *indices, [len(e.responses) for e in encoded_records], len(sequences))
 
 
-def candidate_logprobs(model, batch):
+def candidate_logprobs(model, batch, max_logits=2**27):
     """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count;
-    both fp32."""
-    if batch.position_ids is None:
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-        logits = logits.flatten(0, 1)[batch.logit_positions]  # [N * L, V] -> [R, V]
-    else:  # through the root's forward: under fully_shard only it gathers the embedding
-        logits = model(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.logit_positions,
-            use_cache=False,
-        ).logits[0]  # [R, V]
-    token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
+    both fp32. More than `max_logits` logits are made in chunks, if check_packing found that the model allows it."""
+    chunk = max(1, max_logits // model.config.get_text_config().vocab_size)
+    if len(batch.targets) > chunk and getattr(model, "plain_head", False):
+        token_logprobs, _ = chunked_logprobs(model, batch, chunk)
+    else:
+        logits = model(**_inputs(batch)).logits.flatten(0, 1)  # [R, V], or padded [N * L, V]
+        logits = logits[batch.logit_positions] if batch.position_ids is None else logits
+        token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
     zeros = token_logprobs.new_zeros(batch.num_candidates)
     logprobs = zeros.index_add(0, batch.candidate_index, token_logprobs)
     lengths = zeros.index_add(0, batch.candidate_index, torch.ones_like(token_logprobs))
     return logprobs, lengths
+
+
+def _inputs(batch):
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if batch.position_ids is None:
+        return inputs
+    # logits_to_keep goes through the root's forward: under fully_shard only that gathers embedding and head
+    return inputs | {"position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
+
+
+def chunked_logprobs(model, batch, chunk):
+    """-> (token log-probabilities [R], whether they are right). For this one forward the head scores `chunk` positions
+    at a time, and makes their logits again in the backward. Wrong for a model that changes its logits after the head
+    (softcapping): it returns something else than the head gave it."""
+    head = model.get_output_embeddings()
+    logits_of = head.forward
+
+    def score(hidden, targets):
+        return -F.cross_entropy(logits_of(hidden).float(), targets, reduction="none")
+
+    def forward(hidden):  # [1, R, H] -> [1, R, 1]
+        parts = zip(hidden[0].split(chunk), batch.targets.split(chunk))
+        given.append(torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in parts])[None, :, None])
+        return given[0]
+
+    given, head.forward = [], forward
+    try:
+        scores = model(**_inputs(batch)).logits
+    finally:
+        del head.forward
+    return scores[0, :, 0], scores is given[0]
 
 
 def length_normalized(logprobs, lengths, exponent):
@@ -498,8 +535,12 @@ def add_training_flags(
     )
     add(
         "--activation_checkpointing",
-        action="store_true",
-        help="recompute activations in the backward: less memory, a third more time",
+        nargs="?",
+        const=1.0,
+        default=0.0,
+        type=in_range(float, 0, 1),
+        metavar="SHARE",
+        help="recompute this share of the layers (all) in the backward: less memory, up to a third more time",
     )
     add("--seed", type=int, default=0, help="order of the data, dropout")
     add(
@@ -597,6 +638,9 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     model.config.use_cache = False
     if args.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})  # before fully_shard
+        layers = decoder_layers(model)
+        for layer in layers[math.ceil(args.activation_checkpointing * len(layers)) :]:
+            layer.gradient_checkpointing = False
     model.train()
     if dist.get_world_size() > 1 or device.type == "cuda":
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -636,11 +680,13 @@ def make_batch(encoded_records, args, tokenizer, device):
 @torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
     """Score one prompt packed and padded: a forward that ignores the mask or the positions shows here and not in a
-    spoilt run."""
+    spoilt run. Also finds out, for candidate_logprobs, whether the model's logits are what its head gives."""
     shortest = min(encoded, key=lambda e: e.num_tokens)
+    batch = make_batch([shortest] * 2, args, tokenizer, device)
     model.eval()
-    packed, lengths = candidate_logprobs(model, make_batch([shortest] * 2, args, tokenizer, device))
+    packed, lengths = candidate_logprobs(model, batch)
     plain, _ = candidate_logprobs(model, pack_padded([shortest] * 2, tokenizer.pad_token_id).to(device))
+    _, model.plain_head = chunked_logprobs(model, batch, len(batch.targets))
     model.train()
     if hasattr(model, "reshard"):
         model.reshard()  # a forward leaves the root gathered: an optimizer made now would hold the gathered weights
