@@ -13,6 +13,7 @@ positions restart after the prompt; logits are computed only where a response to
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -27,11 +28,14 @@ import shlex
 import shutil
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import transformers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -481,6 +485,15 @@ def plan_rows(lengths, max_tokens, world):
     return plan
 
 
+def describe_plan(plan, lengths, max_tokens):
+    """-> "7 rows a rank, 93% full, the slowest rank 2% over the mean": ranks wait for each other at every row."""
+    loads = [[sum(lengths[i] for i in row) for row, _ in rows] for rows in plan]  # [world][rows]
+    steps, total = list(zip(*loads)), sum(map(sum, loads))
+    full = total / (len(plan) * len(steps) * max(max_tokens, *map(max, steps)))
+    over = sum(map(max, steps)) * len(plan) / total - 1
+    return f"{len(steps)} rows a rank, {full:.0%} full, the slowest rank {over:.0%} over the mean"
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Flags
 
@@ -637,7 +650,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         )
     model.config.use_cache = False
     if args.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})  # before fully_shard
+        model.activation_checkpointing_enable({"use_reentrant": False})  # before fully_shard
         layers = decoder_layers(model)
         for layer in layers[math.ceil(args.activation_checkpointing * len(layers)) :]:
             layer.gradient_checkpointing = False
@@ -658,9 +671,27 @@ def decoder_layers(model):
 
 
 def encode_all(tokenizer, records, args):
-    """encode() for every record, with a bar; prints how much the two length limits cut."""
-    bar = tqdm(records, desc="tokenising", leave=False, disable=dist.get_rank() != 0)
-    encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
+    """encode() for every record; prints how much the two length limits cut. Rank 0 keeps the result beside --data,
+    under the digest of all that it depends on: other ranks, and other runs on the same texts, read it there."""
+    rank, tokens_of = dist.get_rank(), getattr(tokenizer, "backend_tokenizer", None)
+    key = [tokens_of and tokens_of.to_str(), repr(tokenizer), transformers.__version__, tokenizers.__version__]
+    digest = hashlib.sha256(repr(key + [args.max_length, args.max_response_length]).encode())
+    for r in records:
+        digest.update(json.dumps([r["id"], r["prompt"], *(c["text"] for c in r["candidates"])]).encode())
+    file = pathlib.Path(args.data).parent / ".tokens" / f"{digest.hexdigest()[:32]}.json"
+    if rank > 0:
+        dist.barrier()
+    try:
+        encoded = [Encoded(*row) for row in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError):
+        bar = tqdm(records, desc="tokenising", leave=False, disable=rank != 0)
+        encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
+        if rank == 0 and tokens_of:
+            with contextlib.suppress(OSError):  # a folder that cannot be written: tokenise anew each time
+                file.parent.mkdir(exist_ok=True)
+                write_atomically(file, json.dumps([list(vars(e).values()) for e in encoded]))
+    if rank == 0:
+        dist.barrier()
     prompts, responses = sum(e.prompt_cut > 0 for e in encoded), sum(e.responses_cut for e in encoded)
     candidates, tokens = sum(len(e.responses) for e in encoded), sum(e.num_tokens for e in encoded)
     say(
@@ -675,6 +706,22 @@ def make_batch(encoded_records, args, tokenizer, device):
     if args.padded:
         return pack_padded(encoded_records, tokenizer.pad_token_id).to(device)
     return pack(encoded_records, device if args.attn == "flex" else None).to(device)
+
+
+def row_batches(plan, prompts, encoded, args, tokenizer, device):
+    """Yield (indices of its prompts, weight, PackedBatch) for each row of a rank's plan over the step's `prompts`;
+    a thread packs the next row meanwhile."""
+    rows = [([prompts[i] for i in row], weight) for row, weight in plan]
+    with ThreadPoolExecutor(1) as thread:
+
+        def start(n):
+            return thread.submit(make_batch, [encoded[i] for i in rows[n][0]], args, tokenizer, device)
+
+        packed = start(0)
+        for n, (row, weight) in enumerate(rows, 1):
+            batch = packed.result()
+            packed = start(n) if n < len(rows) else None
+            yield row, weight, batch
 
 
 @torch.no_grad()

@@ -178,11 +178,9 @@ def main():
     lengths_in_tokens = [e.num_tokens for e in encoded]
     row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
     batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
-    first = common.plan_rows([lengths_in_tokens[i] for i in batches[0]], row_budget, world)
-    say(
-        f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; "
-        f"the first accumulates {len(first[0])} rows a rank"
-    )
+    first = [lengths_in_tokens[i] for i in batches[0]]
+    rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)
+    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
     start = run.restore(model, optimizer)
     for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
@@ -192,9 +190,7 @@ def main():
         plan = common.plan_rows([lengths_in_tokens[i] for i in prompts], row_budget, world)[rank]
         sums = torch.zeros(5, device=device)  # rank loss, MLE loss, pairs in order, pairs, sum of margins
         losses = []
-        for row, weight in plan:
-            row = [prompts[i] for i in row]
-            batch = common.make_batch([encoded[i] for i in row], args, tokenizer, device)
+        for row, weight, batch in common.row_batches(plan, prompts, encoded, args, tokenizer, device):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
             scores = length_normalized(logprobs, lengths, 1.0)  # Eq. 5: the student's length normalisation
             loss = scores.new_zeros(())

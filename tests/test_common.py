@@ -110,22 +110,11 @@ class TestPacking:
         assert visible[6] == [1, 1, 0, 0, 1, 1, 1] + [0] * 7  # its own prompt and itself
         assert visible[9] == [0] * 7 + [1, 1, 1, 0, 0, 0, 0]
 
-    def test_flex_mask_is_the_same_mask(self, tokenizer):
-        """The BlockMask's function, evaluated everywhere, equals the boolean mask; filler sees itself only."""
-        encoded = [encode(tokenizer, r) for r in make_records(2)]
-        plain, flex = pack(encoded), pack(encoded, torch.device("cpu"))
-        T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
-        assert filled % 128 == 0
-        index = torch.arange(filled)
-        dense = flex.attention_mask.mask_mod(0, 0, index[:, None], index[None, :])
-        assert torch.equal(dense[:T, :T], plain.attention_mask[0, 0])
-        assert torch.equal(dense[T:], torch.eye(filled, dtype=torch.bool)[T:])
-
     def test_flex_scores(self, tokenizer, tmp_path):
         make_model().save_pretrained(tmp_path)
         encoded = [encode(tokenizer, r) for r in make_records(2)]
         load = common.AutoModelForCausalLM.from_pretrained
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             want, _ = candidate_logprobs(load(tmp_path), pack(encoded))
             model = load(tmp_path, attn_implementation="flex_attention").eval()
             got, _ = candidate_logprobs(model, pack(encoded, torch.device("cpu")))

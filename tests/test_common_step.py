@@ -1,0 +1,220 @@
+"""common.py's step: gradients on many architectures, FlexAttention's mask, logits in chunks, tokens that are kept."""
+
+import argparse
+import itertools
+import json
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import make_records, make_tokenizer
+from torch.distributed.fsdp import fully_shard
+
+import common
+from common import Encoded, candidate_logprobs, pack, pack_padded
+
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
+LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
+GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
+ARCHITECTURES = {
+    "llama": LLAMA,
+    "mistral": LLAMA | {"sliding_window": None},
+    "qwen2": LLAMA,
+    "qwen3": LLAMA | {"head_dim": 8},
+    "gpt_neox": SIZES | {"intermediate_size": 48},
+    "gpt2": GPT2 | {"bos_token_id": 1, "eos_token_id": 2},
+    "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
+    "phi3": LLAMA,
+    "gemma3_text": LLAMA | {"head_dim": 8, "sliding_window": 512},
+}
+
+
+def make(kind, **more):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **(ARCHITECTURES.get(kind, LLAMA) | more))
+    return transformers.AutoModelForCausalLM.from_config(config).train()
+
+
+def make_encoded(*shapes):
+    """shapes: (prompt length, response lengths) of each record."""
+    g = torch.Generator().manual_seed(0)
+    draw = lambda n: torch.randint(3, 64, (n,), generator=g).tolist()  # noqa: E731
+    return [Encoded(str(i), draw(P), [draw(r) for r in R], 0, 0) for i, (P, R) in enumerate(shapes)]
+
+
+ENCODED = make_encoded((11, [5, 3, 7]), (6, [4, 9]))
+
+
+def gradients(model, batch, **options):
+    model.zero_grad()
+    logprobs, lengths = candidate_logprobs(model, batch, **options)
+    (common.length_normalized(logprobs, lengths, 0.85) * torch.linspace(-1, 2, len(logprobs))).sum().backward()
+    full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
+    return logprobs.detach(), {n: full(p.grad).clone() for n, p in model.named_parameters()}
+
+
+def assert_same_gradients(got, want, bound=1e-5):
+    """Relative difference of every parameter tensor; one whose gradient is rounding (a key's bias) beside the whole."""
+    whole = torch.stack([g.norm() for g in want.values()]).norm()
+    for name, g in want.items():
+        assert (got[name] - g).norm() <= bound * max(g.norm(), 1e-4 * whole), name
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_gradients_packed_and_padded(kind):
+    model = make(kind)
+    packed, grads = gradients(model, pack(ENCODED))
+    padded, padded_grads = gradients(model, pack_padded(ENCODED))
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
+    assert_same_gradients(grads, padded_grads)
+
+
+class TestFlex:
+    SHAPES = [(150, [40, 90, 1]), (1, [1, 1]), (300, [128] * 3), (20, [60, 7, 130, 33])]
+
+    @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[1:2], [(128, [64, 64])]])
+    def test_blocks_are_those_of_the_dense_mask(self, shapes):
+        """Block by block: partly visible, wholly visible, or absent, as the T x T mask says; nothing is left out."""
+        encoded = make_encoded(*shapes)
+        T, flex = pack(encoded).input_ids.shape[1], pack(encoded, torch.device("cpu"))
+        filled, mask = flex.input_ids.shape[1], flex.attention_mask
+        index = torch.arange(filled)
+        dense = mask.mask_mod(0, 0, index[:, None], index[None])
+        assert torch.equal(dense[:T, :T], pack(encoded).attention_mask[0, 0])
+        assert not dense[:T, T:].any() and not dense[T:, :T].any() and dense.diagonal().all()
+        blocks = dense.view(filled // 128, 128, -1, 128)
+        some, every = blocks.any(3).any(1), blocks.all(3).all(1)
+        for want, number, indices in (
+            (some & ~every, mask.kv_num_blocks, mask.kv_indices),
+            (every, mask.full_kv_num_blocks, mask.full_kv_indices),
+        ):
+            for row, n, order in zip(want, number[0, 0], indices[0, 0]):
+                assert sorted(order[:n].tolist()) == row.nonzero().flatten().tolist()
+
+    def test_attention_is_sdpas_and_is_compiled_twice_at_most(self):
+        """A new row length makes the shape dynamic, once: no compilation per step. aot_eager stands in for Triton."""
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend="aot_eager")
+        for n in range(1, 6):
+            encoded = make_encoded(*[(60 + 40 * n, [20 * n, 30])] * n)
+            plain, flex = pack(encoded), pack(encoded, torch.device("cpu"))
+            T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
+            q, k, v = torch.randn(3, 1, 2, filled, 16)
+            with torch.no_grad():
+                got = flex_attention(q, k, v, block_mask=flex.attention_mask)[:, :, :T]
+            q, k, v = (x[:, :, :T] for x in (q, k, v))
+            want = F.scaled_dot_product_attention(q, k, v, attn_mask=plain.attention_mask)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+class TestChunks:
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_same_scores_and_gradients(self, sharded):
+        """7 chunks of at most 4 of the 28 response tokens; under FSDP2 the head's weight is there again for them."""
+        model, batch = make("llama", tie_word_embeddings=True), pack(ENCODED)
+        want, want_grads = gradients(model, batch)
+        if sharded:
+            common.init_distributed()
+            fully_shard(model.model.layers[0])
+            fully_shard(model)
+        seen, head = [], type(model.lm_head)
+        model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+        model.plain_head = True
+        got, grads = gradients(model, batch, max_logits=4 * 64)
+        assert seen == [(1, 28, 1)] and model.lm_head.forward.__func__ is head.forward
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(grads, want_grads)
+        if sharded:
+            torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize(
+        "kind, plain", [("llama", True), ("gpt2", True), ("cohere", False), ("gemma3_text", False)]
+    )
+    def test_models_that_change_their_logits_are_found_out(self, kind, plain):
+        model = make(kind, **({"final_logit_softcapping": 0.5} if kind == "gemma3_text" else {}))
+        args = argparse.Namespace(padded=False, attn="sdpa", model=kind)
+        common.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
+        assert model.plain_head is plain
+        want, _ = gradients(model, pack(ENCODED))
+        got, _ = gradients(model, pack(ENCODED), max_logits=1)  # a scaled or capped model's stay whole
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("share, layers", [(0.5, 2), (0.3, 2), (1.0, 4)])
+def test_activation_checkpointing_by_share(share, layers, tmp_path, monkeypatch):
+    make("llama", num_hidden_layers=4).save_pretrained(tmp_path)
+    monkeypatch.setattr(common, "load_tokenizer", lambda name: None)
+    monkeypatch.setattr(common.dist, "get_world_size", lambda: 1)
+    args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
+    found = []
+    for args.activation_checkpointing in (0.0, share):
+        model, _ = common.load_for_training(args, torch.device("cpu"))
+        count = [0] * 4
+        for i, layer in enumerate(model.model.layers):
+            layer.input_layernorm.register_forward_hook(lambda m, x, y, i=i: count.__setitem__(i, count[i] + 1))
+        found.append((gradients(model, pack(ENCODED))[1], count))
+    (want, once), (got, twice) = found
+    assert once == [1] * 4 and twice == [2] * layers + [1] * (4 - layers)
+    assert_same_gradients(got, want)
+
+
+class TestTokens:
+    @pytest.fixture
+    def args(self, tmp_path):
+        common.init_distributed()
+        yield types.SimpleNamespace(data=str(tmp_path / "d.jsonl"), max_length=64, max_response_length=None)
+        torch.distributed.destroy_process_group()
+
+    @pytest.fixture
+    def encoded_texts(self, monkeypatch):
+        """The ids of the records that were really tokenised."""
+        seen, encode = [], common.encode
+        monkeypatch.setattr(common, "encode", lambda t, r, *limits: seen.append(r["id"]) or encode(t, r, *limits))
+        return seen
+
+    def test_tokenised_once(self, args, encoded_texts):
+        tokenizer, records = make_tokenizer(), make_records(3)
+        first = common.encode_all(tokenizer, records, args)
+        annotated = [r | {"candidates": [c | {"reward": 1.0} for c in r["candidates"]]} for r in records]
+        assert common.encode_all(make_tokenizer(), annotated, args) == first  # another ordering of the same texts
+        assert len(encoded_texts) == 3
+
+    def test_what_changes_the_tokens_is_in_the_key(self, args, encoded_texts):
+        tokenizer, records = make_tokenizer(), make_records(2)
+        changed = json.loads(json.dumps(records))
+        changed[1]["candidates"][0]["text"] += " more"
+        shorter = types.SimpleNamespace(**vars(args) | {"max_length": 40})
+        cut = types.SimpleNamespace(**vars(args) | {"max_response_length": 4})
+        cases = [(tokenizer, records, args), (tokenizer, changed, args), (tokenizer, records, shorter)]
+        cases += [(tokenizer, records, cut), (make_tokenizer(bos=False), records, args), (tokenizer, records[:1], args)]
+        results = [common.encode_all(*case) for case in cases]
+        assert len(encoded_texts) == 11
+        assert all(a != b for a, b in itertools.combinations(results, 2))
+
+    def test_a_broken_file_is_made_again_and_an_unwritable_folder_is_no_error(self, args, encoded_texts, tmp_path):
+        want = common.encode_all(make_tokenizer(), make_records(2), args)
+        (file,) = (tmp_path / ".tokens").iterdir()
+        file.write_text(file.read_text()[:50])
+        assert common.encode_all(make_tokenizer(), make_records(2), args) == want
+        args.data = "/proc/none/d.jsonl"
+        assert common.encode_all(make_tokenizer(), make_records(2), args) == want and len(encoded_texts) == 6
+
+
+def test_row_batches_are_the_plan_in_order():
+    args = argparse.Namespace(padded=False, attn="sdpa")
+    plan, prompts = [([0, 1], 1.0), ([2], 1.0), ([2], 0.0)], [1, 0, 1]
+    rows = list(common.row_batches(plan, prompts, ENCODED, args, None, torch.device("cpu")))
+    assert [(row, weight) for row, weight, _ in rows] == [([1, 0], 1.0), ([1], 1.0), ([1], 0.0)]
+    for row, _, batch in rows:
+        assert torch.equal(batch.input_ids, pack([ENCODED[i] for i in row]).input_ids)
+
+
+def test_describe_plan():
+    """Two ranks: rows of 80 and 60 tokens, then 50 and 70; the wait is for 80 + 70 = 150, the mean is 130."""
+    plan = [[([0], 1.0), ([1, 2], 1.0)], [([3], 1.0), ([4], 1.0)]]
+    text = common.describe_plan(plan, [80, 20, 30, 60, 70], 100)
+    assert text == "2 rows a rank, 65% full, the slowest rank 15% over the mean"
