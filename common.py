@@ -549,11 +549,11 @@ def add_training_flags(
     add(
         "--activation_checkpointing",
         nargs="?",
-        const=1.0,
-        default=0.0,
-        type=in_range(float, 0, 1),
-        metavar="SHARE",
-        help="recompute this share of the layers (all) in the backward: less memory, up to a third more time",
+        const=1,
+        default=0,
+        type=in_range(int, 0),
+        metavar="N",
+        help="recompute every N-th layer (N 1: all) in the backward: less memory, up to a third more time",
     )
     add("--seed", type=int, default=0, help="order of the data, dropout")
     add(
@@ -650,10 +650,10 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         )
     model.config.use_cache = False
     if args.activation_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})  # before fully_shard
-        layers = decoder_layers(model)
-        for layer in layers[math.ceil(args.activation_checkpointing * len(layers)) :]:
-            layer.gradient_checkpointing = False
+        options = {"use_reentrant": False}
+        model.activation_checkpointing_enable(
+            options, every_n_layers=args.activation_checkpointing
+        )  # before fully_shard
     model.train()
     if dist.get_world_size() > 1 or device.type == "cuda":
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

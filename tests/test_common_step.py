@@ -144,21 +144,21 @@ class TestChunks:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("share, layers", [(0.5, 2), (0.3, 2), (1.0, 4)])
-def test_activation_checkpointing_by_share(share, layers, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every, twice", [(1, [2, 2, 2, 2]), (2, [2, 1, 2, 1])])
+def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkeypatch):
     make("llama", num_hidden_layers=4).save_pretrained(tmp_path)
     monkeypatch.setattr(common, "load_tokenizer", lambda name: None)
     monkeypatch.setattr(common.dist, "get_world_size", lambda: 1)
     args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
     found = []
-    for args.activation_checkpointing in (0.0, share):
+    for args.activation_checkpointing in (0, every):
         model, _ = common.load_for_training(args, torch.device("cpu"))
         count = [0] * 4
         for i, layer in enumerate(model.model.layers):
             layer.input_layernorm.register_forward_hook(lambda m, x, y, i=i: count.__setitem__(i, count[i] + 1))
         found.append((gradients(model, pack(ENCODED))[1], count))
-    (want, once), (got, twice) = found
-    assert once == [1] * 4 and twice == [2] * layers + [1] * (4 - layers)
+    (want, once), (got, count) = found
+    assert once == [1] * 4 and count == twice
     assert_same_gradients(got, want)
 
 
