@@ -943,7 +943,8 @@ class Run:
                 dcp.save(state, checkpoint_id=part)
             on_rank0(lambda: self._publish(part, folder, step))
         except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
-            full = any(text in str(e) for text in ("No space left", "File too large", "Disk quota"))
+            # torch's zip writer says "unexpected pos" when a write came back short
+            full = any(x in str(e) for x in ("No space left", "File too large", "Disk quota", "unexpected pos"))
             reason = "the disk is full" if full else str(e).strip().splitlines()[-1]
             latest = self.latest()
             whole = f"the one before, {latest}, is whole" if latest else "there is no older one"

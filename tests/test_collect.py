@@ -254,7 +254,7 @@ class TestJournal:
     def test_a_broken_line_in_the_middle(self, tmp_path):
         collect.Journal(tmp_path / "o.jsonl", ["a"], {})
         (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
-        with pytest.raises(UserError, match="not valid JSON"):
+        with pytest.raises(UserError, match="no record"):
             collect.Journal(tmp_path / "o.jsonl", ["a", "b"], {})
 
     def test_a_file_of_unknown_origin(self, tmp_path):

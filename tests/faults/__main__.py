@@ -1,0 +1,353 @@
+"""The fault rig: kills training and collecting at random moments, tears files, fills the disk, feeds malformed inputs.
+
+    make faults                          the long form: 30 kills each, the whole corpus of malformed inputs
+    make faults ARGS="--kills 3"         a short one; tests/test_faults.py runs it in make test
+
+Every run is a forked child of this process, in which everything is imported already: a start costs no time, so that
+kills fall into the
+work and not into the imports. Prints a table of what was tried, survived, lost; exit code 1 if anything was lost.
+"""
+
+import argparse
+import contextlib
+import importlib
+import json
+import os
+import pathlib
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import time
+
+import torch
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from conftest import make_model, make_records, make_tokenizer, read_jsonl, write_jsonl  # noqa: E402
+from faults.malformed import corpus  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import common  # noqa: E402
+
+
+class Child:
+    """A forked run of `script.main()` with these arguments, as rank `rank` of `world`; its output goes to a file."""
+
+    def __init__(self, script, args, log, rank=0, world=1, port=None, file_limit=None):
+        self.log = pathlib.Path(log)
+        self.pid = os.fork()
+        if self.pid:
+            return
+        code = 70
+        try:
+            fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+            os.dup2(fd, 1)
+            os.dup2(fd, 2)
+            sys.argv = [f"{script}.py", *map(str, args)]
+            if port:
+                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            if file_limit:
+                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            common.run_cli(importlib.import_module(script).main)
+            code = 0
+        except SystemExit as e:
+            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def wait(self, seconds=120):
+        """-> the exit code, or None when it still runs after `seconds`."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.002)
+        return None
+
+    def kill(self, number=signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(script, args, folder, world=1, **kwargs):
+    port = free_port() if world > 1 else None
+    return [Child(script, args, folder / f"log{rank}", rank, world, port, **kwargs) for rank in range(world)]
+
+
+def finish(children, seconds=120):
+    codes = [c.wait(seconds) for c in children]
+    for c, code in zip(children, codes):
+        if code is None:
+            c.kill()
+            c.wait()
+    return codes
+
+
+def output(children):
+    return "".join(c.log.read_text(errors="replace") for c in children if c.log.exists())
+
+
+def random_kills(script, args, folder, world, kills, rng, damage=lambda: None):
+    """Run a command over and over, SIGKILL it at random moments until `kills` are spent, then let it end -> (kills,
+    starts)."""
+    began = time.monotonic()
+    reference = start(script, args("reference"), folder, world)
+    assert finish(reference) == [0] * world, output(reference)
+    duration = time.monotonic() - began
+    done = starts = runs = 0
+    while done < kills:
+        runs += 1
+        left = min(5, kills - done)  # kills of this run
+        while True:
+            starts += 1
+            children = start(script, args(f"run{runs}"), folder, world)
+            if left and children[0].wait(rng.uniform(0, duration)) is None:
+                for c in children:
+                    c.kill()
+                for c in children:
+                    c.wait()
+                done, left = done + 1, left - 1
+                damage()
+                continue
+            codes = [0 if c.pid == children[0].pid and left else c.wait() for c in children]
+            if any(codes):
+                raise AssertionError(f"exit codes {codes}: {output(children)[-2000:]}")
+            break
+        yield runs
+    return done, starts
+
+
+def same_weights(a, b):
+    a, b = load_file(a / "model/model.safetensors"), load_file(b / "model/model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class Rig:
+    def __init__(self, folder, seed):
+        self.folder, self.seed, self.rows = folder, seed, []
+        make_model().save_pretrained(folder / "tiny")
+        make_tokenizer().save_pretrained(folder / "tiny")
+        self.data = write_jsonl(folder / "data.jsonl", make_records(24))
+        prompts = [r | {"candidates": r["candidates"][:1]} for r in make_records(24)]
+        self.prompts = write_jsonl(folder / "prompts.jsonl", prompts)
+
+    def report(self, what, tried, survived, lost, note=""):
+        self.rows.append((what, tried, survived, lost, note))
+        print(f"{what:34} tried {tried:4}  survived {survived:4}  lost {lost:3}  {note}", flush=True)
+
+    def training_args(self, name, *more):
+        flags = "--ordering label --lr 1e-3 --batch_size 4 --epochs 4 --checkpoint_every 2 --resume".split()
+        paths = ["--data", self.data, "--model", self.folder / "tiny", "--output", self.folder / name]
+        return [*flags, *paths, *more]
+
+    def kill_training(self, world, kills):
+        folder = self.folder / f"train{world}"
+        folder.mkdir()
+        lost = 0
+        name = lambda run: self.training_args(f"train{world}/{run}")  # noqa: E731
+        for run in random_kills("rescue", name, folder, world, kills, random.Random(self.seed + world)):
+            steps = [line["step"] for line in read_jsonl(folder / f"run{run}/log.jsonl")]
+            whole = same_weights(folder / "reference", folder / f"run{run}") and steps == list(range(1, 25))
+            lost += not whole
+        self.report(
+            f"SIGKILL of training, {world} rank(s)", kills, kills if not lost else 0, lost, f"seed {self.seed + world}"
+        )
+
+    def kill_collecting(self, kills):
+        folder = self.folder / "collect"
+        folder.mkdir()
+        rng, lost = random.Random(self.seed), 0
+
+        def args(run):
+            flags = "--source tiny --num_samples 2 --max_new_tokens 24 --batch_size 2".split()
+            paths = ["--model", self.folder / "tiny", "--input", self.prompts, "--output", folder / f"{run}.jsonl"]
+            return ["sample", *flags, *paths]
+
+        def tear():
+            for part in folder.glob("*.part0"):
+                text = part.read_bytes()
+                last = len(text) - text[:-1].rfind(b"\n") - 1
+                if text and rng.random() < 0.5:
+                    part.write_bytes(text[: len(text) - rng.randrange(1, last)] if last > 1 else text)
+
+        for run in random_kills("collect_candidates", args, folder, 1, kills, rng, tear):
+            lost += (folder / f"run{run}.jsonl").read_bytes() != (folder / "reference.jsonl").read_bytes()
+        self.report("SIGKILL of collecting, torn lines", kills, kills if not lost else 0, lost, f"seed {self.seed}")
+
+    def signals(self):
+        """SIGTERM: saves and leaves with 0 and the resume command; twice: leaves at once; a resumed run is the whole
+        one."""
+        folder = self.folder / "signals"
+        folder.mkdir()
+        bad = 0
+        finish(start("rescue", self.training_args("signals/reference"), folder))
+        for k, world in enumerate((1, 2, 1, 2)):
+            children = start("rescue", self.training_args(f"signals/run{k}", "--checkpoint_every", "0"), folder, world)
+            wait_for(lambda run=k: len(lines(folder / f"run{run}/log.jsonl")) >= 3 + run)
+            children[-1].kill(signal.SIGTERM)
+            codes = finish(children)
+            told = "--resume" in output(children)
+            again = finish(
+                start("rescue", self.training_args(f"signals/run{k}", "--checkpoint_every", "0"), folder, world)
+            )
+            bad += codes != [0] * world or not told or again != [0] * world
+            bad += world == 1 and not same_weights(folder / "reference", folder / f"run{k}")
+        children = start("rescue", self.training_args("signals/twice", "--epochs", "400"), folder)
+        wait_for(lambda: len(lines(folder / "twice/log.jsonl")) >= 2)
+        os.kill(children[0].pid, signal.SIGSTOP)  # both signals before its next micro-batch
+        children[0].kill(signal.SIGTERM)
+        children[0].kill(signal.SIGINT)
+        os.kill(children[0].pid, signal.SIGCONT)
+        bad += finish(children, 20) == [None]
+        self.report("SIGTERM, SIGINT", 5, 5 - bad, bad)
+
+    def one_rank_dies(self):
+        folder = self.folder / "dies"
+        folder.mkdir()
+        children = start("rescue", self.training_args("dies/run", "--epochs", "400"), folder, 2)
+        wait_for(lambda: len(lines(folder / "run/log.jsonl")) >= 3)
+        began = time.monotonic()
+        children[1].kill()
+        codes = finish(children, 60)
+        seconds = time.monotonic() - began
+        again = finish(
+            start("rescue", self.training_args("dies/run", "--epochs", "400"), folder, 1), 1
+        )  # it can be read
+        bad = codes[0] is None or again not in ([None], [0])
+        self.report("one rank of two dies", 1, 1 - bad, int(bad), f"the other ended after {seconds:.1f} s")
+
+    def disk_full(self):
+        """A file size limit stops the second checkpoint: the first is whole, the message says so, and the run goes on
+        from it."""
+        folder = self.folder / "full"
+        folder.mkdir()
+        finish(start("rescue", self.training_args("full/reference"), folder))
+        children = start("rescue", self.training_args("full/run"), folder)
+        wait_for(lambda: (folder / "run/latest").exists())
+        children[0].kill()
+        finish(children)
+        full = start("rescue", self.training_args("full/run"), folder, file_limit=50_000)
+        codes = finish(full)
+        said = "disk is full" in output(full) and "is whole" in output(full) and "Traceback" not in output(full)
+        finish(start("rescue", self.training_args("full/run"), folder))
+        bad = codes != [2] or not said or not same_weights(folder / "reference", folder / "run")
+        self.report(
+            "disk full while saving", 1, 1 - bad, int(bad), output(full).strip().splitlines()[-1][:90] if bad else ""
+        )
+
+    def resume_elsewhere(self):
+        """One checkpoint of 2 ranks, continued on 1, 2 and 4: the losses agree to rounding."""
+        folder = self.folder / "elsewhere"
+        folder.mkdir()
+        children = start("rescue", self.training_args("elsewhere/run"), folder, 2)
+        wait_for(lambda: (folder / "run/latest").exists())
+        children[0].kill(signal.SIGTERM)
+        finish(children)
+        losses = {}
+        for world in (1, 2, 4):
+            shutil.copytree(folder / "run", folder / f"on{world}")
+            args = self.training_args("elsewhere/run")
+            args[args.index("--output") + 1] = folder / f"on{world}"
+            codes = finish(start("rescue", args, folder, world))
+            losses[world] = (
+                [line["loss"] for line in read_jsonl(folder / f"on{world}/log.jsonl")] if not any(codes) else []
+            )
+        worst = max((abs(a - b) / abs(a) for w in (2, 4) for a, b in zip(losses[1], losses[w])), default=1.0)
+        bad = int(not (len(losses[1]) == len(losses[2]) == len(losses[4]) == 24 and worst < 1e-4))
+        self.report(
+            "resume on 1, 2 and 4 ranks", 3, 3 - 3 * bad, 3 * bad, f"largest relative difference of a loss {worst:.1e}"
+        )
+
+    def malformed(self, share, rng):
+        folder = self.folder / "malformed"
+        folder.mkdir()
+        cases = [c for c in corpus(self) if rng.random() < share]
+        bad = refused = 0
+        for k, (name, write, script, args, allowed) in enumerate(cases):
+            place = folder / str(k)
+            place.mkdir()
+            source = write(place)
+            kept = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+            child = Child(script, args(source, place), folder / f"{k}.log")
+            code = child.wait(60)
+            if code is None:
+                child.kill()
+                child.wait()
+            text = child.log.read_text(errors="replace")
+            message = [line for line in text.splitlines() if "error: " in line]
+            changed = [p.name for p, content in kept.items() if not p.exists() or p.read_bytes() != content]
+            ok = code in allowed and "Traceback" not in text and not changed and (code == 0 or len(message) == 1)
+            refused += code == 2
+            if not ok:
+                bad += 1
+                print(f"  {name}: exit code {code}, changed {changed}: {text.strip()[-300:]}", flush=True)
+            shutil.rmtree(place)
+        self.report(
+            "malformed inputs",
+            len(cases),
+            len(cases) - bad,
+            bad,
+            f"{refused} refused in one sentence, the others handled",
+        )
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise AssertionError("waited in vain")
+        time.sleep(0.005)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--kills", type=int, default=30, help="SIGKILLs each of training on 1 rank, on 2 ranks, and of collecting"
+    )
+    parser.add_argument("--malformed", type=float, default=1.0, help="share of the corpus of malformed inputs")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        rig = Rig(pathlib.Path(folder), args.seed)
+        rig.kill_training(1, args.kills)
+        rig.kill_training(2, args.kills)
+        rig.kill_collecting(args.kills)
+        rig.signals()
+        rig.one_rank_dies()
+        rig.disk_full()
+        rig.resume_elsewhere()
+        rig.malformed(args.malformed, random.Random(args.seed))
+        print("\n| fault | tried | survived | lost | |\n| --- | --- | --- | --- | --- |")
+        for row in rig.rows:
+            print("| " + " | ".join(map(str, row)) + " |")
+        print(json.dumps({"lost": sum(row[3] for row in rig.rows), "seed": args.seed}))
+        return 1 if any(row[3] for row in rig.rows) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""A corpus of malformed inputs: every reader, each with every way in which its file can be wrong."""
+
+import gzip
+import json
+
+from conftest import make_records
+
+PAIR = {
+    "premise": "A man sits.",
+    "hypothesis": "He rests.",
+    "label": "neutral",
+    "explanation_1": "Sitting need not be resting.",
+}
+REFUSED, EITHER = {2}, {0, 2}
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def readers(rig):
+    """(name, a valid row, its second row, script, its arguments, fields it needs) of each verb that reads a file."""
+    tiny = str(rig.folder / "tiny")
+    record, other = make_records(2)
+    out = lambda place: ["--output", place / "out.jsonl"]  # noqa: E731
+    yield (
+        "prepare esnli",
+        PAIR,
+        PAIR | {"premise": "x"},
+        "collect_candidates",
+        lambda s, p: ["prepare", "--task", "esnli", "--input", s, *out(p)],
+        ["premise", "hypothesis", "label", "explanation_1"],
+    )
+    generation = ["--model", tiny, "--max_new_tokens", "2"]
+    yield (
+        "sample",
+        record,
+        other,
+        "collect_candidates",
+        lambda s, p: ["sample", "--input", s, *out(p), *generation],
+        ["id", "prompt"],
+    )
+    yield (
+        "rank by label",
+        record,
+        other,
+        "collect_candidates",
+        lambda s, p: ["rank", "--by", "label", "--input", s, *out(p)],
+        ["id", "prompt", "candidates", "label"],
+    )
+    yield (
+        "rescue",
+        record,
+        other,
+        "rescue",
+        lambda s, p: ["--ordering", "label", "--data", s, "--model", tiny, "--output", p / "run"],
+        ["id", "prompt", "candidates"],
+    )
+    yield (
+        "evaluate ranking",
+        record,
+        other,
+        "evaluate",
+        lambda s, p: ["ranking", "--by", "label", "--input", s, "--model", tiny, *out(p)],
+        ["id", "prompt", "candidates"],
+    )
+    yield (
+        "evaluate nli",
+        record,
+        other,
+        "evaluate",
+        lambda s, p: ["nli", "--input", s, *out(p), *generation],
+        ["id", "prompt", "label"],
+    )
+
+
+def mutations(row, other, needed):
+    """(what is wrong, file name, content, exit codes that are right)."""
+    good = lines([row, other])
+    text = json.dumps(row)
+    yield "missing file", None, None, REFUSED
+    yield "empty file", "a.jsonl", b"", REFUSED
+    yield "blank lines only", "a.jsonl", b"\n \n\t\n", REFUSED
+    yield "BOM and CRLF", "a.jsonl", b"\xef\xbb\xbf" + good.replace(b"\n", b"\r\n"), EITHER
+    yield "no last newline", "a.jsonl", good[:-1], {0}
+    yield "torn last line", "a.jsonl", good[: -len(text) // 2], REFUSED
+    yield "NUL byte", "a.jsonl", good.replace(b" ", b"\x00", 1), REFUSED
+    yield "NUL inside a string", "a.jsonl", good.replace(b"e", b"\x00", 1), REFUSED
+    yield "Latin-1", "a.jsonl", text.replace("a", "\xe9").encode("latin-1"), REFUSED
+    yield "UTF-16", "a.jsonl", text.encode("utf-16"), REFUSED
+    yield "lone surrogate", "a.jsonl", text[:-1].encode() + b', "x": "\\ud800"}\n', REFUSED
+    yield "NaN", "a.jsonl", text[:-1].encode() + b', "x": NaN}\n', REFUSED
+    yield "Infinity", "a.jsonl", text[:-1].encode() + b', "x": -Infinity}\n', REFUSED
+    yield "an 11 MB line", "a.jsonl", text[:-1].encode() + b', "x": "' + b"y" * (11 << 20) + b'"}\n', REFUSED
+    yield "deep nesting", "a.jsonl", text[:-1].encode() + b', "x": ' + b"[" * 50_000 + b"]" * 50_000 + b"}\n", REFUSED
+    yield "a number of 10,000 digits", "a.jsonl", text[:-1].encode() + b', "x": ' + b"9" * 10_000 + b"}\n", REFUSED
+    yield "an array a line", "a.jsonl", json.dumps([row]).encode() + b"\n", REFUSED
+    yield "a string a line", "a.jsonl", b'"text"\n', REFUSED
+    yield "Python, not JSON", "a.jsonl", repr(row).encode() + b"\n", REFUSED
+    yield "trailing comma", "a.jsonl", text[:-1].encode() + b",}\n", REFUSED
+    yield "two objects on a line", "a.jsonl", (text + text).encode() + b"\n", REFUSED
+    yield "JSON, not an array", "a.json", text.encode(), REFUSED
+    yield "JSON array of strings", "a.json", b'["a"]', REFUSED
+    yield "torn JSON array", "a.json", json.dumps([row, other]).encode()[:-20], REFUSED
+    yield "gz that is none", "a.jsonl.gz", good, REFUSED
+    yield "torn gz", "a.jsonl.gz", gzip.compress(good)[:-12], REFUSED
+    yield "unknown ending", "a.parquet", good, REFUSED
+    yield "CSV without the columns", "a.csv", b"x,y\n1,2\n", REFUSED
+    yield "CSV with a short row", "a.csv", ",".join(needed).encode() + b"\n1\n", REFUSED
+    yield "CSV with an open quote", "a.csv", ",".join(needed).encode() + b'\n"abc\n', REFUSED
+    for field in needed:
+        without = {k: v for k, v in row.items() if k != field}
+        yield f"no {field}", "a.jsonl", lines([other, without]), REFUSED
+        for value in (None, 7, 1.5, True, "", " \n", [], {}, [1], {"a": 1}):
+            yield f"{field} = {value!r}", "a.jsonl", lines([other, row | {field: value}]), REFUSED
+
+
+def candidate_mutations(row, other):
+    human, model = row["candidates"][:2]
+    wrong = {
+        "text": [3, None, ["a"]],
+        "source": [None, 1, ""],
+        "label": [3, ["neutral"]],
+        "correct": ["yes", 1, None],
+        "reward": ["0.5", None, True],
+        "rank": [-1, 1.5, "1"],
+        "num_tokens": [0, -3],
+        "logprob": ["x"],
+        "similarity": [[]],
+    }
+    wrong = [(field, value) for field, values in wrong.items() for value in values]
+    for field, value in wrong:
+        yield (
+            f"candidate {field} = {value!r}",
+            lines([other, row | {"candidates": [human, model | {field: value}]}]),
+            REFUSED,
+        )
+    yield "candidate = string", lines([row | {"candidates": ["text"]}]), REFUSED
+    yield "empty human text", lines([row | {"candidates": [human | {"text": " "}, model]}]), REFUSED
+    yield "duplicate id", lines([row, other, row]), REFUSED
+    yield "one candidate", lines([other, row | {"candidates": [human]}]), {0}
+    yield "candidates all equal", lines([other, row | {"candidates": [human] * 4}]), {0}
+    yield "empty model text", lines([other, row | {"candidates": [human, model | {"text": ""}]}]), {0}
+
+
+def corpus(rig):
+    """Yield (name, write(place) -> source file, script, args(source, place), allowed exit codes)."""
+
+    def writer(file, content):
+        def write(place):
+            (place / "keep.txt").write_text("what else lies there stays as it is")
+            if file is None:
+                return place / "missing.jsonl"
+            (place / file).write_bytes(content)
+            return place / file
+
+        return write
+
+    for name, row, other, script, args, needed in readers(rig):
+        for what, file, content, allowed in mutations(row, other, needed):
+            yield f"{name}: {what}", writer(file, content), script, args, allowed
+        yield f"{name}: a folder", lambda place: place, script, args, REFUSED
+        if "candidates" in row:
+            for what, content, allowed in candidate_mutations(row, other):
+                yield f"{name}: {what}", writer("a.jsonl", content), script, args, allowed
