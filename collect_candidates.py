@@ -2,7 +2,10 @@
 
     prepare   a data set as it was downloaded -> records with prompt, label, and the human (or reference) response
     sample    + responses sampled from a local model, with their log-probability and token count
-    rank      + annotations: label and correctness, similarity, reward, rank
+    teacher   + responses of another model, behind an OpenAI-compatible server
+    flip      + the human response turned into its opposite, and labelled anew (RESCUE Sec. 5.1)
+    anchor    + multi-document QA: responses generated from one passage alone (RESCUE Sec. 5.2)
+    rank      + annotations: label and correctness, similarity to the human response, a stronger model's ranking
 
 A verb writes finished prompts, whole lines, to OUTPUT.part<rank>, and at the end joins them in the input's order into
 OUTPUT.
@@ -12,9 +15,16 @@ arguments.
     python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
     torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf
     --num_samples 4
+    python collect_candidates.py teacher --task esnli --base_url https://api.openai.com/v1 --model gpt-4o-mini
+    python collect_candidates.py flip --task esnli --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B
     python collect_candidates.py rank --task esnli --by label
+
+    python collect_candidates.py prepare --task multidoc_qa --input nq-open-10_total_documents_gold_at_0.jsonl.gz
+    torchrun --nproc_per_node 4 collect_candidates.py anchor --model meta-llama/Llama-2-7b-hf
+    python collect_candidates.py rank --task multidoc_qa --by label --input data/multidoc_qa/anchored.jsonl
 """
 
+import argparse
 import asyncio
 import contextlib
 import email.utils
@@ -36,7 +46,7 @@ from collections import Counter
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 import common
 from common import UserError, in_range, say
@@ -177,10 +187,8 @@ def read_records(path, limit=None, seen=None):
     """Yield records (id and prompt checked, candidates optional) from JSONL; duplicate ids are errors."""
     seen = {} if seen is None else seen
     for where, record in itertools.islice(common.read_rows(path), limit):
-        common.check_record(
-            {"candidates": [{"text": "-", "source": "-"}]} | ({} if record.get("candidates") == [] else {}) | record,
-            where,
-        )
+        none_yet = record.get("candidates", []) == []
+        common.check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
         if record["id"] in seen:
             raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
         seen[record["id"]] = where
@@ -294,7 +302,84 @@ def prepare_alpaca(row, where, index, template):
     }
 
 
-TASKS = {"esnli": (prepare_esnli, NLI_TEMPLATE), "alpaca": (prepare_alpaca, ALPACA_TEMPLATE)}
+QA_TEMPLATE = """Answer the question from the documents below. Some of them are irrelevant.
+
+{documents}
+
+Question: {question}
+Answer:"""
+
+
+def choose_documents(rows, chosen, args):
+    """Yield (index, (where, row)) for every `chosen` question and --gold_position, row["documents"] in their order.
+
+    rows: all (where, row), whose passages are the pool of distractors where a row brings too few of its own (those
+    come first, in the file's order): the most similar passages by shared words, rare ones weighing more (inverse
+    document frequency). A passage that holds an answer of the question is no distractor.
+    """
+    pool = {}
+    for where, row in rows:
+        for c in check_passages(row, where):
+            pool.setdefault((c["title"], c["text"]), None)
+    pool = list(pool)
+    words = [set(normalize_answer(" ".join(passage)).split()) for passage in pool]
+    holders = {}
+    for i, passage in enumerate(words):
+        for word in passage:
+            holders.setdefault(word, []).append(i)
+    for index, (where, row) in chosen:
+        gold = next((c for c in row["ctxs"] if c.get("isgold")), None)
+        if gold is None:
+            raise UserError(f"{where}: no passage has isgold true")
+        likeness = Counter()
+        for word in set(normalize_answer(f"{row['question']} {gold['text']}").split()) & holders.keys():
+            for i in holders[word]:
+                likeness[i] += math.log(len(pool) / len(holders[word]))
+        own = [(c["title"], c["text"]) for c in row["ctxs"] if c is not gold]
+        others = dict.fromkeys(own + [pool[i] for i, _ in likeness.most_common()])
+        others = (p for p in others if p[1] != gold["text"] and not has_answer(" ".join(p), row["answers"]))
+        others = list(itertools.islice(others, args.num_documents - 1))
+        if len(others) < args.num_documents - 1:
+            raise UserError(f"{where}: only {len(others)} passages without the answer for --num_documents")
+        for position in args.gold_position or [None]:
+            if position and position > args.num_documents:
+                raise UserError(f"--gold_position {position} is above --num_documents {args.num_documents}")
+            place = position or random.Random(f"{args.seed}-{index}").randint(1, args.num_documents)
+            documents = [{"title": title, "text": text, "gold": False} for title, text in others]
+            documents.insert(place - 1, {"title": gold["title"], "text": gold["text"], "gold": True})
+            name = f"nq-{index}" + (f"-gold{position}" if position else "")
+            yield index, (where, row | {"documents": documents, "gold_position": place, "id": name})
+
+
+def check_passages(row, where):
+    """-> the row's passages; raises UserError unless it has the form of the lost-in-the-middle files."""
+    passages, answers = row.get("ctxs"), row.get("answers")
+    good = isinstance(passages, list) and passages and all(isinstance(c, dict) for c in passages)
+    if not good or not all(isinstance(c.get(k), str) for c in passages for k in ("title", "text")):
+        raise UserError(f"{where}: field 'ctxs' must be a list of passages with title and text")
+    if not (isinstance(answers, list) and answers and all(isinstance(a, str) and a.strip() for a in answers)):
+        raise UserError(f"{where}: field 'answers' must be a list of non-empty strings")
+    return passages
+
+
+def qa_prompt(template, question, documents, where):
+    texts = [f"Document {i} ({d['title']}): {d['text']}" for i, d in enumerate(documents, 1)]
+    return fill(template, {"documents": "\n".join(texts), "question": question}, where)
+
+
+def prepare_multidoc_qa(row, where, index, template):
+    """A question with its documents -> record without candidates: `anchor` adds them."""
+    question = text_field(row, "question", where)
+    keep = {k: row[k] for k in ("id", "answers", "gold_position", "documents")}
+    prompt = qa_prompt(template, question, row["documents"], where)
+    return keep | {"task": "multidoc_qa", "prompt": prompt, "label": None, "question": question, "candidates": []}
+
+
+TASKS = {
+    "esnli": (prepare_esnli, NLI_TEMPLATE),
+    "multidoc_qa": (prepare_multidoc_qa, QA_TEMPLATE),
+    "alpaca": (prepare_alpaca, ALPACA_TEMPLATE),
+}
 
 
 def prepare_flags(add):
@@ -309,13 +394,18 @@ def prepare_flags(add):
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")
+    add("--num_documents", type=in_range(int, 2), default=10, help="multidoc_qa: documents a prompt (paper: 5 and 10)")
+    add("--gold_position", type=in_range(int, 1), nargs="+", help="multidoc_qa: 1 is first; several: a record for each")
+    add("--seed", type=int, default=0, help="multidoc_qa: where the gold passage stands without --gold_position")
 
 
 def prepare(args):
     convert, template = TASKS[args.task]
     template = read_template(args, template)
     rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
-    rows = itertools.islice(enumerate(rows), args.skip, args.limit and args.skip + args.limit)
+    whole = list(rows) if args.task == "multidoc_qa" else None
+    rows = itertools.islice(enumerate(whole or rows), args.skip, args.limit and args.skip + args.limit)
+    rows = rows if whole is None else choose_documents(whole, rows, args)
     records, empty = {}, 0
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
         record = convert(row, where, index, template)
@@ -324,7 +414,8 @@ def prepare(args):
             continue
         if record["id"] in records:
             raise UserError(f"{where}: id {record['id']!r} occurs twice")
-        common.check_record(record, where)
+        if record["candidates"] or args.task != "multidoc_qa":
+            common.check_record(record, where)
         records[record["id"]] = record
     if not records:
         raise UserError(f"--input {' '.join(args.input)}: no rows after --skip {args.skip}")
@@ -575,6 +666,7 @@ MAX_REPLY = 8 * 2**20  # bytes of one reply
 LONGEST_WAIT = 600  # seconds that a server may ask us to wait
 FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
 RE_ASKS = 2  # after an answer that could not be used
+BUDGET_SPENT = "--max_requests is reached"
 
 
 def api_flags(add, max_new_tokens, required=True):
@@ -592,19 +684,20 @@ def api_flags(add, max_new_tokens, required=True):
     generation_flags(add, max_new_tokens)
 
 
-def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logprobs=False, follow_up=None):
+def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logprobs=False, follow_up=None, count=None):
     """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
 
     prompts: texts, sent as one user message each (locally: through the chat template where there is one). responses:
     num_samples of {text, finished, num_tokens and logprob where known} (logprobs=True asks a server for them), or None
     with `error`, a sentence: such prompts failed and may be asked again another time. follow_up(index, text) -> None,
     or the message to re-ask with when `text` is no use: RE_ASKS times, the dialogue so far before it.
-    What concerns all prompts (a refused key, an unknown model, no server) is a UserError.
+    What concerns all prompts (a refused key, an unknown model, no server) is a UserError. count: a Counter that several
+    calls share, so that --max_requests bounds them together.
     """
     options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples}
     ask = functools.partial(_ask_server, logprobs=logprobs) if args.base_url else _ask_local
     dialogues = {i: [{"role": "user", "content": prompt}] for i, prompt in enumerate(prompts)}
-    count = Counter()
+    count = Counter() if count is None else count
     with tqdm(total=len(prompts), desc=f"asking {args.model}", leave=False) as bar:
         for turn in range(1 + RE_ASKS):
             again = {}
@@ -688,7 +781,7 @@ async def _request(client, args, i, dialogue, count, *, num_samples, logprobs, t
     body |= ({"stop": list(unescape(args.stop))} if args.stop else {}) | ({"logprobs": True} if logprobs else {})
     while len(responses) < num_samples:
         if count["requests"] == args.max_requests:
-            return i, None, "--max_requests is reached"
+            return i, None, BUDGET_SPENT
         count["requests"] += 1
         missing = num_samples - len(responses)
         body["n"] = missing if missing > 1 else openai.omit
@@ -807,6 +900,212 @@ def hide_key(text):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# teacher, flip: candidates from other models (RESCUE Sec. 5.1)
+
+
+def teacher_flags(add):
+    collected_flags(add, "train", "teacher")
+    add("--source", help="the candidates' source (default: the model's name)")
+    add("--num_samples", type=in_range(int, 1), default=1, help="responses a prompt")
+    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
+    add("--top_p", type=in_range(float, 0, 1), default=1.0)
+    add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
+    api_flags(add, 256)
+
+
+def collected_flags(add, before, after):
+    add("--task", default="esnli", help=f"for the default paths: data/TASK/{before}.jsonl, data/TASK/{after}.jsonl")
+    add("--input", help="records, JSONL")
+    add("--output", help="the same records with more in them, JSONL")
+
+
+def open_collected(args, before, after, read=read_records):
+    """The records of --input and the journal of --output, both with their default paths -> (records, journal)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{args.verb} runs in one process: start it with python, not torchrun")
+    args.input = args.input or f"data/{args.task}/{before}.jsonl"
+    records = list(read(args.input))
+    output = args.output or f"data/{args.task}/{after}.jsonl"
+    return records, Journal(output, [r["id"] for r in records], settings_of(args))
+
+
+def ask_each(args, records, journal, prompt, finish, **options):
+    """Ask prompt(record) for every record not done; journal finish(record, responses) as they come; list failures."""
+    todo, failed = [r for r in records if r["id"] not in journal.done], Counter()
+    for i, responses, error in complete(args, [prompt(r) for r in todo], **options):
+        if error:
+            failed[error] += 1
+            if error != BUDGET_SPENT:
+                say(f"{todo[i]['id']} failed: {error}")
+        else:
+            journal.write([finish(todo[i], responses)])
+    for error, number in failed.items():
+        say(f"{number} prompts failed and are left for another run: {error}")
+    journal.finish()
+
+
+def teacher(args):
+    """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here."""
+    args.source = args.source or pathlib.Path(args.model).name
+    records, journal = open_collected(args, "train", "teacher")
+
+    def finish(record, responses):
+        more = [r | {"source": args.source} for r in responses]
+        return record | {"candidates": record.get("candidates", []) + more}
+
+    options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs")}
+    ask_each(args, records, journal, lambda r: r["prompt"], finish, **options)
+
+
+FLIP_TEMPLATE = """Rewrite the sentence so that it says the opposite. Answer with the rewritten sentence alone.
+
+Sentence: {explanation}"""
+FLIP_AGAIN = "That is not what was asked for. Answer with one line: the sentence, rewritten to say the opposite."
+LABEL_AGAIN = f"Answer with one word, the label that fits the explanation: {', '.join(NLI_LABELS)}."
+
+
+def flip_flags(add):
+    collected_flags(add, "train", "flipped")
+    add("--prompt_file", help="a template of your own for the rewriting, with {explanation}")
+    add("--label_model", help="the model that labels the rewritten explanation (default: --model)")
+    add("--label_base_url", help="its server; none: it runs here (default with no --label_model: --base_url)")
+    add("--temperature", type=in_range(float, 0), default=1.0, help="of the rewriting; labels are greedy")
+    api_flags(add, 128)
+
+
+def flip(args):
+    """Add the opposite of each human response (Sec. 5.1): one model rewrites its explanation, another labels that.
+
+    The second continues the record's own prompt: prompt, rewritten explanation, ####. A human response that has no
+    "explanation #### label", or a rewriting or label that stays unusable after re-asking, adds no candidate.
+    """
+    args.label_base_url = args.label_base_url if args.label_model else args.base_url
+    args.label_model = args.label_model or args.model
+    records, journal = open_collected(args, "train", "flipped")
+    template = read_template(args, FLIP_TEMPLATE)
+    labeler = argparse.Namespace(**vars(args) | {"model": args.label_model, "base_url": args.label_base_url})
+    provenance = {"explanation_by": pathlib.Path(args.model).name, "label_by": pathlib.Path(labeler.model).name}
+    source = "flip-{explanation_by}-{label_by}".format(**provenance)
+    count, outcome = Counter(), Counter()
+    todo = [r for r in records if r["id"] not in journal.done]
+    size = 16 * max(args.concurrency, args.batch_size)  # the rewritings of so many are lost where a run is killed
+    for start in tqdm(range(0, len(todo), size), desc="flip"):
+        chunk = todo[start : start + size]
+        explanations = {r["id"]: human_explanation(r) for r in chunk}
+        outcome["malformed human response"] += sum(e is None for e in explanations.values())
+        journal.write(r for r in chunk if explanations[r["id"]] is None)
+        jobs = [r for r in chunk if explanations[r["id"]] is not None]
+        flipped, prompts = {}, [fill(template, {"explanation": explanations[r["id"]]}, "--prompt_file") for r in jobs]
+
+        def unlike(i, text):
+            return None if clean_sentence(text, explanations[jobs[i]["id"]]) else FLIP_AGAIN
+
+        for i, responses, error in complete(args, prompts, temperature=args.temperature, follow_up=unlike, count=count):
+            sentence = responses and clean_sentence(responses[0]["text"], explanations[jobs[i]["id"]])
+            if sentence:
+                flipped[jobs[i]["id"]] = sentence
+            elif error:
+                say(f"{jobs[i]['id']} failed: {error}")
+            else:
+                outcome["unusable rewriting"] += 1
+                journal.write([jobs[i]])
+        jobs = [r for r in jobs if r["id"] in flipped]
+        prompts = [f"{r['prompt'].rstrip()} {flipped[r['id']]} ####" for r in jobs]
+
+        def labeled(i, text):
+            return None if one_label(text) else LABEL_AGAIN
+
+        for i, responses, error in complete(labeler, prompts, follow_up=labeled, count=count):
+            label = responses and one_label(responses[0]["text"])
+            outcome["unusable label" if responses and not label else "labelled" if label else "failed"] += 1
+            if error:
+                say(f"{jobs[i]['id']} failed: {error}")
+                continue
+            outcome["label differs from the human one"] += bool(label) and label != jobs[i]["label"]
+            text = f"{flipped[jobs[i]['id']]} #### {(label or '').capitalize()}"
+            more = [{"text": text, "source": source, "label": label} | provenance] if label else []
+            journal.write([jobs[i] | {"candidates": jobs[i]["candidates"] + more}])
+    journal.finish()
+    say("flipped:", ", ".join(f"{n} {what}" for what, n in outcome.items()))
+
+
+def human_explanation(record):
+    """The explanation of a record's first human response, or None where that has no `explanation #### label`."""
+    texts = [c["text"] for c in record.get("candidates", []) if c["source"] in common.HUMAN]
+    explanation, mark, label = texts[0].partition("####") if texts else ("", "", "")
+    return explanation.strip() if explanation.strip() and mark and one_label(label) else None
+
+
+def clean_sentence(text, original):
+    """A model's rewriting, its quotation marks off -> the sentence, or None: not one line, a mark in it, unchanged."""
+    text = text.strip().strip("\"'`“” ")
+    same = normalize_answer(text) in ("", normalize_answer(original))
+    return None if same or "\n" in text or "####" in text else text
+
+
+def one_label(text):
+    """The one NLI label that occurs in a text, or None."""
+    found = {label for label in NLI_LABELS if re.search(rf"\b{label}\b", text.lower())}
+    return found.pop() if len(found) == 1 else None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# anchor: multi-document QA (RESCUE Sec. 5.2)
+
+
+def anchor_flags(add):
+    add("--task", default="multidoc_qa", help="for the default paths: data/TASK/train.jsonl, data/TASK/anchored.jsonl")
+    add("--input", help="records of prepare --task multidoc_qa")
+    add("--output", help="the same records with candidates")
+    add("--model", required=True, help="hub id or folder")
+    add("--source", help="the candidates' source (default: the model's name)")
+    add("--num_distractors", type=in_range(int, 0), default=4, help="responses from distractors (Sec. 5.2: 4)")
+    add("--prompt_file", help="a template of your own with {documents} and {question}")
+    add("--temperature", type=in_range(float, 0), default=0.0, help="0: greedy, one response a passage")
+    add("--seed", type=int, default=0, help="which distractors")
+    generation_flags(add, 128)
+
+
+def anchor(args):
+    """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
+    rank, world, device = common.init_distributed()
+    args.input = args.input or f"data/{args.task}/train.jsonl"
+    args.source = args.source or pathlib.Path(args.model).name
+    records, template = list(read_records(args.input)), read_template(args, QA_TEMPLATE)
+    for r in records:
+        if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
+            raise UserError(f"{args.input}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
+    output = args.output or f"data/{args.task}/anchored.jsonl"
+    journal = Journal(output, [r["id"] for r in records], settings_of(args), rank, world)
+    options = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "max_prompt_length")}
+    batches = batches_by_length(records, max(1, args.batch_size // (1 + args.num_distractors)))
+    for batch in tqdm(batches[rank::world], desc="anchor", disable=rank != 0):
+        batch = [records[i] for i in batch]
+        if all(r["id"] in journal.done for r in batch):
+            continue
+        jobs = [(r, number) for r in batch for number in anchors(r, args.num_distractors, args.seed)]
+        prompts = [qa_prompt(template, r["question"], [r["documents"][n]], args.input) for r, n in jobs]
+        model, tokenizer = load_generator(args.model, device)
+        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+        for (record, number), [response] in zip(
+            jobs, generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+        ):
+            kind = "gold" if record["documents"][number]["gold"] else "distractor"
+            response |= {"source": args.source, "anchor": kind, "document": number + 1}
+            record.setdefault("candidates", []).append(response)
+        journal.write(r for r in batch if r["id"] not in journal.done)
+    journal.finish()
+
+
+def anchors(record, num_distractors, seed):
+    """Which documents to answer from: the gold ones first, then a seeded draw of the others -> their indices."""
+    gold = [i for i, d in enumerate(record["documents"]) if d["gold"]]
+    others = [i for i, d in enumerate(record["documents"]) if not d["gold"]]
+    draw = random.Random(f"{seed}-{record['id']}").sample(others, min(num_distractors, len(others)))
+    return gold + draw
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # rank
 
 
@@ -818,8 +1117,7 @@ def parse_nli(text):
     must occur in it.
     """
     explanation, mark, tail = text.partition("####")
-    found = {label for label in NLI_LABELS if re.search(rf"\b{label}\b", (tail if mark else text).lower())}
-    label = found.pop() if len(found) == 1 else None
+    label = one_label(tail if mark else text)
     return label, bool(mark and explanation.strip() and tail.strip(" .\n").lower() in NLI_LABELS)
 
 
@@ -833,6 +1131,10 @@ def rank_by_label(records, args):
     """Set every candidate's `label` and `correct`; what cannot be parsed is kept, with label null and correct false."""
     count = Counter()
     for record in records:
+        if record.get("task") == "multidoc_qa":
+            rank_by_answer(record, count, args.input)
+            yield record
+            continue
         if record.get("label") not in NLI_LABELS:
             raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
         for c in record["candidates"]:
@@ -846,8 +1148,9 @@ def rank_by_label(records, args):
                 ]
             )
         yield record
+    kinds = ("total", "well-formed", "malformed", "correct", "wrong", "unparsed")
+    kinds = [k for k in kinds if any(count[s, k] for s, _ in list(count))]
     for source in sorted({s for s, _ in count}):
-        kinds = ("total", "well-formed", "malformed", "correct", "wrong", "unparsed")
         say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
 
 
@@ -1022,7 +1325,124 @@ def spearman(a, b):
     return 0.0
 
 
-RANKERS = {"label": rank_by_label, "contextual": rank_by_contextual, "logprob": rank_by_logprob, "prm": rank_by_prm}
+def has_answer(text, answers):
+    """Whether any of the answers, normalised, is a substring of the text so normalised (Liu et al.'s best subspan)."""
+    text = normalize_answer(text)
+    return any(a and a in text for a in map(normalize_answer, answers))
+
+
+def rank_by_answer(record, count, where):
+    """Multi-document QA: a candidate is correct where it holds an answer; counts by the passage it came from."""
+    if not isinstance(record.get("answers"), list) or not all(isinstance(a, str) for a in record["answers"]):
+        raise UserError(f"{where}: record {record['id']!r} has no list of answers")
+    for c in record["candidates"]:
+        c["correct"] = has_answer(c["text"], record["answers"])
+        group = f"{c['source']} from {c['anchor']}" if "anchor" in c else c["source"]
+        count.update([(group, "total"), (group, "correct" if c["correct"] else "wrong")])
+
+
+def rank_by_similarity(records, args):
+    """Set every candidate's `similarity`: the cosine of its sentence embedding to that of the human response."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = common.load_pretrained(AutoModel, args.encoder, "--encoder").to(device).eval()
+    tokenizer = common.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
+    records = iter(records)
+    while batch := list(itertools.islice(records, args.batch_size)):
+        for record in batch:
+            if not any(c["source"] in common.HUMAN for c in record["candidates"]):
+                raise UserError(f"{args.input}: record {record['id']!r} has no human response to compare with")
+        texts = [c["text"] for r in batch for c in r["candidates"]]
+        vectors = embed(model, tokenizer, texts).split([len(r["candidates"]) for r in batch])
+        for record, vector in zip(batch, vectors):
+            human = next(i for i, c in enumerate(record["candidates"]) if c["source"] in common.HUMAN)
+            for c, cosine in zip(record["candidates"], (vector @ vector[human]).tolist()):
+                c["similarity"] = round(cosine, 6)
+            yield record
+
+
+@torch.inference_mode()
+def embed(model, tokenizer, texts, max_length=256):
+    """texts -> [len(texts), d] unit vectors: the mean of the last hidden states over each text's tokens.
+
+    256 tokens are what all-MiniLM-L6-v2 was trained with; longer texts are cut, as sentence-transformers does.
+    """
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt").to(
+        model.device
+    )
+    hidden = model(**inputs).last_hidden_state  # [B, L, d]
+    mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+
+GPT_TEMPLATE = """Below are a task and {n} responses to it. Rank the responses from best to worst: a good one is
+correct, and its reasoning is sound and to the point. Answer with one line naming every response once, like: {example}
+
+Task:
+{prompt}
+
+{responses}
+"""
+
+
+def rank_by_gpt(records, args):
+    """Set every candidate's `rank` (0 the best) by a stronger model's ranking; null where it gave none after re-asking.
+
+    The responses are shown in a seeded random order: models prefer some places.
+    """
+    records, template = list(records), read_template(args, GPT_TEMPLATE)
+    orders, prompts, count = [], [], Counter()
+    for r in records:
+        n = len(r["candidates"])
+        orders.append(random.Random(f"{args.seed}-{r['id']}").sample(range(n), n))
+        shown = [f"Response {k}: {r['candidates'][i]['text']}" for k, i in enumerate(orders[-1], 1)]
+        fields = {"n": str(n), "example": example_ranking(n), "prompt": r["prompt"], "responses": "\n\n".join(shown)}
+        prompts.append(fill(template, fields, "--prompt_file"))
+
+    def unranked(i, text):
+        n = len(orders[i])
+        return None if parse_ranking(text, n) else RANK_AGAIN.format(n=n, example=example_ranking(n))
+
+    for i, responses, error in complete(args, prompts, follow_up=unranked):
+        if error:
+            count[error] += 1
+            continue
+        ranking = parse_ranking(responses[0]["text"], len(orders[i]))
+        count["ranked" if ranking else "unranked"] += 1
+        for c in records[i]["candidates"]:
+            c["rank"] = None
+        for place, number in enumerate(ranking or ()):
+            records[i]["candidates"][orders[i][number - 1]]["rank"] = place
+        yield records[i]
+    say("by gpt:", ", ".join(f"{n} {what}" for what, n in count.items()))
+
+
+RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
+
+
+def example_ranking(n):
+    return " > ".join(map(str, [*range(2, n + 1), 1]))
+
+
+def parse_ranking(text, n):
+    """The numbers 1..n, best first, from an answer such as `2 > 1 > 3` -> list, or None.
+
+    Strict: the last line that is nothing but numbers joined by > or , (`Ranking:`, `Response` and brackets may stand
+    around them) must name every response once. Ties (=), gaps, doubles, and rankings inside a sentence are refused.
+    """
+    lines = [re.sub(r"(?i)ranking\s*:|response|[\[\]()*`.]", " ", line).strip() for line in text.splitlines()]
+    lines = [line for line in lines if re.fullmatch(r"\d+(\s*[>,]\s*\d+)*", line)]
+    numbers = [int(x) for x in re.findall(r"\d+", lines[-1])] if lines else []
+    return numbers if sorted(numbers) == list(range(1, n + 1)) else None
+
+
+RANKERS = {
+    "label": rank_by_label,
+    "similarity": rank_by_similarity,
+    "gpt": rank_by_gpt,
+    "contextual": rank_by_contextual,
+    "logprob": rank_by_logprob,
+    "prm": rank_by_prm,
+}
 
 
 def rank_flags(add):
@@ -1030,7 +1450,8 @@ def rank_flags(add):
     add("--task", default="esnli", help="for the default paths: data/TASK/sampled.jsonl, data/TASK/ranked.jsonl")
     add("--input", help="records with candidates, JSONL")
     add("--output", help="the same records, annotated")
-    add("--prompt_file", help="contextual: a template of your own, {names} as in the built-in one")
+    add("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
+    add("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
     add("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
     add("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
     add("--max_length", type=in_range(int, 8), default=512, help="logprob, prm: tokens of prompt + one response")
@@ -1038,17 +1459,15 @@ def rank_flags(add):
 
 
 def rank(args):
-    args.input = args.input or f"data/{args.task}/sampled.jsonl"
-    args.output = args.output or f"data/{args.task}/ranked.jsonl"
-    if args.by != "label" and not args.model:
+    """Annotate every candidate; see --by."""
+    if args.by not in ("label", "similarity") and not args.model:
         raise UserError(f"--by {args.by} needs --model")
-    records = common.load_candidates(args.input)
-    journal = Journal(args.output, [r["id"] for r in records], settings_of(args))
+    records, journal = open_collected(args, "sampled", "ranked", common.load_candidates)
     todo = [r for r in records if r["id"] not in journal.done]
     for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False), args):
         journal.write([record])
     if journal.finish() == len(records):
-        print_length_by_rank(common.load_candidates(args.output), args.by)
+        print_length_by_rank(common.load_candidates(journal.path), args.by)
 
 
 def print_length_by_rank(records, by):
@@ -1068,7 +1487,14 @@ def print_length_by_rank(records, by):
     )
 
 
-VERBS = {"prepare": (prepare_flags, prepare), "sample": (sample_flags, sample), "rank": (rank_flags, rank)}
+VERBS = {
+    "prepare": (prepare_flags, prepare),
+    "sample": (sample_flags, sample),
+    "teacher": (teacher_flags, teacher),
+    "flip": (flip_flags, flip),
+    "anchor": (anchor_flags, anchor),
+    "rank": (rank_flags, rank),
+}
 
 
 def run_verb(verbs, description):

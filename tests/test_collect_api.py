@@ -1,79 +1,14 @@
 """complete(): a hostile server on loopback, a local model, re-asks."""
 
 import argparse
-import collections
-import http.server
 import json
-import threading
 import time
 
 import pytest
+from api_server import Server, chat
 
 import collect_candidates as collect
 from common import UserError
-
-
-class Server:
-    """An OpenAI-compatible server whose `behave(prompt, nth time it is asked, body)` says how each request goes wrong.
-
-    behave -> None (a good reply), an HTTP status, (status, headers[, body]), a body, or a named fault.
-    """
-
-    def __init__(self, behave):
-        self.asked, self.bodies, self.headers, self.times = collections.Counter(), [], [], []
-        server = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                prompt = body["messages"][0]["content"]
-                server.asked[prompt] += 1
-                server.bodies.append(body)
-                server.headers.append({k.lower(): v for k, v in self.headers.items()})
-                server.times.append(time.monotonic())
-                server.answer(self, behave(prompt, server.asked[prompt], body), f"echo {prompt}")
-
-        self.http = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = True
-        self.http.handle_error = lambda request, address: None  # clients that give up are the point here
-        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def answer(self, handler, fault, text):
-        if fault == "silence":
-            return time.sleep(2)
-        if fault == "drip":  # headers a byte at a time: no single read ever times out
-            for byte in b"HTTP/1.1 200 OK\r\nX: " + b"x" * 40:
-                time.sleep(0.05)
-                handler.connection.sendall(bytes([byte]))
-            return None
-        fault = (fault, {}) if isinstance(fault, int) else (200, {}, fault) if isinstance(fault, bytes) else fault
-        status, headers, *body = fault if isinstance(fault, tuple) else (200, {}, chat(text))
-        body = body[0] if body else b'{"error": {"message": "no"}}'
-        length = 2**30 if fault == "flood" else len(body)
-        handler.send_response(status)
-        for name, value in {"content-type": "application/json", "content-length": str(length), **headers}.items():
-            handler.send_header(name, value)
-        handler.end_headers()
-        if fault == "flood":
-            for _ in range(64):
-                handler.wfile.write(b" " * 2**20)
-        return handler.wfile.write(body[: len(body) // 2] if fault == "half" else body)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *exc):
-        self.http.shutdown()
-        self.http.server_close()
-
-
-def chat(*texts, finish="stop", **more):
-    choices = [{"index": i, "message": {"content": t}, "finish_reason": finish} for i, t in enumerate(texts)]
-    return json.dumps({"choices": choices, "usage": {"completion_tokens": 7}} | more).encode()
 
 
 def arguments(url=None, model="m", *more):
@@ -220,13 +155,13 @@ def test_re_asks_carry_the_dialogue_and_end():
     assert server.bodies[-1]["messages"][-1]["content"] == "again, please"
 
 
-def test_local_model_answers_in_the_callers_numbering(tiny_model):
-    args = arguments(None, tiny_model, "--batch_size", "2")
+def test_local_model_answers_in_the_callers_numbering(tiny):
+    args = arguments(None, tiny, "--batch_size", "2")
     prompts = ["a", "a much longer prompt", "bb"]
     results = {i: r for i, r, e in collect.complete(args, prompts, num_samples=2, temperature=1.0)}
     assert sorted(results) == [0, 1, 2] and all(len(r) == 2 for r in results.values())
     alone = {i: r for i, r, e in collect.complete(args, prompts)}
-    model, tokenizer = collect.load_generator(tiny_model, collect.torch.device("cpu"))
+    model, tokenizer = collect.load_generator(tiny, collect.torch.device("cpu"))
     for i, prompt in enumerate(prompts):
         [[want]] = collect.generate(model, tokenizer, [prompt + "\n"], max_new_tokens=12)
         assert alone[i][0]["text"] == want["text"]
