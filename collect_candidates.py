@@ -769,6 +769,7 @@ def _ask_server(args, dialogues, count, **options):
         for task in running:
             task.cancel()
         loop.run_until_complete(asyncio.wait([*running, loop.create_task(client.close())]))
+        _ = [task.cancelled() or task.exception() for task in running]  # fetched, or asyncio prints them
         loop.close()
 
 
