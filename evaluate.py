@@ -3,6 +3,11 @@ VERB.metrics.json beside it.
 
     ranking   does the model rank a candidates file's responses as their annotations do: pair accuracy, Kendall's tau
     nli       generate answers to NLI prompts: accuracy, per-class figures, confusion matrix, share unparsed
+    nll       token NLL of the reference responses (Tuna App. A chooses beta by it)
+    superni   Super-NaturalInstructions from a clone: ROUGE-L and exact match
+    lmentry   LMentry from a clone, scored by its own scorers: accuracy, robustness, LMentry score
+    vicuna    answer Vicuna's 80 questions
+    judge     two systems' answers compared by a stronger model, in both orders
     report    several NAMEs side by side as Markdown
 
 Nothing is generated twice: killed and run again with the same arguments, a verb goes on from its predictions.
@@ -11,13 +16,21 @@ over ranks.
 
     python evaluate.py nli --model runs/rescue-label/model --input data/esnli/test.jsonl
     python evaluate.py ranking --model runs/rescue-label/model --input data/esnli/test_ranked.jsonl --by label
+    python evaluate.py vicuna --model runs/tuna/model --input question.jsonl
+    python evaluate.py judge --answers runs/eval/tuna/vicuna.jsonl runs/eval/tuna-sft/vicuna.jsonl --model gpt-4 \\
+        --base_url https://api.openai.com/v1
     python evaluate.py report model rescue-none rescue-label
 """
 
+import itertools
 import json
 import math
 import pathlib
 import platform
+import re
+import string
+import sys
+from collections import Counter
 
 import torch
 import transformers
@@ -34,9 +47,10 @@ EVAL_FOLDER = pathlib.Path("runs/eval")
 # What every verb does: flags, predictions that survive a kill, metrics
 
 
-def model_flags(add, verb):
+def model_flags(add, verb, data="records, JSONL"):
     add("--model", required=True, help="hub id or folder")
-    add("--input", required=True, help="records, JSONL")
+    if data:
+        add("--input", required=True, help=data)
     add("--name", help="the system's name in reports (default: from --model)")
     add("--output", help=f"predictions (default: {EVAL_FOLDER}/NAME/{verb}.jsonl)")
 
@@ -66,6 +80,25 @@ def predict(args, verb, records, compute, rank, world):
             journal.write({"id": r["id"]} | p for r, p in zip(batch, compute(batch)))
     journal.finish()
     return [row for _, row in common.read_rows(args.output)] if rank == 0 else []
+
+
+def answer(args, verb, records, rank, world, device):
+    """Generate a greedy answer to every record's prompt -> predictions: the record without candidates, and the answer
+    (text, num_tokens, finished, logprob)."""
+    options = {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length")}
+
+    def compute(batch):
+        model, tokenizer = collect.load_generator(args.model, device)
+        prompts = [r["prompt"] for r in batch]
+        answers = collect.generate(model, tokenizer, prompts, stop=collect.unescape(args.stop), **options)
+        return [r | a for r, [a] in zip(batch, answers)]
+
+    return predict(args, verb, records, compute, rank, world)
+
+
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
 def write_metrics(args, verb, metrics):
@@ -116,6 +149,7 @@ LEVELS = {  # --by -> a candidate's preference level, larger better
     "reward": lambda c: c["reward"],
     "rank": lambda c: -c["rank"],
     "similarity": lambda c: c["similarity"],
+    "logprob": lambda c: c["teacher_score"],
 }
 
 
@@ -132,8 +166,18 @@ def ranking_flags(add):
     add(
         "--margin", type=in_range(float, 0), default=0.1, help="a pair closer than this is a margin violation (Tuna: m)"
     )
-    add("--max_length", type=in_range(int, 8), default=512)
-    add("--max_response_length", type=in_range(int, 2))
+    add(
+        "--length_penalty",
+        type=in_range(float, 0),
+        default=1.3,
+        help="logprob: beta of the teacher's score (Tuna Eq. 3)",
+    )
+    scoring_flags(add)
+
+
+def scoring_flags(add):
+    add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + one response")
+    add("--max_response_length", type=in_range(int, 2), help="tokens of a response with EOS")
     add("--batch_size", type=in_range(int, 1), default=2, help="prompts a packed row")
 
 
@@ -141,7 +185,10 @@ def ranking(args):
     """Score every candidate by its length-normalised log-likelihood and compare the order with the annotation's."""
     rank, world, device = common.init_distributed()
     field = {"label": "correct", "human": "source"}.get(args.by, args.by)
-    records = common.load_candidates(args.input, need=[field], added_by=f"collect_candidates.py rank --by {args.by}")
+    records = [annotated(r, field, args) for r in common.load_candidates(args.input)]
+    records = [r for r in records if r["candidates"]]
+    if not records:
+        raise UserError(f"{args.input}: no candidate is ranked by {field!r}")
 
     @torch.inference_mode()
     def compute(batch):
@@ -165,6 +212,23 @@ def ranking(args):
     rows = predict(args, "ranking", records, compute, rank, world)
     if rank == 0:
         write_metrics(args, "ranking", ranking_metrics(rows, args.margin))
+
+
+def annotated(record, field, args):
+    """The record with those of its candidates that carry the annotation; the original response may lack it."""
+    for i, c in enumerate(record["candidates"]):
+        if field not in c and c["source"] not in common.HUMAN:
+            raise UserError(
+                f"{args.input}: record {record['id']!r}: candidates[{i}] has no {field!r}; "
+                f"add it with: collect_candidates.py rank --by {args.by}"
+            )
+    candidates = [c for c in record["candidates"] if c.get(field) is not None]  # rank null: not ranked
+    if field == "logprob":
+        score = common.length_normalized
+        candidates = [
+            c | {"teacher_score": score(c["logprob"], c["num_tokens"], args.length_penalty)} for c in candidates
+        ]
+    return record | {"candidates": candidates}
 
 
 def ranking_metrics(rows, margin):
@@ -307,6 +371,376 @@ def plot_nli(metrics, name, path):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# nll
+
+
+def nll_flags(add):
+    model_flags(add, "nll", "records with a reference (or human) response, JSONL")
+    scoring_flags(add)
+
+
+def nll(args):
+    """Token NLL of the reference responses under a model, EOS included."""
+    rank, world, device = common.init_distributed()
+    records = []
+    for record in common.load_candidates(args.input):
+        references = [c for c in record["candidates"] if c["source"] in common.HUMAN]
+        if not references:
+            raise UserError(f"{args.input}: record {record['id']!r} has no reference response")
+        records.append(record | {"candidates": references[:1]})
+
+    @torch.inference_mode()
+    def compute(batch):
+        model, tokenizer = collect.load_generator(args.model, device)
+        encoded = [common.encode(tokenizer, r, args.max_length, args.max_response_length) for r in batch]
+        logprobs, lengths = common.candidate_logprobs(model, common.pack(encoded).to(device))
+        return [{"nll": -logp, "tokens": int(n)} for logp, n in zip(logprobs.tolist(), lengths.tolist())]
+
+    rows = predict(args, "nll", records, compute, rank, world)
+    if rank == 0:
+        token_nll = sum(r["nll"] for r in rows) / sum(r["tokens"] for r in rows)
+        by_response = mean(r["nll"] / r["tokens"] for r in rows)
+        figures = {"token_nll": token_nll, "perplexity": math.exp(token_nll), "response_nll": by_response}
+        write_metrics(args, "nll", figures | {"tokens": sum(r["tokens"] for r in rows), "prompts": len(rows)})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# superni: Super-NaturalInstructions
+
+
+def superni_flags(add):
+    model_flags(add, "superni", None)
+    add("--superni_dir", required=True, help="clone of allenai/natural-instructions: tasks/, splits/default/")
+    add(
+        "--shots",
+        type=in_range(int, 0, 2),
+        default=0,
+        help="positive examples before the input, while they fit: 0 or 2",
+    )
+    add(
+        "--max_instances", type=in_range(int, 1), default=100, help="the first ones of each task (the benchmark's: 100)"
+    )
+    add("--tasks", nargs="+", help="only these of the 119 test tasks")
+    add(
+        "--bertscore", metavar="MODEL", help="also BERTScore F1, by the bert-score package (not among the requirements)"
+    )
+    collect.generation_flags(add, 128)
+
+
+def superni(args):
+    """Greedy answers to the benchmark's test tasks: ROUGE-L and exact match against the best reference, x 100."""
+    rank, world, device = common.init_distributed()
+    args.max_prompt_length = args.max_prompt_length or 1024
+    root = pathlib.Path(args.superni_dir)
+    args.input = str(root / "splits/default/test_tasks.txt")
+    if not pathlib.Path(args.input).is_file():
+        raise UserError(
+            f"--superni_dir {root}: has no splits/default/test_tasks.txt, so it is no clone of the benchmark"
+        )
+    listed = pathlib.Path(args.input).read_text().split()
+    if unknown := set(args.tasks or ()) - set(listed):
+        raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
+    tokenizer = common.load_tokenizer(args.model)
+    records = [
+        r for name in args.tasks or listed for r in superni_records(root / f"tasks/{name}.json", tokenizer, args)
+    ]
+    rows = answer(args, "superni", records, rank, world, device)
+    if rank == 0:
+        write_metrics(args, "superni", superni_metrics(rows, args.bertscore))
+
+
+def superni_records(file, tokenizer, args):
+    """A task's file -> records with prompt, task, and the references in `answers`."""
+    try:
+        task = json.loads(file.read_text(encoding="utf-8"))
+        definition, examples, instances = task["Definition"], task["Positive Examples"], task["Instances"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: not a task of Super-NaturalInstructions ({type(e).__name__}: {e})") from e
+    definition = definition if isinstance(definition, str) else definition[0]
+    for i, instance in enumerate(instances[: args.max_instances]):
+        outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
+        prompt = superni_prompt(
+            definition, examples[: args.shots], instance["input"], tokenizer, args.max_prompt_length
+        )
+        yield {"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs}
+
+
+def superni_prompt(definition, examples, text, tokenizer, max_tokens):
+    """The benchmark's prompt; positive examples are added one by one while all of it stays within max_tokens."""
+
+    def closed(x):  # a full stop where final punctuation lacks
+        return x.strip() + ("" if x.strip()[-1:] in string.punctuation and x.strip() else ".")
+
+    head = f"Definition: {closed(definition)}\n\n"
+    tail = f"Now complete the following example -\nInput: {closed(text)}\nOutput: "
+    for k, example in enumerate(examples, 1):
+        shot = f"Positive Example {k} -\nInput: {closed(example['input'])}\nOutput: {closed(example['output'])}\n\n"
+        if len(common.prompt_ids(tokenizer, head + shot + tail)) > max_tokens:
+            break
+        head += shot
+    return head + tail
+
+
+def exact_form(text):
+    """Lower case, no punctuation, single spaces; articles stay, unlike SQuAD's."""
+    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+
+
+def superni_metrics(rows, bertscore=None):
+    """Mean over instances x 100 of the maximum over references; the same by task."""
+    score = collect.rouge_scorer(use_stemmer=True).score
+    for row in rows:
+        row["rouge_l"] = 100 * max(score(a, row["text"])["rougeL"].fmeasure for a in row["answers"])
+        row["exact_match"] = 100.0 * any(exact_form(a) == exact_form(row["text"]) for a in row["answers"])
+    names = ["rouge_l", "exact_match"]
+    if bertscore:
+        names.append("bertscore")
+        for row, f1 in zip(rows, bert_f1([r["text"] for r in rows], [r["answers"] for r in rows], bertscore)):
+            row["bertscore"] = 100 * f1
+    tasks = {row["task"]: [r for r in rows if r["task"] == row["task"]] for row in rows}
+    figures = {name: mean(row[name] for row in rows) for name in names}
+    figures |= {"mean_words": mean(len(row["text"].split()) for row in rows), "tasks": len(tasks), "prompts": len(rows)}
+    by_task = {task: {name: mean(row[name] for row in some) for name in names} for task, some in tasks.items()}
+    return figures | {"by_task": by_task}
+
+
+def bert_f1(texts, references, model):
+    try:
+        from bert_score import BERTScorer
+    except ImportError:
+        raise UserError("--bertscore needs the bert-score package: pip install bert-score") from None
+    return BERTScorer(model_type=model).score(texts, references)[2].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# lmentry
+
+ARGUMENT_ORDER = {  # core tasks whose two arguments may change places
+    *("more_letters", "less_letters", "first_alphabetically", "rhyming_word", "homophones"),
+    *("bigger_number", "smaller_number"),
+}
+ADJACENT = [  # pairs of tasks that one skill solves (LMentry Sec. 3.2)
+    *(("bigger_number", "smaller_number"), ("more_letters", "less_letters"), ("word_after", "word_before")),
+    *(("most_associated_word", "least_associated_word"), ("any_words_from_category", "all_words_from_category")),
+    *(("sentence_containing", "sentence_not_containing"), ("word_containing", "word_not_containing")),
+    *(("starts_with_word", "starts_with_letter"), ("ends_with_word", "ends_with_letter")),
+    *(("sentence_containing", "word_containing"), ("sentence_not_containing", "word_not_containing")),
+    *(("first_word", "first_letter"), ("last_word", "last_letter"), ("starts_with_word", "ends_with_word")),
+    *(("starts_with_letter", "ends_with_letter"), ("first_word", "last_word"), ("first_letter", "last_letter")),
+]
+
+
+def lmentry_flags(add):
+    model_flags(add, "lmentry", None)
+    add("--lmentry_dir", required=True, help="clone of aviaefrat/lmentry: data/ and its scorers")
+    add("--tasks", nargs="+", help="only these of the 41 files in data/ (no LMentry score then)")
+    add("--max_examples", type=in_range(int, 1), help="only so many of each file, equally many a template")
+    collect.generation_flags(add, 50)
+
+
+def lmentry(args):
+    """Greedy answers to LMentry, written in its layout (predictions/TASK/NAME.json beside the output) and scored by
+    the clone's own scorers."""
+    rank, world, device = common.init_distributed()
+    root = pathlib.Path(args.lmentry_dir)
+    files = {p.stem: p for p in sorted((root / "data").glob("*.json"))}
+    if unknown := set(args.tasks or ()) - files.keys() or (not files and {"data/*.json"}):
+        raise UserError(f"--lmentry_dir {root}: has no {', '.join(sorted(unknown))}")
+    scorers = lmentry_scorers(root)
+    args.input = [str(files[name]) for name in args.tasks or files]
+    records, examples = [], {}
+    for name in args.tasks or files:
+        examples[name] = json.loads(files[name].read_text(encoding="utf-8"))["examples"]
+        templates = {}
+        for number, example in examples[name].items():
+            templates.setdefault(example["metadata"]["template_id"], []).append(number)
+        spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
+        numbers = spread[: args.max_examples]
+        records += [{"id": f"{name}/{n}", "task": name, "prompt": examples[name][n]["input"]} for n in numbers]
+    rows = answer(args, "lmentry", records, rank, world, device)
+    if rank == 0:
+        for row in rows:
+            core = max((t for t in scorers if row["task"].startswith(t)), key=len)
+            example = examples[row["task"]][row["id"].partition("/")[2]]
+            row["score"], row["certainty"] = scorers[core].score_prediction(row["text"], example)
+            row |= {"core": core, "template": example["metadata"]["template_id"]}
+            row["answer_index"] = example["metadata"].get("answer_index")
+        write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
+        complete = len(rows) == sum(map(len, examples.values())) and not args.tasks
+        write_metrics(args, "lmentry", lmentry_metrics(rows, complete))
+
+
+def lmentry_scorers(root):
+    """-> {core task: a scorer of the clone's}; they need the num2words package."""
+    sys.path.insert(0, str(root))
+    try:
+        from lmentry.scorers.scorer_mapping import task_name_to_scorer
+    except ImportError as e:
+        raise UserError(
+            f"--lmentry_dir {root}: its scorers cannot be loaded ({e}); they need pip install num2words"
+        ) from e
+    finally:
+        sys.path.remove(str(root))
+    return {task: scorer() for task, scorer in task_name_to_scorer.items()}
+
+
+def write_lmentry_layout(rows, folder, name):
+    for task in {row["task"] for row in rows}:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        predictions = {
+            row["id"].partition("/")[2]: {"input": row["prompt"], "prediction": row["text"]}
+            | {"score": row["score"], "certainty": row["certainty"]}
+            for row in rows
+            if row["task"] == task
+        }
+        common.write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
+
+
+def lmentry_metrics(rows, complete):
+    """Accuracy: mean over core tasks. With all 41 files also robustness, the mean of four, each the mean over its
+    comparisons of 100 minus the largest accuracy gap; LMentry score = accuracy x robustness / 100."""
+
+    def accuracy(task, **conditions):
+        some = [r for r in rows if r["task"] == task and all(r[k] == v for k, v in conditions.items())]
+        return 100 * mean(r["score"] for r in some) if some else 0.0
+
+    def robustness(comparisons):
+        return mean(100 - (max(accuracies) - min(accuracies)) for accuracies in comparisons)
+
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    core = [t for t in tasks if any(r["core"] == t for r in rows if r["task"] == t)]
+    by_task = {t: accuracy(t) for t in tasks}
+    figures = {"accuracy": mean(by_task[t] for t in core)} if core else {}
+    if complete:
+        contents = {}  # core task -> its further files
+        for row in rows:
+            if row["task"] != row["core"]:
+                contents.setdefault(row["core"], set()).add(row["task"])
+        parts = {
+            "argument_order": [[accuracy(t, answer_index=i) for i in (0, 1)] for t in ARGUMENT_ORDER],
+            "argument_content": [[by_task[t] for t in files] for files in contents.values()],
+            "template": [[accuracy(t, template=i) for i in range(3)] for t in core],
+            "adjacent_tasks": [[by_task[a], by_task[b]] for a, b in ADJACENT],
+        }
+        figures |= {name: robustness(comparisons) for name, comparisons in parts.items()}
+        figures["robustness"] = mean(figures[name] for name in parts)
+        figures["lmentry_score"] = figures["accuracy"] * figures["robustness"] / 100
+    return figures | {"core_tasks": len(core), "files": len(tasks), "prompts": len(rows), "by_task": by_task}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# vicuna, judge
+
+
+def vicuna_flags(add):
+    model_flags(add, "vicuna", "FastChat's question.jsonl: question_id, category, turns")
+    add("--prompt_file", help="a template of your own with {instruction} (default: Alpaca's of `prepare`)")
+    add("--limit", type=in_range(int, 1), help="only the first questions")
+    collect.generation_flags(add, 512)
+
+
+def vicuna(args):
+    """Answer the questions' first turns, greedily."""
+    rank, world, device = common.init_distributed()
+    template, records = collect.read_template(args, collect.ALPACA_TEMPLATE), []
+    for where, row in itertools.islice(common.read_rows(args.input), args.limit):
+        if not (isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str)):
+            raise UserError(f"{where}: field 'turns' must be a list of strings")
+        prompt = collect.alpaca_prompt(template, {"instruction": row["turns"][0], "input": ""}, where)
+        record = {"id": str(row.get("question_id")), "category": row.get("category"), "question": row["turns"][0]}
+        records.append(record | {"prompt": prompt})
+    rows = answer(args, "vicuna", records, rank, world, device)
+    if rank == 0:
+        words = mean(len(r["text"].split()) for r in rows)
+        unfinished = mean(not r["finished"] for r in rows)
+        write_metrics(args, "vicuna", {"mean_words": words, "unfinished": unfinished, "prompts": len(rows)})
+
+
+JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
+
+Question:
+{question}
+
+[A's answer]
+{a}
+[End of A's answer]
+
+[B's answer]
+{b}
+[End of B's answer]
+
+Weigh how correct, relevant, and helpful each answer is. Let neither its length nor its place sway you. Explain your
+choice in a few sentences. Then end with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] for a tie.
+"""
+
+
+def judge_flags(add):
+    add("--answers", nargs=2, required=True, metavar="JSONL", help="two systems' answers, as vicuna writes them")
+    add("--name", help="in reports (default: NAME-vs-NAME, the answers' folders)")
+    add("--output", help=f"verdicts (default: {EVAL_FOLDER}/NAME/judge.jsonl)")
+    add("--prompt_file", help="a template of your own with {question}, {a}, {b}")
+    add("--limit", type=in_range(int, 1), help="only the first questions")
+    collect.api_flags(add, 512)
+
+
+def judge(args):
+    """A model compares two systems' answers in both orders, at temperature 0; only agreement of both is a win."""
+    args.input = args.answers
+    systems = [{row["id"]: row for _, row in common.read_rows(path)} for path in args.answers]
+    ids = [i for i in systems[0] if i in systems[1]][: args.limit]
+    if not ids:
+        raise UserError(f"--answers {' '.join(args.answers)}: no question has an answer in both")
+    args.name = args.name or "-vs-".join(pathlib.Path(p).resolve().parent.name for p in args.answers)
+    args.output = args.output or str(EVAL_FOLDER / args.name / "judge.jsonl")
+    template = collect.read_template(args, JUDGE_TEMPLATE)
+    prompts = {}
+    for i in ids:
+        for order in ((0, 1), (1, 0)):
+            a, b = (systems[k][i]["text"] for k in order)
+            fields = {"question": systems[0][i]["question"], "a": a, "b": b}
+            prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = collect.fill(
+                template, fields, args.prompt_file or "the template"
+            )
+    journal = collect.Journal(args.output, prompts, collect.settings_of(args))
+    todo = [key for key in prompts if key not in journal.done]
+    for number, replies, error in collect.complete(args, [prompts[key] for key in todo]):
+        if replies is None:
+            say(f"question {todo[number]}: {error}")
+            continue
+        journal.write([{"id": todo[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
+    if journal.finish() == len(prompts):
+        verdicts = {row["id"]: row["verdict"] for _, row in common.read_rows(args.output)}
+        figures = judge_metrics([(verdicts[f"{i}/12"], verdicts[f"{i}/21"]) for i in ids])
+        for k in (0, 1):
+            figures[f"mean_words_{k + 1}"] = mean(len(systems[k][i]["text"].split()) for i in ids)
+        write_metrics(args, "judge", figures)
+
+
+def verdict(text):
+    """-> "A", "B", "C", or None where there is no verdict, or more than one."""
+    found = set(re.findall(r"\[\[([ABC])\]\]", text))
+    return found.pop() if len(found) == 1 else None
+
+
+def judge_metrics(pairs):
+    """[(verdict with system 1 as A, verdict with system 1 as B)] -> shares of all questions that system 1 wins, loses,
+    ties, or that are unparsed (in either order); of the parsed ones, how many change with the order."""
+    swapped = {"A": "B", "B": "A", "C": "C"}
+    parsed = [(first, swapped[second]) for first, second in pairs if first and second]
+    n, outcomes = len(pairs), Counter(a if a == b else "C" for a, b in parsed)
+    shown = [v for pair in pairs for v in pair if v in ("A", "B")]
+    return {
+        "win": outcomes["A"] / n,
+        "lose": outcomes["B"] / n,
+        "tie": outcomes["C"] / n,
+        "unparsed": 1 - len(parsed) / n,
+        "flip_rate": mean(a != b for a, b in parsed) if parsed else 0.0,
+        "first_place_preferred": mean(v == "A" for v in shown) if shown else 0.0,
+        "questions": n,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # report
 
 
@@ -349,7 +783,16 @@ def markdown(rows):
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-VERBS = {"ranking": (ranking_flags, ranking), "nli": (nli_flags, nli), "report": (report_flags, report)}
+VERBS = {
+    "ranking": (ranking_flags, ranking),
+    "nli": (nli_flags, nli),
+    "nll": (nll_flags, nll),
+    "superni": (superni_flags, superni),
+    "lmentry": (lmentry_flags, lmentry),
+    "vicuna": (vicuna_flags, vicuna),
+    "judge": (judge_flags, judge),
+    "report": (report_flags, report),
+}
 
 
 def main():
