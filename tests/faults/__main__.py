@@ -156,7 +156,19 @@ class Rig:
         print(f"{what:34} tried {tried:4}  survived {survived:4}  lost {lost:3}  {note}", flush=True)
 
     def training_args(self, name, *more):
-        flags = "--ordering label --lr 1e-3 --batch_size 4 --epochs 4 --checkpoint_every 2 --resume".split()
+        flags = [
+            "--ordering",
+            "label",
+            "--lr",
+            "1e-3",
+            "--batch_size",
+            "4",
+            "--epochs",
+            "4",
+            "--checkpoint_every",
+            "2",
+            "--resume",
+        ]
         paths = ["--data", self.data, "--model", self.folder / "tiny", "--output", self.folder / name]
         return [*flags, *paths, *more]
 
@@ -179,7 +191,7 @@ class Rig:
         rng, lost = random.Random(self.seed), 0
 
         def args(run):
-            flags = "--source tiny --num_samples 2 --max_new_tokens 24 --batch_size 2".split()
+            flags = ["--source", "tiny", "--num_samples", "2", "--max_new_tokens", "24", "--batch_size", "2"]
             paths = ["--model", self.folder / "tiny", "--input", self.prompts, "--output", folder / f"{run}.jsonl"]
             return ["sample", *flags, *paths]
 
