@@ -684,17 +684,29 @@ def api_flags(add, max_new_tokens, required=True):
     generation_flags(add, max_new_tokens)
 
 
-def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logprobs=False, follow_up=None, count=None):
+def complete(
+    args,
+    prompts,
+    *,
+    temperature=0.0,
+    top_p=1.0,
+    num_samples=1,
+    logprobs=False,
+    completions=False,
+    follow_up=None,
+    count=None,
+):
     """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
 
-    prompts: texts, sent as one user message each (locally: through the chat template where there is one). responses:
+    prompts: texts, sent as one user message each (locally: through the chat template where there is one), or, with
+    completions=True, continued as they stand. responses:
     num_samples of {text, finished, num_tokens and logprob where known} (logprobs=True asks a server for them), or None
     with `error`, a sentence: such prompts failed and may be asked again another time. follow_up(index, text) -> None,
     or the message to re-ask with when `text` is no use: RE_ASKS times, the dialogue so far before it.
     What concerns all prompts (a refused key, an unknown model, no server) is a UserError. count: a Counter that several
     calls share, so that --max_requests bounds them together.
     """
-    options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples}
+    options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
     ask = functools.partial(_ask_server, logprobs=logprobs) if args.base_url else _ask_local
     dialogues = {i: [{"role": "user", "content": prompt}] for i, prompt in enumerate(prompts)}
     count = Counter() if count is None else count
@@ -715,11 +727,13 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
                 break
 
 
-def _ask_local(args, dialogues, count, **options):
+def _ask_local(args, dialogues, count, *, completions, **options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_generator(args.model, device)
     prompts = {
-        i: tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+        i: dialogue[0]["content"]
+        if completions
+        else tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
         if tokenizer.chat_template
         else "\n\n".join(message["content"] for message in dialogue) + "\n"
         for i, dialogue in dialogues.items()
@@ -773,13 +787,16 @@ def _ask_server(args, dialogues, count, **options):
         loop.close()
 
 
-async def _request(client, args, i, dialogue, count, *, num_samples, logprobs, temperature, top_p):
+async def _request(client, args, i, dialogue, count, *, num_samples, logprobs, completions, temperature, top_p):
     """One prompt's samples -> (i, responses, None) or (i, None, error). A server that gives fewer is asked again."""
     import openai
 
     responses, failed = [], 0
-    body = {"model": args.model, "messages": dialogue, "temperature": temperature, "top_p": top_p}
-    body |= ({"stop": list(unescape(args.stop))} if args.stop else {}) | ({"logprobs": True} if logprobs else {})
+    endpoint = client.completions if completions else client.chat.completions
+    body = {"prompt": dialogue[0]["content"]} if completions else {"messages": dialogue}
+    body |= {"model": args.model, "temperature": temperature, "top_p": top_p}
+    body |= {"stop": list(unescape(args.stop))} if args.stop else {}
+    body |= {"logprobs": 1 if completions else True} if logprobs else {}  # the older endpoint takes a number
     while len(responses) < num_samples:
         if count["requests"] == args.max_requests:
             return i, None, BUDGET_SPENT
@@ -789,7 +806,7 @@ async def _request(client, args, i, dialogue, count, *, num_samples, logprobs, t
         limit = "max_completion_tokens" if count["new names"] else "max_tokens"
         pause = min(60, 2**failed / 2) * random.uniform(0.75, 1)
         try:
-            request = client.chat.completions.with_raw_response.create(**body, **{limit: args.max_new_tokens})
+            request = endpoint.with_raw_response.create(**body, **{limit: args.max_new_tokens})
             reply = await asyncio.wait_for(request, args.timeout)
             responses += read_reply(reply.text, count)[:missing]
             continue
@@ -843,20 +860,21 @@ async def bound_reply(response):
 
 
 def read_reply(text, count):
-    """A chat completion's JSON -> its responses; counts its tokens. ValueError on anything else."""
+    """A completion's JSON, chat or text -> its responses; counts its tokens. ValueError on anything else."""
     try:
         reply = json.loads(text)
-        choices = [(c["message"]["content"], c.get("finish_reason"), c.get("logprobs")) for c in reply["choices"]]
         tokens = (reply.get("usage") or {}).get("completion_tokens")
         responses = []
-        for content, finish_reason, logprobs in choices:
-            responses.append({"text": (content or "").strip(), "finished": finish_reason == "stop"})
+        for choice in reply["choices"]:
+            content = choice["message"]["content"] if "message" in choice else choice["text"]
+            responses.append({"text": (content or "").strip(), "finished": choice.get("finish_reason") == "stop"})
             responses[-1]["text"].encode()  # a lone surrogate cannot be written to a file
-            if logprobs and logprobs.get("content"):
-                values = [token["logprob"] for token in logprobs["content"]]
+            logprobs = choice.get("logprobs") or {}
+            values = logprobs.get("token_logprobs") or [token["logprob"] for token in logprobs.get("content") or ()]
+            if values:
                 responses[-1] |= {"logprob": math.fsum(values), "num_tokens": len(values)}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise ValueError(f"the reply is no chat completion ({type(e).__name__})") from e
+        raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
     if not responses or not all(common.is_number(r.get("logprob", 0)) for r in responses):
         raise ValueError("the reply holds no choices, or a log-probability that is no number")
     if len(responses) == 1 and common.is_number(tokens) and tokens > 0:
@@ -911,6 +929,7 @@ def teacher_flags(add):
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0)
     add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
+    add("--completions", action="store_true", help="continue the prompt as it stands (/completions), not as a chat")
     api_flags(add, 256)
 
 
@@ -951,10 +970,15 @@ def teacher(args):
     records, journal = open_collected(args, "train", "teacher")
 
     def finish(record, responses):
+        if args.logprobs and not all("logprob" in r for r in responses):
+            raise UserError(
+                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does: drop --logprobs "
+                "and add them from a local model with rank --by logprob, or ask a server that gives them, such as vLLM's"
+            )
         more = [r | {"source": args.source} for r in responses]
         return record | {"candidates": record.get("candidates", []) + more}
 
-    options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs")}
+    options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
     ask_each(args, records, journal, lambda r: r["prompt"], finish, **options)
 
 

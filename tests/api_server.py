@@ -23,7 +23,7 @@ class Server:
 
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                prompt = body["messages"][0]["content"]
+                prompt = body["prompt"] if "prompt" in body else body["messages"][0]["content"]
                 server.asked[prompt] += 1
                 server.bodies.append(body)
                 server.headers.append({k.lower(): v for k, v in self.headers.items()})

@@ -49,7 +49,7 @@ def test_faults_without_end_are_listed_and_harm_no_other_prompt():
         results = {i: (r, e) for i, r, e in collect.complete(arguments(server.url), list("abcdef"))}
     assert len(results) == 6 and results[5][0][0]["text"] == "echo f"
     assert [results[i][0] for i in range(5)] == [None] * 5
-    assert "HTTP 500" in results[0][1] and "no chat completion" in results[1][1] and "HTTP 400" in results[3][1]
+    assert "HTTP 500" in results[0][1] and "no completion" in results[1][1] and "HTTP 400" in results[3][1]
     assert "asks to wait 9999 s" in results[4][1]
     assert server.asked == {"a": 4, "b": 4, "c": 4, "d": 1, "e": 1, "f": 1}
 

@@ -7,7 +7,8 @@ import sys
 from collections import Counter
 
 import pytest
-from conftest import read_jsonl, write_jsonl
+from api_server import Server
+from conftest import read_jsonl, refused, write_jsonl
 
 import collect_candidates as collect
 import common
@@ -341,3 +342,58 @@ def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
     again = rank(monkeypatch, tmp_path, labelled, "--by", "prm", *flags, output="again.jsonl")
     assert again == labelled
     assert "agreement with the ranking of 2 records: Spearman -1.000" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A teacher's likelihoods through a server
+
+
+def completion(*texts):
+    """What /completions answers where log-probabilities are asked for: three tokens a response."""
+    logprobs = {"tokens": ["a", "b", "c"], "token_logprobs": [-0.5, -0.25, -1.0]}
+    choices = [{"index": i, "text": t, "finish_reason": "stop", "logprobs": logprobs} for i, t in enumerate(texts)]
+    return json.dumps({"choices": choices, "usage": {"completion_tokens": 3 * len(texts)}}).encode()
+
+
+def test_teacher_keeps_likelihoods(tmp_path, cli):
+    write_jsonl(
+        tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n", "candidates": [{"text": "t", "source": "human"}]}]
+    )
+    flags = [
+        "teacher",
+        "--input",
+        tmp_path / "d.jsonl",
+        "--output",
+        tmp_path / "o.jsonl",
+        "--model",
+        "m",
+        "--num_samples",
+        2,
+    ]
+    with Server(lambda prompt, times, body: completion(" one", " two")) as server:
+        result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs", "--completions")
+    assert result.code == 0, result.err
+    [body] = server.bodies
+    assert body["prompt"] == "Task: x\n" and body["logprobs"] == 1 and body["n"] == 2 and "messages" not in body
+    [record] = read_jsonl(tmp_path / "o.jsonl")
+    likelihood = {"logprob": -1.75, "num_tokens": 3, "finished": True, "source": "m"}
+    assert record["candidates"][1:] == [{"text": "one"} | likelihood, {"text": "two"} | likelihood]
+
+
+def test_a_server_that_ignores_logprobs_is_named(tmp_path, cli):
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n"}])
+    flags = ["teacher", "--input", tmp_path / "d.jsonl", "--output", tmp_path / "o.jsonl", "--model", "m"]
+    with Server(lambda prompt, times, body: None) as server:
+        result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs")
+    refused(result, server.url, "ignores `logprobs`", "rank --by logprob")
+    assert server.bodies[0]["logprobs"] is True
+
+
+def test_a_local_teacher_continues_the_prompt(tmp_path, tiny, cli):
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n"}])
+    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny, "--temperature", 0, "--max_new_tokens", 6]
+    teacher = ["teacher", *flags, "--output", tmp_path / "t.jsonl", "--completions", "--logprobs"]
+    assert cli("collect_candidates", *teacher).code == 0
+    assert cli("collect_candidates", "sample", *flags, "--num_samples", 1, "--output", tmp_path / "s.jsonl").code == 0
+    [one], [other] = (read_jsonl(tmp_path / f"{k}.jsonl")[0]["candidates"] for k in "ts")
+    assert one["text"] == other["text"] and one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
