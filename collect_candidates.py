@@ -972,8 +972,8 @@ def teacher(args):
     def finish(record, responses):
         if args.logprobs and not all("logprob" in r for r in responses):
             raise UserError(
-                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does: drop --logprobs "
-                "and add them from a local model with rank --by logprob, or ask a server that gives them, such as vLLM's"
+                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does: drop "
+                "--logprobs and add them from a local model with rank --by logprob, or ask a server that gives them"
             )
         more = [r | {"source": args.source} for r in responses]
         return record | {"candidates": record.get("candidates", []) + more}

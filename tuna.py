@@ -49,8 +49,7 @@ ANNOTATE = {
 COLLECT = {
     "sft": "  python collect_candidates.py prepare --task alpaca --input alpaca_data.json",
     "probabilistic": """  python collect_candidates.py prepare --task alpaca --input alpaca_data.json
-  python collect_candidates.py sample --task alpaca --model TEACHER --temperature 1 \\
-      --output data/alpaca/teacher.jsonl""",
+  python collect_candidates.py teacher --task alpaca --model TEACHER --num_samples 4 --temperature 1 --logprobs""",
     "contextual": """  python collect_candidates.py prepare --task alpaca --input alpaca_data.json
   python collect_candidates.py sample --task alpaca --model runs/tuna-sft/model --temperature 1 --max_rouge_l 0.8
   python collect_candidates.py rank --task alpaca --by contextual --model RANKER""",

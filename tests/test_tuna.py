@@ -179,7 +179,7 @@ def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
         (["--stage", "contextual"], {"reference": False}, "record 'r0' has no reference response"),
         (["--stage", "contextual", "--all_candidates"], {}, "--all_candidates belongs to --stage sft"),
         (["--stage", "contextual", "--margin", "-1"], {}, "-1 is out of range"),
-        (["--stage", "probabilistic"], None, r"is not there. Make it with:(.|\n)*sample --task alpaca"),
+        (["--stage", "probabilistic"], None, r"is not there. Make it with:(.|\n)*teacher --task alpaca"),
     ],
 )
 def test_mistakes_are_one_sentence(tmp_path, tiny, monkeypatch, capsys, flags, data, message):
