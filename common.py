@@ -51,6 +51,7 @@ from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar a rank for loading and saving weights says nothing
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
+MAX_ARRAY = 2**30  # bytes of a .json file, the one format that cannot be streamed line by line
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
 FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
@@ -124,7 +125,10 @@ def read_rows(path):
             if kind == "csv":
                 yield from _csv_rows(path, f)
             elif kind == "json":
-                rows = _json(f.read(), f"{path}:1")
+                content = f.read(MAX_ARRAY + 1)
+                if len(content) > MAX_ARRAY:
+                    raise UserError(f"{path}: an array of more than {MAX_ARRAY >> 20} MiB is not read: make it JSONL")
+                rows = _json(content, f"{path}:1")
                 if not isinstance(rows, list):
                     raise UserError(f"{path}:1: expected a JSON array of objects")
                 yield from ((f"{path}:{i}", _object(row, f"{path}:{i}")) for i, row in enumerate(rows, 1))

@@ -108,20 +108,20 @@ def output(children):
 
 
 def random_kills(script, args, folder, world, kills, rng, damage=lambda: None):
-    """Run a command over and over, SIGKILL it at random moments until `kills` are spent, then let it end -> (kills,
-    starts)."""
+    """Run a command over and over, SIGKILL it at random moments until `kills` are spent; yield each
+    finished run's number."""
     began = time.monotonic()
     reference = start(script, args("reference"), folder, world)
     assert finish(reference) == [0] * world, output(reference)
     duration = time.monotonic() - began
-    done = starts = runs = 0
+    done = runs = 0
     while done < kills:
         runs += 1
         left = min(5, kills - done)  # kills of this run
         while True:
-            starts += 1
             children = start(script, args(f"run{runs}"), folder, world)
-            if left and children[0].wait(rng.uniform(0, duration)) is None:
+            code = children[0].wait(rng.uniform(0, duration)) if left else None
+            if left and code is None:
                 for c in children:
                     c.kill()
                 for c in children:
@@ -129,12 +129,11 @@ def random_kills(script, args, folder, world, kills, rng, damage=lambda: None):
                 done, left = done + 1, left - 1
                 damage()
                 continue
-            codes = [0 if c.pid == children[0].pid and left else c.wait() for c in children]
+            codes = [*([] if code is None else [code]), *(c.wait() for c in children[code is not None :])]
             if any(codes):
                 raise AssertionError(f"exit codes {codes}: {output(children)[-2000:]}")
             break
         yield runs
-    return done, starts
 
 
 def same_weights(a, b):
