@@ -304,8 +304,7 @@ class PackedBatch:
     """One row of one or more prompts, each followed by its candidates (or, padded: one sequence a candidate).
 
     input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or a BlockMask
-    logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, and its
-    candidate
+    logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, its candidate
     sizes: candidates of each prompt; num_candidates N = sum(sizes)
     Padded: input_ids and attention_mask [N, L], position_ids None, logit_positions into the flattened N * L.
     """
@@ -465,10 +464,8 @@ def plan_rows(lengths, max_tokens, world):
     """Share out prompts of `lengths` tokens over the rows of `world` ranks -> rows[rank], a list of (indices, weight).
 
     Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest
-    multiple of `world`
-    with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get equally many rows,
-    since each forward is
-    a collective under FSDP: one that runs out repeats a row with weight 0.
+    multiple of `world` with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get
+    equally many rows, since each forward is a collective under FSDP: one that runs out repeats a row with weight 0.
     """
     k = min(len(lengths), max(1, math.ceil(sum(lengths) / max_tokens)))
     k = min(len(lengths), math.ceil(k / world) * world)
@@ -625,6 +622,10 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
         return auto_class.from_pretrained(name, **safe, **kwargs)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
+            reason = (
+                "its weights are pickles, which can run code: convert them to safetensors, or train with --allow_pickle"
+            )
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from e
 
 
@@ -654,10 +655,8 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         )
     model.config.use_cache = False
     if args.activation_checkpointing:
-        options = {"use_reentrant": False}
-        model.activation_checkpointing_enable(
-            options, every_n_layers=args.activation_checkpointing
-        )  # before fully_shard
+        options = {"use_reentrant": False}  # before fully_shard
+        model.activation_checkpointing_enable(options, every_n_layers=args.activation_checkpointing)
     model.train()
     if dist.get_world_size() > 1 or device.type == "cuda":
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)

@@ -1,6 +1,8 @@
 """Every script as a command, every flag read, the floors of the imports, and README's commands."""
 
 import ast
+import csv
+import json
 import pathlib
 import re
 import shlex
@@ -76,9 +78,12 @@ def test_an_error_is_one_line_and_exit_code_2():
     assert done.stderr.startswith("rescue.py: error: --data nowhere.jsonl is not there")
 
 
-def readme_commands():
-    """Every `python X.py ...` and `torchrun ... X.py ...` in README's shell blocks, continued lines joined."""
+def readme_commands(section=""):
+    """Every `python X.py ...` and `torchrun ... X.py ...` in README's shell blocks (from a heading on, up to the next
+    heading), continued lines joined."""
     text = (ROOT / "README.md").read_text()
+    if section:
+        text = re.split(r"\n#+ ", text.partition(f"# {section}\n")[2])[0]
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S):
         for line in block.replace("\\\n", " ").splitlines():
             line = line.split("  #")[0].strip()
@@ -112,3 +117,27 @@ def test_readme_commands_parse(line, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         module.main()
     assert parsed
+
+
+def test_readme_rescue_recipe_runs(cli, tiny, tmp_path, monkeypatch):
+    """The RESCUE recipe, command by command, as printed but for the model and the sizes; without torchrun."""
+    monkeypatch.chdir(tmp_path)
+    rows = [json.loads(line) for line in (ROOT / "demo/nli.jsonl").read_text().splitlines()]
+    for name, part in (("train_1", rows[:4]), ("train_2", rows[4:8]), ("test", rows[-3:])):
+        with open(f"esnli_{name}.csv", "w", newline="") as f:
+            writer = csv.writer(f)
+            writer.writerow(["pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1"])
+            writer.writerows(
+                [f"{name}-{i}", r["label"], r["premise"], r["hypothesis"], r["explanation"]] for i, r in enumerate(part)
+            )
+    small = {"sample": ["--max_new_tokens", "4"], "nli": ["--max_new_tokens", "4"], "rescue.py": ["--model", str(tiny)]}
+    ran = []
+    for line in readme_commands("RESCUE on e-SNLI"):
+        words = [str(tiny) if w == "meta-llama/Llama-2-7b-hf" else w for w in shlex.split(line)]
+        words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
+        words += next((extra for key, extra in small.items() if key in words[:2]), [])
+        result = cli(words[0][:-3], *words[1:])
+        assert result.code == 0, (line, result.err)
+        ran.append(words[:2])
+    assert ["collect_candidates.py", "rank"] in ran and ["evaluate.py", "report"] in ran and len(ran) >= 10
+    assert "| rescue-label |" in result.out and "| rescue-none |" in result.out

@@ -246,6 +246,16 @@ class TestRefusals:
         refused(self.run(cli, tmp_path, data, tmp_path), "--model")
         assert not (tmp_path / "out/model").exists()
 
+    def test_pickled_weights(self, cli, tiny, data, tmp_path):
+        """A .bin file can run code when it is read: refused unless asked for, and then it trains."""
+        folder = tmp_path / "pickled"
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        model.config.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+        refused(self.run(cli, folder, data, tmp_path), "--model", "--allow_pickle")
+        train(cli, folder, data, tmp_path / "out", "--allow_pickle", "--max_train_samples", 4)
+
     @pytest.mark.parametrize("field", ["correct"])
     def test_missing_annotation_names_the_command(self, cli, tiny, tmp_path, field):
         records = make_records(2)
