@@ -438,6 +438,29 @@ def load_generator(name, device, flag="--model", auto_class=AutoModelForCausalLM
     return model.to(device).eval(), common.load_tokenizer(name, flag)
 
 
+class ChosenLogprobs:
+    """A logits processor that changes nothing: it keeps each chosen token's log-probability, before temperature and
+    top_p, instead of all logits."""
+
+    def __init__(self):
+        self.last, self.chosen = None, []
+
+    def __call__(self, input_ids, logits):
+        """input_ids [B, L + t], logits [B, V] of the next token."""
+        self._keep(input_ids)
+        self.last = logits.float().log_softmax(-1)
+        return logits
+
+    def _keep(self, input_ids):
+        if self.last is not None:
+            self.chosen.append(self.last.gather(1, input_ids[:, -1:]))
+
+    def all(self, sequences):
+        """sequences [B, L + T], all that was generated -> [B, T]."""
+        self._keep(sequences)
+        return torch.cat(self.chosen, 1)
+
+
 @torch.inference_mode()
 def generate(
     model,
@@ -466,7 +489,7 @@ def generate(
     pad = tokenizer.pad_token_id
     input_ids = torch.tensor([[pad] * (L - len(x)) + x for x in ids], device=model.device)
     mask = torch.tensor([[0] * (L - len(x)) + [1] * len(x) for x in ids], device=model.device)
-    cache = None
+    chosen, cache = ChosenLogprobs(), None
     if num_samples > 1 and L > 1 and num_beams == 1:
         positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
         inputs = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
@@ -485,15 +508,14 @@ def generate(
         top_k=0 if temperature > 0 else None,
         pad_token_id=pad,
         num_return_sequences=1 if cache is not None else num_samples,
-        return_dict_in_generate=True,
-        output_logits=num_beams == 1,
+        repetition_penalty=1.0,  # a model's generation_config may ask for one: candidates come from the model itself
+        logits_processor=[chosen] * (num_beams == 1),
         stop_strings=list(stop) or None,
         tokenizer=tokenizer,
     )
-    tokens = out.sequences[:, L:].tolist()
+    tokens = out[:, L:].tolist()
     if num_beams == 1:
-        logprobs = torch.stack([torch.log_softmax(x.float(), -1) for x in out.logits], 1)  # [B, T, V]
-        logprobs = logprobs.gather(-1, out.sequences[:, L:, None])[..., 0].tolist()
+        logprobs = chosen.all(out).tolist()
     responses = []
     for row, sequence in enumerate(tokens):
         end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)

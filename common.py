@@ -657,7 +657,11 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     if args.activation_checkpointing:
         options = {"use_reentrant": False}  # before fully_shard
         model.activation_checkpointing_enable(options, every_n_layers=args.activation_checkpointing)
-    model.train()
+    return shard(model.train(), device), tokenizer
+
+
+def shard(model, device):
+    """FSDP2 over all ranks, layer by layer, then the root; alone on a CPU the model stays as it is."""
     if dist.get_world_size() > 1 or device.type == "cuda":
         bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         policy = {"mp_policy": bf16} if device.type == "cuda" else {}
@@ -665,7 +669,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         for layer in decoder_layers(model):
             fully_shard(layer, mesh=mesh, **policy)
         fully_shard(model, mesh=mesh, **policy)  # embedding and head stay with the root: they may be tied
-    return model, tokenizer
+    return model
 
 
 def decoder_layers(model):

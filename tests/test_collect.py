@@ -195,6 +195,49 @@ class TestSample:
             [x["text"] for x in json.loads(line)["candidates"]] for line in a.splitlines()
         ]
 
+    def test_samples_are_those_of_plain_generate(self, tiny, tokenizer):
+        """The prompt is read once, and the draw is the plain one: same seed, same tokens; log-probabilities are those
+        before temperature and top_p, even where the model's own configuration asks for a repetition penalty."""
+        model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
+        model.generation_config.repetition_penalty = 1.5
+        options = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9}
+        prompts = ["A man sleeps on the", "Two"]
+        torch.manual_seed(1)
+        ours = collect.generate(model, tokenizer, prompts, num_samples=3, **options)
+        batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        torch.manual_seed(1)
+        plain = {"num_return_sequences": 3, "do_sample": True, "top_k": 0, "repetition_penalty": 1.0}
+        out = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **plain, **options)
+        tokens = out[:, batch.input_ids.shape[1] :]
+        want = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
+        assert [r["text"] for group in ours for r in group] == want and len(set(want)) > 3
+        for response, row in zip((r for group in ours for r in group), out):
+            row = row[row != tokenizer.pad_token_id][None]
+            with torch.no_grad():
+                logp = model(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])
+            n = response["num_tokens"]
+            assert response["logprob"] == pytest.approx(logp[-n:].sum().item(), abs=1e-3)
+
+    def test_samples_follow_the_models_distribution(self, tiny, tokenizer):
+        """4,000 first tokens of a batch of unequal prompts against the exact softmax: chi-square of the 20 likeliest
+        and the rest; 45.3 is passed by chance once in 1,000 times with 20 degrees of freedom, and the seed is fixed."""
+        model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
+        seen, generate = [], model.generate
+        model.generate = lambda **k: seen.append(generate(**k)) or seen[-1]
+        prompts = ["A man sleeps on the bench", "Two girls"]
+        torch.manual_seed(0)
+        for _ in range(4):
+            collect.generate(model, tokenizer, prompts, num_samples=1000, max_new_tokens=1, temperature=0.8)
+        for i, prompt in enumerate(prompts):
+            drawn = torch.cat([out[i * 1000 : (i + 1) * 1000, -1] for out in seen])
+            with torch.no_grad():
+                exact = (model(torch.tensor([common.prompt_ids(tokenizer, prompt)])).logits[0, -1] / 0.8).softmax(-1)
+            top = exact.topk(20).indices
+            counts = torch.bincount(drawn, minlength=400).double()
+            p = torch.cat([exact[top].double(), 1 - exact[top].double().sum()[None]])
+            observed = torch.cat([counts[top], 4000 - counts[top].sum()[None]])
+            assert ((observed - 4000 * p) ** 2 / (4000 * p)).sum() < 45.3
+
     def test_stop_strings(self, tiny, tokenizer):
         model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
         options = {"max_new_tokens": 12, "temperature": 0.0}

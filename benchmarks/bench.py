@@ -1,0 +1,428 @@
+"""Time and memory of one training step: ours, the padded step, and peers, on the same preferences in one process.
+
+A step is forward, loss and backward of one prompt with its n responses of R tokens each (--prompts: of several), from
+token ids to gradients. With --optimizer (default on CUDA) clipping and AdamW's update are in it too. Contenders take
+turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians are shown.
+
+    ours      common.pack and common.candidate_logprobs: one pass a prompt, logits at response positions only
+    ours        common.pack, common.candidate_logprobs: one pass a prompt, logits at response positions only
+    ours_flex   the same with FlexAttention instead of SDPA (CUDA)
+    padded      what the papers' released code does: one sequence a response, each with its own copy of the prompt,
+                padded; a softmax over the vocabulary at every position, then the responses' tokens are picked
+    trl         TRL's CPO trainer with the SimPO loss, its compute_loss, where `trl` is installed: the best response
+                against each other one, n - 1 pairs (the fewest that name every response, so the cheapest for it)
+    flash_pref  flash_pref.shared_prefix around the padded step, where it and flash-attn are installed (CUDA)
+
+ideal = n (P + R) / (P + n R): tokens that the padded step reads for each one that we read.
+MFU: the work that must be done (each token once through the layers, the head at response positions, forward and
+backward) for each second, over the device's peak: dense bf16 on a known GPU, else a matrix product measured here.
+
+    make bench                                                  # CPU: the 135M model, four workloads, about 8 minutes
+    make bench ARGS="--growth --repeats 3"                      # time and memory against n and against P
+    make bench ARGS="--contenders ours trl --workloads pairs"   # n = 2..4
+    make bench ARGS="--model llama-2-7b --prompts 8"            # on CUDA: random weights in that shape, full optimizer
+"""
+
+import ctypes
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import common  # noqa: E402
+from common import in_range, say  # noqa: E402
+
+WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
+    "e-SNLI": [(250, 5, 40)],
+    "multi-document QA": [(1500, 5, 40)],
+    "HH": [(250, 3, 80)],
+    "Alpaca": [(60, 5, 60)],
+    "candidates": [(250, n, 40) for n in (2, 4, 8, 16)],
+    "prompt": [(P, 5, 40) for P in (125, 250, 500, 1000)],
+    "pairs": [(250, n, 40) for n in (2, 3, 4)],
+}
+PAPERS, GROWTH = ["e-SNLI", "multi-document QA", "HH", "Alpaca"], ["candidates", "prompt"]
+GEOMETRIES = {  # random weights in a known shape, where no weights can be had
+    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+}
+
+
+def make_encoded(shape, prompts, vocab_size, seed):
+    """Random token ids: time depends on shapes alone."""
+    P, n, R = shape
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda size: torch.randint(3, vocab_size, size, generator=g).tolist()  # noqa: E731
+    return [common.Encoded(str(i), draw((P,)), draw((n, R)), 0, 0) for i in range(prompts)]
+
+
+def preference_loss(scores):
+    """A stand-in for the papers' losses, which cost nothing beside the model: -log sigmoid over all ordered pairs."""
+    gaps = scores[:, None] - scores[None, :]
+    return -F.logsigmoid(gaps[torch.ones_like(gaps).triu(1).bool()]).sum()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Contenders: (model, encoded records) -> (loss to call backward on, scores or None)
+
+
+def ours(model, encoded, device, attn="sdpa"):
+    batch = common.pack(encoded, device if attn == "flex" else None).to(device)
+    scores = common.length_normalized(*common.candidate_logprobs(model, batch), 0.85)
+    return sum(map(preference_loss, scores.split(batch.sizes))), scores
+
+
+def ours_flex(model, encoded, device):
+    return ours(model, encoded, device, "flex")
+
+
+def padded_rows(encoded, device):
+    """-> (input_ids [N, L], attention_mask [N, L], labels [N, L], -100 where no response token stands)."""
+    rows = [(e.prompt_ids, r) for e in encoded for r in e.responses]
+    L = max(len(p) + len(r) for p, r in rows)
+    fill = lambda x, value: x + [value] * (L - len(x))  # noqa: E731
+    ids = torch.tensor([fill(p + r, 0) for p, r in rows], device=device)
+    mask = torch.tensor([fill([1] * len(p + r), 0) for p, r in rows], device=device)
+    return ids, mask, torch.tensor([fill([-100] * len(p) + r, -100) for p, r in rows], device=device)
+
+
+def padded(model, encoded, device):
+    ids, mask, labels = padded_rows(encoded, device)
+    logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    kept = labels[:, 1:] != -100
+    picked = logprobs.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * kept
+    scores = common.length_normalized(picked.sum(1), kept.sum(1), 0.85)
+    return sum(map(preference_loss, scores.split([len(e.responses) for e in encoded]))), scores
+
+
+def flash_pref(model, encoded, device):
+    from flash_pref import shared_prefix
+
+    ids, mask, _ = padded_rows(encoded, device)
+    with shared_prefix(model, input_ids=ids, attention_mask=mask, group_size=len(encoded[0].responses)):
+        loss, scores = padded(model, encoded, device)
+        loss.backward()  # its patches must hold during the backward
+    return None, scores
+
+
+def make_trl(model, tokenizer):
+    """-> the contender: TRL's trainer, made once; its batch is collated from the same token ids."""
+    from datasets import Dataset
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
+    folder = tempfile.mkdtemp()
+    precision = {"bf16": False, "use_cpu": True} if model.device.type == "cpu" else {"bf16": True}
+    config = CPOConfig(output_dir=folder, loss_type="simpo", cpo_alpha=0.0, report_to=[], **precision)
+    config.gradient_checkpointing = False
+    trainer = CPOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+
+    def step(model, encoded, device):
+        batch = {}
+        for side, pick in (
+            ("chosen", lambda e: e.responses[:1] * (len(e.responses) - 1)),
+            ("rejected", lambda e: e.responses[1:]),
+        ):
+            pairs = [common.Encoded(e.id, e.prompt_ids, pick(e), 0, 0) for e in encoded]
+            names = (f"{side}_input_ids", f"{side}_attention_mask", f"{side}_labels")
+            batch |= dict(zip(names, padded_rows(pairs, device)))
+        return trainer.compute_loss(model, batch), None
+
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class PeakMemory:
+    """`with PeakMemory(device) as peak: ...` -> peak.bytes: of the process (Linux) or on the GPU, weights included."""
+
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
+
+    def __enter__(self):
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system first
+            pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        return self
+
+    def __exit__(self, *error):
+        if self.cuda:
+            self.bytes = torch.cuda.max_memory_allocated()
+        else:
+            lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+            self.bytes = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+
+
+def timed_step(contender, model, optimizer, encoded, device):
+    """-> (seconds, peak bytes, scores) of one step; gradients stay allocated, as within an accumulated batch."""
+    optimizer.zero_grad(set_to_none=False)
+    with PeakMemory(device) as peak:
+        synchronize(device)
+        began = time.perf_counter()
+        loss, scores = contender(model, encoded, device)
+        if loss is not None:
+            loss.backward()
+            del loss
+        if optimizer.param_groups[0]["lr"]:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        synchronize(device)
+        seconds = time.perf_counter() - began
+    return seconds, peak.bytes, None if scores is None else scores.detach().float().cpu()
+
+
+def synchronize(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(contenders, model, optimizer, shape, args, device):
+    """Interleaved turns over one shape -> {contender: {"seconds": [...], "peak_bytes": [...]}}, less the warm-up."""
+    encoded = make_encoded(shape, args.prompts, model.config.vocab_size, args.seed)
+    result = {name: {"seconds": [], "peak_bytes": []} for name in contenders}
+    for turn in range(args.warmup + args.repeats):
+        scores = {}
+        for name, contender in contenders.items():
+            if device.type == "cuda":
+                model.set_attn_implementation(ATTENTION[name])
+            seconds, peak, scores[name] = timed_step(contender, model, optimizer, encoded, device)
+            if turn >= args.warmup:
+                result[name]["seconds"].append(seconds)
+                result[name]["peak_bytes"].append(peak)
+        known = [s for s in scores.values() if s is not None]
+        if not all(torch.allclose(s, known[0], rtol=1e-4 if device.type == "cpu" else 5e-2) for s in known):
+            raise SystemExit(f"{shape}: the contenders do not score alike: {scores}")
+    return result
+
+
+ATTENTION = {"ours": "sdpa", "ours_flex": "flex_attention", "padded": "sdpa", "trl": "sdpa"}
+ATTENTION["flash_pref"] = "flash_attention_2"
+
+
+def step_flops(model, shape, prompts):
+    """FLOPs that the step needs: 6 a parameter and token, each token once; the head at response positions only."""
+    P, n, R = shape
+    config = model.config.get_text_config()
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for p in model.parameters()) - head * (1 if config.tie_word_embeddings else 2)
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    pairs = P * P / 2 + n * (R * P + R * R / 2)  # query-key pairs; 2 products of 2 FLOPs, and twice that backward
+    attention = 12 * config.num_hidden_layers * width * pairs
+    return prompts * (6 * body * (P + n * R) + 6 * head * n * R + attention)
+
+
+def peak_flops(device):
+    """-> (FLOP/s, what it is)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name()
+        known = [f for k, f in common.PEAK_FLOPS.items() if k in name]
+        return (known[0], f"{name}, dense bf16") if known else (None, None)
+    a = torch.randn(2048, 2048)
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - began)
+    return 2 * 2048**3 / min(times), "fp32 matrix product of 2048 x 2048, measured"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# What is shown
+
+
+def ratios(row, name, base="ours"):
+    """-> median over turns of contender's time over ours; peak memory over ours; None where one is absent."""
+    if name not in row["contenders"] or base not in row["contenders"]:
+        return None, None
+    a, b = row["contenders"][name], row["contenders"][base]
+    time_ratio = statistics.median(x / y for x, y in zip(a["seconds"], b["seconds"]))
+    return time_ratio, statistics.median(b["peak_bytes"]) / statistics.median(a["peak_bytes"])
+
+
+def table(report):
+    """The results as a Markdown table."""
+    lines = [
+        "| workload | prompt / n x R | step | seconds (median) | times ours | ideal | peak GB | ours / its peak | "
+        "unique tokens/s | MFU |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        P, n, R = row["shape"]
+        for name, c in row["contenders"].items():
+            seconds, peak = statistics.median(c["seconds"]), statistics.median(c["peak_bytes"])
+            times, memory = ratios(row, name)
+            ideal = n * (P + R) / (P + n * R) if name == "padded" else None
+            cells = [row["workload"], f"{P} / {n} x {R}", name, f"{seconds:.2f} ({len(c['seconds'])})"]
+            cells += [f"{x:.2f}" if x else "" for x in (times, ideal)] + [f"{peak / 1e9:.2f}"]
+            cells += [f"{memory:.2f}" if memory else "", f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
+            cells += [f"{row['flops'] / seconds / report['peak_flops'][0]:.0%}" if report["peak_flops"][0] else ""]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(report, path):
+    """Time (top) and peak memory (bottom): the papers' workloads, against candidates, against prompt length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
+    units = {"seconds": ("seconds a step", 1), "peak_bytes": ("peak memory, GB", 1e-9)}
+    for line, (key, (label, scale)) in zip(axes, units.items()):
+        value = lambda c: statistics.median(c[key]) * scale  # noqa: B023, E731
+        rows = [r for r in report["rows"] if r["workload"] in PAPERS]
+        names = list(dict.fromkeys(n for r in rows for n in r["contenders"]))
+        for i, name in enumerate(names):
+            x = [k + 0.8 * i / len(names) for k in range(len(rows))]
+            y = [value(r["contenders"][name]) if name in r["contenders"] else 0 for r in rows]
+            bars = line[0].bar(x, y, width=0.8 / len(names), label=name)
+            line[0].bar_label(bars, fmt="%.3g", fontsize=7)
+        titles = ["{}\n{} / {} x {}".format(r["workload"], *r["shape"]) for r in rows]
+        line[0].set_xticks([k + 0.4 * (1 - 1 / max(1, len(names))) for k in range(len(rows))], titles, fontsize=7)
+        for axis, workload, index in ((line[1], "candidates", 1), (line[2], "prompt", 0)):
+            rows = sorted((r for r in report["rows"] if r["workload"] == workload), key=lambda r: r["shape"][index])
+            for name in list(dict.fromkeys(n for r in rows for n in r["contenders"])):
+                points = [(r["shape"][index], value(r["contenders"][name])) for r in rows if name in r["contenders"]]
+                axis.plot(*zip(*points), marker="o", label=name)
+            if rows and key == "seconds" and "ours" in rows[0]["contenders"]:
+                unique = [r["shape"][0] + r["shape"][1] * r["shape"][2] for r in rows]
+                first = value(rows[0]["contenders"]["ours"]) / unique[0]
+                x = [r["shape"][index] for r in rows]
+                axis.plot(x, [first * u for u in unique], "k:", label="as P + nR from ours' first")
+            axis.set_xlabel({1: "candidates n (P 250, R 40)", 0: "prompt tokens P (n 5, R 40)"}[index])
+        for axis in line:
+            axis.set_ylabel(label)
+            axis.set_ylim(bottom=0)
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend(fontsize=8)
+    figure.suptitle(f"One training step, {report['model']}, {report['device']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__)
+    add = parser.add_argument
+    add(
+        "--model", default=str(ROOT / "demo/model"), help=f"folder or hub id, or one of {', '.join(GEOMETRIES)}: random"
+    )
+    add("--workloads", nargs="+", choices=sorted(WORKLOADS), default=PAPERS)
+    add("--growth", action="store_true", help="the workloads that vary n and the prompt length")
+    add(
+        "--contenders",
+        nargs="+",
+        choices=sorted(ATTENTION),
+        help="default: ours padded; on CUDA all that are installed",
+    )
+    add("--repeats", type=in_range(int, 1), default=5, help="turns that count")
+    add("--warmup", type=in_range(int, 0), default=1, help="turns before")
+    add("--prompts", type=in_range(int, 1), default=1, help="prompts a step")
+    add("--optimizer", action="store_true", help="clipping and AdamW's update in the step (always on CUDA)")
+    add("--seed", type=int, default=0)
+    add(
+        "--output",
+        help="results, JSON: same workloads in it are replaced (default benchmarks/results/DEVICE-MODEL.json)",
+    )
+    add("--show", action="store_true", help="measure nothing: print the table of --output and draw the plot beside it")
+    args = parser.parse_args()
+    args.workloads = GROWTH if args.growth else args.workloads
+    return args
+
+
+def load(args, device):
+    """-> (model, tokenizer or None), as the training scripts load it: fp32 weights; on CUDA FSDP2 computes in bf16."""
+    if args.model in GEOMETRIES:
+        config = AutoConfig.for_model("llama", **GEOMETRIES[args.model])
+        with device:
+            model, tokenizer = AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
+    else:
+        model = common.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
+        tokenizer = common.load_tokenizer(args.model)
+    model.config.use_cache = False
+    return common.shard(model.train(), device), tokenizer
+
+
+def device_name(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.machine())
+    return f"{model}, {torch.get_num_threads()} threads"
+
+
+def installed(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def main():
+    args = parse_args()
+    _, _, device = common.init_distributed()
+    model_name = pathlib.Path(args.model).name
+    model_name = "SmolLM2-135M" if pathlib.Path(args.model).resolve() == ROOT / "demo/model" else model_name
+    output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    versions = {name: installed(name) for name in ("torch", "transformers", "trl", "flash-pref", "flash-attn")}
+    report = {"model": model_name, "device": device_name(device), "optimizer": args.optimizer or device.type == "cuda"}
+    report |= {"versions": {k: v for k, v in versions.items() if v}, "peak_flops": peak_flops(device), "rows": []}
+    before = json.loads(output.read_text()) if output.exists() else report
+    if args.show:
+        report = before
+    else:
+        same = all(before[k] == report[k] for k in ("model", "device", "optimizer"))
+        if not same:
+            raise common.UserError(
+                f"--output {output} holds results of another model, device or kind: name another file"
+            )
+        report["rows"] = before["rows"]
+        report["peak_flops"] = before["peak_flops"]
+        run(args, report, output, device)
+    print(table(report))
+    plot(report, output.with_suffix(".png"))
+
+
+def run(args, report, output, device):
+    model, tokenizer = load(args, device)
+    names = args.contenders or ["ours", "padded"]
+    if device.type == "cuda" and not args.contenders:
+        names = ["ours", "ours_flex", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
+        names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
+    makers = {"ours": ours, "ours_flex": ours_flex, "padded": padded, "flash_pref": flash_pref}
+    contenders = {name: makers.get(name) or make_trl(model, tokenizer) for name in names}
+    lr = 1e-6 if report["optimizer"] else 0.0
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    for workload in args.workloads:
+        for shape in WORKLOADS[workload]:
+            result = measure(contenders, model, optimizer, shape, args, device)
+            row = {"workload": workload, "shape": shape, "prompts": args.prompts}
+            row |= {"flops": step_flops(model, shape, args.prompts), "contenders": result}
+            same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
+            report["rows"] = [r for r in report["rows"] if not same(r)] + [row]
+            common.write_atomically(output, json.dumps(report, indent=1) + "\n")
+            medians = {name: round(statistics.median(c["seconds"]), 2) for name, c in result.items()}
+            say(workload, shape, medians)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)
