@@ -3,12 +3,14 @@ VERB.metrics.json beside it.
 
     ranking   does the model rank a candidates file's responses as their annotations do: pair accuracy, Kendall's tau
     nli       generate answers to NLI prompts: accuracy, per-class figures, confusion matrix, share unparsed
+    multidoc-qa   answer questions from several documents: accuracy by the place of the one that has the answer
     nll       token NLL of the reference responses (Tuna App. A chooses beta by it)
     superni   Super-NaturalInstructions from a clone: ROUGE-L and exact match
     lmentry   LMentry from a clone, scored by its own scorers: accuracy, robustness, LMentry score
     vicuna    answer Vicuna's 80 questions
     judge     two systems' answers compared by a stronger model, in both orders
-    report    several NAMEs side by side as Markdown
+    sheet     a page for people to compare systems blindly, and the score of what they said
+    report    several NAMEs side by side as Markdown, and RESCUE's figures as PNG
 
 Nothing is generated twice: killed and run again with the same arguments, a verb goes on from its predictions.
 NAME is --name, else the model's folder (runs/rescue-label/model is rescue-label). Under torchrun prompts are shared
@@ -20,14 +22,20 @@ over ranks.
     python evaluate.py judge --answers runs/eval/tuna/vicuna.jsonl runs/eval/tuna-sft/vicuna.jsonl --model gpt-4 \\
         --base_url https://api.openai.com/v1
     python evaluate.py report model rescue-none rescue-label
+    python evaluate.py sheet --systems runs/eval/a/nli.jsonl runs/eval/b/nli.jsonl --input data/esnli/test.jsonl
+    python evaluate.py sheet --score results-1.json results-2.json
 """
 
+import functools
+import hashlib
 import itertools
 import json
 import math
 import pathlib
 import platform
+import random
 import re
+import statistics
 import string
 import sys
 from collections import Counter
@@ -83,9 +91,10 @@ def predict(args, verb, records, compute, rank, world):
 
 
 def answer(args, verb, records, rank, world, device):
-    """Generate a greedy answer to every record's prompt -> predictions: the record without candidates, and the answer
-    (text, num_tokens, finished, logprob)."""
-    options = {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length")}
+    """Generate an answer to every record's prompt, greedily or with --num_beams -> predictions: the record without
+    candidates, and the answer (text, num_tokens, finished, logprob)."""
+    names = ("max_new_tokens", "max_prompt_length", "num_beams")
+    options = {k: getattr(args, k) for k in names if hasattr(args, k)}
 
     def compute(batch):
         model, tokenizer = collect.load_generator(args.model, device)
@@ -207,6 +216,8 @@ def ranking(args):
                 "scores": common.length_normalized(logp, n, exponent).tolist(),
                 "levels": levels,
                 "lengths": n.tolist(),
+                "logprobs": logp.tolist(),
+                "sources": [c["source"] for c in record["candidates"]],
             }
 
     rows = predict(args, "ranking", records, compute, rank, world)
@@ -368,6 +379,74 @@ def plot_nli(metrics, name, path):
     right.set(xticks=range(4), xticklabels=columns, ylabel="share of prompts", ylim=(0, 1), title="central tendency")
     right.legend(frameon=False)
     save_figure(figure, path)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# multidoc-qa
+
+
+def multidoc_qa_flags(add):
+    model_flags(add, "multidoc-qa")
+    add("--num_beams", type=in_range(int, 1), default=1, help="1: greedy; more: beam search")
+    collect.generation_flags(add, 64)
+
+
+def multidoc_qa(args):
+    """Generate an answer to every question and look for a gold answer in it, by the gold passage's place (RESCUE 5.2).
+
+    An answer counts if any gold answer, normalised, is a substring of it so normalised. Both readings are reported:
+    the whole answer (as the RESCUE authors do) and its first non-empty line (as Liu et al. do).
+    """
+    rank, world, device = common.init_distributed()
+    records = list(collect.read_records(args.input))
+    for r in records:
+        if not isinstance(r.get("answers"), list) or not isinstance(r.get("gold_position"), int):
+            raise UserError(
+                f"{args.input}: record {r['id']!r} has no answers or gold_position; see prepare multidoc_qa"
+            )
+    rows = answer(args, "multidoc-qa", records, rank, world, device)
+    if rank == 0:
+        metrics = multidoc_qa_metrics(rows)
+        write_metrics(args, "multidoc-qa", metrics)
+        plot_positions({args.name: metrics}, metrics_file(args.output).with_suffix("").with_suffix(".png"))
+
+
+def multidoc_qa_metrics(rows):
+    """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
+    positions = {}
+    for row in rows:
+        positions.setdefault(row["gold_position"], []).append(row)
+    metrics = {"prompts": len(rows), "unfinished": mean(not row["finished"] for row in rows)}
+    for kind, cut in (("accuracy", None), ("first_line", "\n")):
+        texts = {
+            p: [(r["text"].split(cut)[0] if cut else r["text"], r["answers"]) for r in positions[p]] for p in positions
+        }
+        at = {p: mean(collect.has_answer(*pair) for pair in texts[p]) for p in sorted(positions)}
+        metrics |= {kind: mean(at.values())} | {f"{kind}_at_{p}": x for p, x in at.items()}
+    return metrics | {"positions": {p: len(positions[p]) for p in sorted(positions)}}
+
+
+def plot_positions(systems, path):
+    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed."""
+    figure, axes = new_figure()
+    for colour, (name, metrics) in enumerate(systems.items()):
+        counts = {int(p): n for p, n in metrics["positions"].items()}
+        for kind, style in (("accuracy", "-"), ("first_line", "--")):
+            values = [metrics[f"{kind}_at_{p}"] for p in counts]
+            spans = [wilson(v, n) for v, n in zip(values, counts.values())]
+            bars = [[v - low for v, (low, _) in zip(values, spans)], [high - v for v, (_, high) in zip(values, spans)]]
+            label = f"{name}, {'whole answer' if kind == 'accuracy' else 'first line'}"
+            axes.errorbar(list(counts), values, bars, fmt=style + "o", color=f"C{colour}", capsize=3, label=label)
+    axes.set(xlabel="place of the gold passage", ylabel="accuracy", xticks=list(counts), ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def wilson(share, n):
+    """Wilson's 95% interval of a share of n -> (low, high)."""
+    z = 1.959964
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -741,18 +820,282 @@ def judge_metrics(pairs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# sheet: people as judges
+
+SHEET = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>Which response is better?</title>
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline';
+script-src 'unsafe-inline'">
+<style>
+body { font: 16px/1.5 sans-serif; max-width: 75em; margin: 1em auto; padding: 0 1em }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: inherit; border: 1px solid #bbb; padding: .8em; margin: 0 }
+#prompt { max-height: 16em; overflow: auto; background: #f4f4f4 }
+#responses { display: grid; grid-template-columns: repeat(auto-fit, minmax(20em, 1fr)); gap: 1em; margin: 1em 0 }
+.chosen pre { border: 3px solid #06c } kbd { border: 1px solid #888; border-radius: 4px; padding: 0 .4em }
+</style></head><body>
+<p id="progress" aria-live="polite"></p><pre id="prompt"></pre><div id="responses"></div><p id="keys"></p>
+<p><button id="back">Back</button> <button id="save">Save the results</button></p>
+<script type="application/json" id="data">@DATA@</script>
+<script>
+"use strict";
+const data = JSON.parse(document.getElementById("data").textContent), items = data.items, store = "sheet-" + data.sheet;
+const n = items[0].responses.length, show = id => document.getElementById(id);
+let answers = items.map(() => []), at = 0;  // an answer: places of the responses best first; a tie of two: ["tie"]
+try { answers = JSON.parse(localStorage.getItem(store)) || answers; } catch (e) { /* private window: nothing kept */ }
+const done = a => a.length === (n === 2 ? 1 : n), judged = () => answers.filter(done).length;
+while (at < items.length - 1 && done(answers[at])) at++;
+function draw() {
+  show("progress").textContent = `${at + 1} of ${items.length}; judged: ${judged()}`;
+  show("prompt").textContent = items[at].prompt;
+  show("responses").replaceChildren(...items[at].responses.map((text, i) => {
+    const box = document.createElement("div"), head = document.createElement("p"), pre = document.createElement("pre");
+    const place = answers[at].indexOf(i);
+    head.textContent = `Response ${i + 1}` + (place < 0 ? "" : n === 2 ? ": better" : `: place ${place + 1}`);
+    pre.textContent = text;
+    box.className = place < 0 ? "" : "chosen";
+    box.append(head, pre);
+    return box;
+  }));
+  show("keys").textContent = (n === 2 ? "Keys: 1 the left one is better, 0 a tie, 2 the right one is better"
+    : `Keys: the numbers of all ${n} responses, the best first`) + "; Backspace goes back, S saves the results."
+    + (n === 2 && answers[at][0] === "tie" ? " Judged: a tie." : "");
+}
+function choose(choice) {
+  if (n === 2 || done(answers[at])) answers[at] = [];
+  if (!answers[at].includes(choice)) answers[at].push(choice);
+  if (done(answers[at]) && at < items.length - 1) at++;
+  try { localStorage.setItem(store, JSON.stringify(answers)); } catch (e) { /* as above */ }
+  draw();
+}
+function back() {
+  if (n > 2 && answers[at].length && !done(answers[at])) answers[at].pop(); else at = Math.max(0, at - 1);
+  draw();
+}
+function save() {
+  const link = document.createElement("a"), text = JSON.stringify({sheet: data.sheet, answers: answers}, null, 1);
+  link.href = URL.createObjectURL(new Blob([text], {type: "application/json"}));
+  link.download = `results-${data.sheet}.json`;
+  link.click();
+}
+document.addEventListener("keydown", event => {
+  if (event.ctrlKey || event.metaKey || event.altKey || event.repeat) return;
+  const number = /^[0-9]$/.test(event.key) ? Number(event.key) : -1;
+  if (number >= 1 && number <= n) choose(number - 1);
+  else if (number === 0 && n === 2) choose("tie");
+  else if (event.key === "Backspace") back();
+  else if (event.key.toLowerCase() === "s") save();
+  else return;
+  event.preventDefault();
+});
+show("back").onclick = back;
+show("save").onclick = save;
+draw();
+</script></body></html>
+"""
+
+
+def sheet_flags(add):
+    add(
+        "--systems",
+        nargs="+",
+        metavar="PREDICTIONS",
+        help="2 to 9 files with id and text, such as runs/eval/A/nli.jsonl",
+    )
+    add("--names", nargs="+", help="the systems' names (default: the files' folders)")
+    add("--input", help="records with the prompts")
+    add("--limit", type=in_range(int, 1), default=100, help="prompts on the sheet, drawn by --seed")
+    add("--seed", type=int, default=0, help="which prompts, and the order of the responses")
+    add("--output", default=str(EVAL_FOLDER / "sheet.html"), help="the page; who is who goes to OUTPUT.key.json")
+    add("--score", nargs="+", metavar="RESULTS", help="the results that annotators saved for the page --output")
+
+
+def sheet(args):
+    """A page to judge the systems' responses blindly, with the keyboard; or, with --score, what the judges said."""
+    if args.score:
+        return score_sheet(args)
+    if not args.input or not 2 <= len(args.systems or []) <= 9:
+        raise UserError("sheet needs --input and 2 to 9 --systems (or --score with the saved results)")
+    names = args.names or [pathlib.Path(path).parent.name for path in args.systems]
+    if len(set(names)) < len(args.systems) or len(names) > len(args.systems):
+        raise UserError(f"--names: {len(args.systems)} different names are needed, not {', '.join(names)}")
+    texts = [{row.get("id"): row.get("text") for _, row in common.read_rows(path)} for path in args.systems]
+    records = [r for r in collect.read_records(args.input) if all(isinstance(t.get(r["id"]), str) for t in texts)]
+    if not records:
+        raise UserError(f"{args.input}: no record has a text in each of {', '.join(args.systems)}")
+    draw = random.Random(args.seed)
+    records = draw.sample(records, min(args.limit, len(records)))
+    orders = [draw.sample(range(len(names)), len(names)) for _ in records]
+    items = [{"prompt": r["prompt"], "responses": [texts[s][r["id"]] for s in o]} for r, o in zip(records, orders)]
+    number = hashlib.sha256(json.dumps([items, args.seed]).encode()).hexdigest()[:12]
+    data = json.dumps({"sheet": number, "items": items}).replace("<", "\\u003c")  # no text can end the script element
+    key = {"sheet": number, "systems": names, "ids": [r["id"] for r in records], "orders": orders}
+    output = pathlib.Path(args.output)
+    if output.exists():
+        raise UserError(f"--output {output} is there already: name another file")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    common.write_atomically(key_file(output), json.dumps(key))
+    common.write_atomically(output, SHEET.replace("@DATA@", data))
+    say(f"{len(records)} prompts, {len(names)} systems: {output} (do not give {key_file(output)} to the judges)")
+    return None
+
+
+def key_file(output):
+    return pathlib.Path(f"{output}.key.json")
+
+
+def score_sheet(args):
+    """Two systems: win, tie, lose, and the win rate (a tie counts half); more: the mean of n + 1 - place (Tuna: 6 - i).
+
+    Each annotator counts alike, each prompt once (its mean over annotators); 95% intervals over prompts: Wilson's for
+    the win rate, which ties make too wide rather than too narrow, the normal one for the mean score.
+    """
+    key = read_sheet_file(key_file(args.output), "orders")
+    names, n = key["systems"], len(key["systems"])
+    judged = [{} for _ in key["orders"]]  # per prompt: system -> its scores, one an annotator
+    for path in args.score:
+        results = read_sheet_file(path, "answers")
+        if results.get("sheet") != key["sheet"] or len(results["answers"]) != len(judged):
+            raise UserError(f"--score {path}: these are the results of another sheet than {args.output}")
+        for i, (answer, order) in enumerate(zip(results["answers"], key["orders"])):
+            for system, points in sheet_points(answer, order, f"{path}: answer {i + 1}").items():
+                judged[i].setdefault(system, []).append(points)
+    judged = [scores for scores in judged if scores]
+    if not judged:
+        raise UserError(f"--score {' '.join(args.score)}: nothing is judged there")
+    table = {}
+    for s, name in enumerate(names):
+        means = [sum(scores[s]) / len(scores[s]) for scores in judged]
+        mean = sum(means) / len(means)
+        low, high = wilson(mean, len(means)) if n == 2 else normal_interval(means)
+        row = {"win rate" if n == 2 else "score": mean, "95% low": low, "95% high": high, "prompts": len(means)}
+        if n == 2:
+            every = [points for scores in judged for points in scores[s]]
+            row |= {k: every.count(v) / len(every) for k, v in (("win", 1), ("tie", 0.5), ("lose", 0))}
+        table[name] = row
+    common.write_atomically(pathlib.Path(f"{args.output}.score.json"), json.dumps(table, indent=1))
+    say(markdown(table))
+
+
+def read_sheet_file(path, field):
+    try:
+        document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: cannot be read ({e})") from e
+    if not isinstance(document, dict) or not isinstance(document.get(field), list):
+        raise UserError(f"{path}: has no list {field!r}")
+    return document
+
+
+def sheet_points(answer, order, where):
+    """One judgement -> {system: points}: 1, 0.5 or 0 for two systems, else n + 1 - place; {} where none was given."""
+    n = len(order)
+    if not isinstance(answer, list) or (
+        n > 2 and len(answer) == n and sorted(map(str, answer)) != list(map(str, range(n)))
+    ):
+        raise UserError(f"{where} is not a ranking of {n} responses")
+    if len(answer) < (1 if n == 2 else n):
+        return {}
+    if n > 2:
+        return {order[shown]: n - place for place, shown in enumerate(answer)}
+    if answer not in (["tie"], [0], [1]):
+        raise UserError(f"{where} is not 0, 1 or tie")
+    if answer == ["tie"]:
+        return dict.fromkeys(order, 0.5)
+    return {order[answer[0]]: 1, order[1 - answer[0]]: 0}
+
+
+def normal_interval(values):
+    """Mean of values +- 1.96 standard errors; the mean alone for one value."""
+    mean = statistics.fmean(values)
+    half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean - half, mean + half
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # report
+
+
+# Figures of several runs (RESCUE Fig. 4-6): each takes {system: {verb: its metrics document}} and a path
+
+
+def plot_setting(systems, path, setting):
+    """Fig. 4: label accuracy against a training argument (alpha, number of candidates), a line for each ordering."""
+    lines = {}
+    for name, documents in systems.items():
+        args_file = pathlib.Path(need_verb(documents, name, "nli")["settings"]["--model"]).parent / "args.json"
+        if not args_file.is_file():
+            raise UserError(f"--plot {setting}: {name} is no run of rescue.py ({args_file} is not there)")
+        trained = json.loads(args_file.read_text())["settings"]
+        metrics = documents["nli"]["metrics"]
+        point = (trained[setting], metrics["accuracy"], *wilson(metrics["accuracy"], metrics["prompts"]))
+        lines.setdefault(trained.get("ordering", ""), []).append(point)
+    figure, axes = new_figure()
+    for ordering, points in sorted(lines.items()):
+        x, y, low, high = zip(*sorted(points))
+        bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+        axes.errorbar(x, y, bars, fmt="-o", capsize=3, label=ordering)
+    axes.set(xlabel=setting.replace("_", " "), ylabel="accuracy")
+    axes.legend(frameon=False, title="ordering")
+    save_figure(figure, path)
+
+
+def plot_sources(systems, path):
+    """Fig. 5 and 6: by source, log p / |y| and log p / |y| ** lambda of each response, and its length in tokens."""
+    for name, documents in systems.items():
+        predictions = need_verb(documents, name, "ranking")["folder"] / "ranking.jsonl"
+        values = {}
+        for where, row in common.read_rows(predictions):
+            if "sources" not in row:
+                raise UserError(f"{where}: has no sources; delete {predictions} and run evaluate.py ranking again")
+            for source, logp, n, score in zip(*(row[k] for k in ("sources", "logprobs", "lengths", "scores"))):
+                values.setdefault(source, []).append((logp / n, score, n))
+        figure, axes = new_figure(13, 3.6, 3)
+        labels = ("log p / |y|", r"log p / |y|$^\lambda$", "|y|, tokens")
+        for column, (ax, label) in enumerate(zip(axes, labels)):
+            bins = torch.linspace(*(f(v[column] for rows in values.values() for v in rows) for f in (min, max)), 25)
+            for source, rows in sorted(values.items()):
+                column_values = [v[column] for v in rows]
+                ax.hist(
+                    column_values, bins=bins.tolist(), density=True, histtype="step", label=f"{source} ({len(rows)})"
+                )
+            ax.set(xlabel=label, ylabel="density", title=name)
+        axes[0].legend(frameon=False, fontsize=8)
+        save_figure(figure, predictions.with_name(path.name))
+
+
+def need_verb(documents, name, verb):
+    if verb not in documents:
+        raise UserError(f"{name} has no {verb}.metrics.json: run evaluate.py {verb} first")
+    return documents[verb]
+
+
+PLOTS = {
+    "alpha": functools.partial(plot_setting, setting="alpha"),
+    "num_candidates": functools.partial(plot_setting, setting="num_candidates"),
+    "sources": plot_sources,
+    "gold_position": lambda systems, path: plot_positions(
+        {name: need_verb(documents, name, "multidoc-qa")["metrics"] for name, documents in systems.items()}, path
+    ),
+}
 
 
 def report_flags(add):
     add("names", nargs="+", help=f"systems: folders under {EVAL_FOLDER}, or paths")
     add("--columns", nargs="+", help="one table with just these figures, whichever verbs they come from")
+    add(
+        "--plot",
+        nargs="+",
+        choices=sorted(PLOTS),
+        default=[],
+        help="RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 "
+        "(sources), and accuracy by gold_position; PLOT.png beside --output, sources in each system's folder",
+    )
     add("--output", help="also write the Markdown there")
 
 
 def report(args):
     """Every plain figure of several systems side by side: a Markdown table a verb."""
-    tables = {}
+    tables, systems = {}, {}
     for name in args.names:
         folder = pathlib.Path(name) if pathlib.Path(name).is_dir() else EVAL_FOLDER / name
         files = sorted(folder.glob("*.metrics.json"))
@@ -761,7 +1104,9 @@ def report(args):
         for file in files:
             document = json.loads(file.read_text())
             plain = {k: v for k, v in document["metrics"].items() if common.is_number(v)}
-            tables.setdefault(file.name.removesuffix(".metrics.json"), {})[document["name"]] = plain
+            verb = file.name.removesuffix(".metrics.json")
+            tables.setdefault(verb, {})[document["name"]] = plain
+            systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}
     if args.columns:
         merged = {name: {} for rows in tables.values() for name in rows}
         for name, row in ((name, row) for rows in tables.values() for name, row in rows.items()):
@@ -773,6 +1118,8 @@ def report(args):
     say(text)
     if args.output:
         common.write_atomically(pathlib.Path(args.output), text + "\n")
+    for plot in args.plot:
+        PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
 
 
 def markdown(rows):
@@ -786,11 +1133,13 @@ def markdown(rows):
 VERBS = {
     "ranking": (ranking_flags, ranking),
     "nli": (nli_flags, nli),
+    "multidoc-qa": (multidoc_qa_flags, multidoc_qa),
     "nll": (nll_flags, nll),
     "superni": (superni_flags, superni),
     "lmentry": (lmentry_flags, lmentry),
     "vicuna": (vicuna_flags, vicuna),
     "judge": (judge_flags, judge),
+    "sheet": (sheet_flags, sheet),
     "report": (report_flags, report),
 }
 

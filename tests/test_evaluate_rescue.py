@@ -1,0 +1,337 @@
+"""evaluate.py multidoc-qa, the figures of report, and sheet, which is tried in a real browser where there is one."""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+
+import pytest
+from conftest import make_records, read_jsonl, refused, write_jsonl
+
+import evaluate
+from common import UserError
+
+# -- multidoc-qa
+
+
+def qa(i, position, answers=("Oslo",)):
+    return {"id": f"q{i}-{position}", "prompt": f"where? {i}", "answers": list(answers), "gold_position": position}
+
+
+def answered(position, text, answers=("Oslo",)):
+    return {"gold_position": position, "text": text, "answers": list(answers), "finished": True}
+
+
+def test_multidoc_metrics_by_hand():
+    rows = [answered(1, "In Oslo."), answered(1, "Bergen"), answered(5, "Bergen\nor oslo"), answered(5, "x\ny")]
+    rows += [answered(3, "the OS-LO!"), answered(3, "Oslo"), answered(3, "no"), answered(3, "no\nno")]
+    metrics = evaluate.multidoc_qa_metrics(rows)
+    assert [metrics[f"accuracy_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.5]
+    assert [metrics[f"first_line_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.0]
+    assert metrics["accuracy"] == 0.5 and metrics["first_line"] == pytest.approx(1 / 3)  # positions weigh alike
+    assert metrics["positions"] == {1: 2, 3: 4, 5: 2} and metrics["prompts"] == 8
+
+
+def test_multidoc_qa_and_its_curve(cli, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    data = write_jsonl(tmp_path / "qa.jsonl", [qa(i, p) for i in range(2) for p in (1, 3, 5)])
+    more = ("--input", data, "--max_new_tokens", "3", "--num_beams", "2")
+    for name in ("a", "b"):
+        assert cli("evaluate", "multidoc-qa", "--model", tiny, "--name", name, *more).code == 0
+    rows = read_jsonl("runs/eval/a/multidoc-qa.jsonl")
+    assert [r["gold_position"] for r in rows] == [1, 3, 5] * 2 and all("text" in r for r in rows)
+    assert (tmp_path / "runs/eval/a/multidoc-qa.png").read_bytes().startswith(b"\x89PNG")
+    out = cli("evaluate", "report", "a", "b", "--plot", "gold_position", "--output", tmp_path / "r.md")
+    assert out.code == 0 and "accuracy_at_3" in (tmp_path / "r.md").read_text()
+    assert (tmp_path / "gold_position.png").read_bytes().startswith(b"\x89PNG")
+    other = write_jsonl(tmp_path / "n.jsonl", make_records(1))
+    refused(cli("evaluate", "multidoc-qa", "--model", tiny, "--input", other), "no answers")
+
+
+def test_wilson_against_the_book():
+    assert evaluate.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert evaluate.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert evaluate.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+
+
+# -- report's figures
+
+
+@pytest.fixture
+def curves(monkeypatch):
+    """What is drawn: every errorbar's label -> (x, y); every histogram's label -> its values."""
+    drawn = {}
+    real = evaluate.save_figure
+
+    def save(figure, path):
+        for axes in figure.axes:
+            for container in axes.containers:
+                x, y = container[0].get_data()
+                drawn[axes.get_xlabel(), container.get_label()] = (list(x), list(y))
+            labels = axes.get_legend_handles_labels()[1]
+            drawn.setdefault(axes.get_xlabel(), labels)
+        real(figure, path)
+
+    monkeypatch.setattr(evaluate, "save_figure", save)
+    return drawn
+
+
+def fake_run(tmp_path, name, accuracy, **settings):
+    (tmp_path / f"runs/{name}/model").mkdir(parents=True)
+    (tmp_path / f"runs/{name}/args.json").write_text(json.dumps({"settings": settings}))
+    folder = tmp_path / f"runs/eval/{name}"
+    folder.mkdir(parents=True)
+    document = {
+        "name": name,
+        "metrics": {"accuracy": accuracy, "prompts": 100},
+        "settings": {"--model": f"runs/{name}/model"},
+    }
+    (folder / "nli.metrics.json").write_text(json.dumps(document))
+
+
+def test_accuracy_against_alpha_and_candidates(cli, tmp_path, monkeypatch, curves):
+    monkeypatch.chdir(tmp_path)
+    for i, (alpha, n, accuracy) in enumerate([(0.1, 5, 0.6), (0.01, 5, 0.5), (0.1, 3, 0.4)]):
+        fake_run(tmp_path, f"r{i}", accuracy, alpha=alpha, num_candidates=n, ordering="label")
+    fake_run(tmp_path, "h", 0.3, alpha=0.1, num_candidates=5, ordering="human")
+    assert cli("evaluate", "report", "r0", "r1", "h", "--plot", "alpha", "num_candidates").code == 0
+    assert curves["alpha", "label"] == ([0.01, 0.1], [0.5, 0.6])
+    assert curves["alpha", "human"] == ([0.1], [0.3])
+    assert cli("evaluate", "report", "r0", "r2", "--plot", "num_candidates").code == 0
+    assert curves["num candidates", "label"] == ([3, 5], [0.4, 0.6])
+    assert (tmp_path / "runs/eval/alpha.png").stat().st_size > 5000
+    (tmp_path / "runs/h/args.json").unlink()
+    refused(cli("evaluate", "report", "h", "--plot", "alpha"), "h is no run")
+    refused(cli("evaluate", "report", "h", "--plot", "sources"), "no ranking.metrics.json")
+
+
+def test_sources_before_and_after_lambda(cli, tiny, data, tmp_path, monkeypatch, curves):
+    monkeypatch.chdir(tmp_path)
+    cli(
+        "evaluate",
+        "ranking",
+        "--model",
+        tiny,
+        "--name",
+        "t",
+        "--input",
+        data,
+        "--by",
+        "label",
+        "--length_scaling",
+        "0.85",
+    )
+    row = read_jsonl("runs/eval/t/ranking.jsonl")[0]
+    assert row["sources"] == ["human", "tiny", "tiny", "tiny"]
+    for source, logp, n, score in zip(row["sources"], row["logprobs"], row["lengths"], row["scores"]):
+        assert score == pytest.approx(logp / n ** (1.0 if source == "human" else 0.85), rel=1e-5)
+    assert cli("evaluate", "report", "t", "--plot", "sources").code == 0
+    assert sorted(curves["log p / |y|"]) == ["human (12)", "tiny (36)"]
+    assert (tmp_path / "runs/eval/t/sources.png").read_bytes().startswith(b"\x89PNG")
+
+
+# -- sheet
+
+NASTY = '</script><script>document.title="broken"</script><img src=x onerror=\'document.title="broken"\'>&amp;'
+
+
+@pytest.fixture
+def two_systems(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = [{"id": f"q{i}", "prompt": f"question {i} {NASTY}", "task": "x"} for i in range(6)]
+    write_jsonl(tmp_path / "in.jsonl", records)
+    for name in "abcde":
+        (tmp_path / name).mkdir()
+        write_jsonl(
+            tmp_path / name / "p.jsonl", [{"id": f"q{i}", "text": f"{name} says {i} {NASTY}"} for i in range(6)]
+        )
+    return tmp_path
+
+
+def make_sheet(cli, systems, *more):
+    out = cli("evaluate", "sheet", "--systems", *(f"{s}/p.jsonl" for s in systems), "--input", "in.jsonl", "--output",
+              "s.html", *more)  # fmt: skip
+    assert out.code == 0, out.err
+    return json.loads(open("s.html.key.json").read()), open("s.html").read()
+
+
+def test_the_page_hides_who_is_who_and_shuffles(cli, two_systems):
+    key, page = make_sheet(cli, "ab")
+    assert key["systems"] == ["a", "b"] and len(set(map(tuple, key["orders"]))) == 2
+    assert "systems" not in page and "orders" not in page and "http" not in page.replace("http-equiv", "")
+    assert "</script><script>" not in page[page.index('id="data"') : page.index('"use strict"')].replace(
+        "</script>\n<script>", ""
+    )
+    again = ("--systems", "a/p.jsonl", "b/p.jsonl", "--input", "in.jsonl", "--output", "s.html")
+    refused(cli("evaluate", "sheet", *again), "there already")
+
+
+def save_results(key, answers, name="r.json"):
+    with open(name, "w") as f:
+        json.dump({"sheet": key["sheet"], "answers": answers}, f)
+    return name
+
+
+def test_score_of_two_systems_by_hand(cli, two_systems):
+    key, _ = make_sheet(cli, "ab")
+
+    def vote(system):  # what a judge presses who prefers a system, wherever it stands
+        return [
+            ["tie"] if system == "tie" else [] if system is None else [o.index("ab".index(system))]
+            for o in key["orders"]
+        ]
+
+    one = [v[i] for i, v in enumerate([vote(x) for x in ("a", "a", "a", "tie", "b", None)])]
+    save_results(key, one)
+    assert cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json").code == 0
+    table = json.loads((two_systems / "s.html.score.json").read_text())
+    assert table["a"]["win rate"] == pytest.approx(3.5 / 5) and table["b"]["win rate"] == pytest.approx(1.5 / 5)
+    assert (table["a"]["win"], table["a"]["tie"], table["a"]["lose"]) == pytest.approx((0.6, 0.2, 0.2))
+    assert (table["a"]["95% low"], table["a"]["95% high"]) == pytest.approx(evaluate.wilson(0.7, 5))
+    save_results(key, vote("b"), "r2.json")  # a second judge: prompts count once, with the mean of the two
+    cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json", "r2.json")
+    table = json.loads((two_systems / "s.html.score.json").read_text())
+    assert table["a"]["prompts"] == 6
+    assert table["a"]["win rate"] == pytest.approx((0.5 + 0.5 + 0.5 + 0.25 + 0 + 0) / 6)
+
+
+def test_score_of_five_systems_is_six_minus_place(cli, two_systems):
+    key, _ = make_sheet(cli, "abcde")
+    best_first = [[o.index(s) for s in (2, 0, 1, 4, 3)] for o in key["orders"]]
+    save_results(key, best_first[:4] + [best_first[4][:3], []])
+    assert cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json").code == 0
+    table = json.loads((two_systems / "s.html.score.json").read_text())
+    assert {k: v["score"] for k, v in table.items()} == {"a": 4, "b": 3, "c": 5, "d": 1, "e": 2}
+    assert table["a"]["prompts"] == 4
+
+
+WRONG = [([[2]] * 6, "not 0, 1 or tie"), (["x"] * 6, "not a ranking"), ([[0]], "another sheet"), ([[]] * 6, "nothing")]
+
+
+@pytest.mark.parametrize("answers, words", WRONG)
+def test_wrong_results_are_refused(cli, two_systems, answers, words):
+    key, _ = make_sheet(cli, "ab")
+    save_results(key, answers)
+    refused(cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json"), words)
+
+
+class Browser:
+    """Headless Chromium, driven over its debugging pipe (null-terminated JSON on file descriptors 3 and 4)."""
+
+    def __init__(self, folder):
+        command_read, self.command = os.pipe()
+        self.reply, reply_write = os.pipe()
+        pipes = (command_read, reply_write)
+        shell = (
+            f'exec chromium --headless=new --no-sandbox --disable-gpu --disable-dev-shm-usage --remote-debugging-pipe \
+            --user-data-dir="{folder}/profile" about:blank 3<&{command_read} 4>&{reply_write}'
+        )
+        with open(folder / "chromium.log", "wb") as log:
+            self.process = subprocess.Popen(["bash", "-c", shell], pass_fds=pipes, stdout=log, stderr=log)
+        os.close(command_read)
+        os.close(reply_write)
+        self.number, self.session, self.rest = 0, None, b""
+        target = self.call("Target.createTarget", url="about:blank")["targetId"]
+        self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+
+    def call(self, method, **params):
+        self.number += 1
+        message = {"id": self.number, "method": method, "params": params}
+        message |= {"sessionId": self.session} if self.session else {}
+        os.write(self.command, json.dumps(message).encode() + b"\0")
+        while True:
+            while b"\0" not in self.rest:
+                chunk = os.read(self.reply, 65536)
+                assert chunk, "chromium is gone"
+                self.rest += chunk
+            text, _, self.rest = self.rest.partition(b"\0")
+            reply = json.loads(text)
+            if reply.get("id") == self.number:
+                assert "error" not in reply, reply
+                return reply["result"]
+
+    def open(self, path):
+        self.call("Page.navigate", url=f"file://{path}")
+        until(lambda: self.js("document.readyState === 'complete' && !!document.getElementById('keys')"))
+
+    def js(self, expression):
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"].get("value")
+
+    def press(self, *keys):
+        for key in keys:
+            for kind in ("keyDown", "keyUp"):
+                self.call("Input.dispatchKeyEvent", type=kind, key=key, text=key if len(key) == 1 else "")
+
+    def close(self):
+        self.process.terminate()
+        self.process.wait(20)
+        os.close(self.command)
+        os.close(self.reply)
+
+
+def until(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while not (value := condition()):
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+    return value
+
+
+@pytest.fixture
+def browser(tmp_path):
+    if not shutil.which("chromium"):
+        pytest.skip("chromium is not installed (apt-get install chromium)")
+    browser = Browser(tmp_path)
+    yield browser
+    browser.close()
+
+
+def saved(browser, folder):
+    browser.call("Page.setDownloadBehavior", behavior="allow", downloadPath=str(folder))
+    browser.press("s")
+    return until(lambda: next(iter(folder.glob("results-*.json")), None))
+
+
+def test_judging_two_systems_in_a_browser(cli, two_systems, browser):
+    key, _ = make_sheet(cli, "ab")
+    browser.open(two_systems / "s.html")
+    pages = []
+    for _ in range(3):
+        pages.append(browser.js("[...document.querySelectorAll('#responses pre')].map(x => x.textContent)"))
+        browser.press("1")
+    assert browser.js("document.title") == "Which response is better?"  # the nasty text ran nowhere
+    assert browser.js("document.querySelectorAll('img').length") == 0
+    assert browser.js("document.getElementById('prompt').textContent").endswith(NASTY)
+    for i, (shown, order) in enumerate(zip(pages, key["orders"])):
+        assert shown == [f"{'ab'[s]} says {key['ids'][i][1:]} {NASTY}" for s in order]
+    browser.press("0", "2", "x", "3")  # a tie, the right one; other keys do nothing
+    assert browser.js("document.getElementById('progress').textContent") == "6 of 6; judged: 5"
+    browser.press("Backspace", "1")  # back to the fifth: the left one after all
+    browser.open(two_systems / "s.html")  # closed and opened again: nothing is lost
+    assert browser.js("document.getElementById('progress').textContent") == "6 of 6; judged: 5"
+    results = saved(browser, two_systems)
+    assert json.loads(results.read_text())["answers"] == [[0], [0], [0], ["tie"], [0], []]
+    assert cli("evaluate", "sheet", "--output", "s.html", "--score", results).code == 0
+    wins = sum(order[0] == 0 for i, order in enumerate(key["orders"]) if i in (0, 1, 2, 4))
+    assert json.loads((two_systems / "s.html.score.json").read_text())["a"]["win rate"] == pytest.approx(
+        (wins + 0.5) / 5
+    )
+
+
+def test_ranking_three_systems_in_a_browser(cli, two_systems, browser):
+    key, _ = make_sheet(cli, "abc", "--limit", "2")
+    browser.open(two_systems / "s.html")
+    browser.press("2", "2", "4", "Backspace", "3", "1", "2", "1", "3")
+    results = saved(browser, two_systems)
+    assert json.loads(results.read_text())["answers"] == [[2, 0, 1], [0, 2]]
+    browser.press("2")
+    assert browser.js("document.getElementById('progress').textContent") == "2 of 2; judged: 2"
+
+
+def test_normal_interval():
+    low, high = evaluate.normal_interval([1.0, 2.0, 3.0])
+    assert (low, high) == pytest.approx((2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5))
+    assert evaluate.normal_interval([4.0]) == (4.0, 4.0)
+    with pytest.raises(UserError):
+        evaluate.sheet_points([0, 0, 1], [0, 1, 2], "here")
