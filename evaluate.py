@@ -1,4 +1,4 @@
-"""Evaluate models: every verb writes its predictions to runs/eval/NAME/VERB.jsonl and its figures to
+"""Evaluate models: every verb writes its predictions (JSONL) to runs/eval/NAME/VERB.jsonl and its figures to
 VERB.metrics.json beside it.
 
     ranking   does the model rank a candidates file's responses as their annotations do: pair accuracy, Kendall's tau
