@@ -1341,6 +1341,18 @@ def rank_by_logprob(records, args):
         yield record | {"candidates": [c | {"logprob": logp, "num_tokens": int(n)} for c, logp, n in values]}
 
 
+def rank_by_probabilistic(records, args):
+    """Set `rank` by the teacher's likelihood, logprob / num_tokens ** --length_penalty (Tuna Eq. 3); null where it is
+    not known. tuna.py --stage probabilistic does this by itself; here it is for Table 4 and for mixtures."""
+    for record in records:
+        known = [c for c in record["candidates"] if "logprob" in c and "num_tokens" in c]
+        if not known:
+            raise UserError(f"{args.input}: record {record['id']!r} has no logprob; add it with rank --by logprob")
+        scores = {id(c): c["logprob"] / c["num_tokens"] ** args.length_penalty for c in known}
+        ranks = {i: sum(other > score for other in scores.values()) for i, score in scores.items()}
+        yield record | {"candidates": [c | {"rank": ranks.get(id(c))} for c in record["candidates"]]}
+
+
 def rank_by_prm(records, args):
     """Rank by a model trained on ranked records, Tuna's proxy ranking model: by log p / length under --model.
 
@@ -1488,6 +1500,7 @@ RANKERS = {
     "gpt": rank_by_gpt,
     "contextual": rank_by_contextual,
     "logprob": rank_by_logprob,
+    "probabilistic": rank_by_probabilistic,
     "prm": rank_by_prm,
 }
 
@@ -1499,6 +1512,7 @@ def rank_flags(add):
     add("--output", help="the same records, annotated")
     add("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
     add("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
+    add("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
     add("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
     add("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
     add("--max_length", type=in_range(int, 8), default=512, help="logprob, prm: tokens of prompt + one response")
@@ -1507,7 +1521,7 @@ def rank_flags(add):
 
 def rank(args):
     """Annotate every candidate; see --by."""
-    if args.by not in ("label", "similarity") and not args.model:
+    if args.by not in ("label", "similarity", "probabilistic") and not args.model:
         raise UserError(f"--by {args.by} needs --model")
     records, journal = open_collected(args, "sampled", "ranked", common.load_candidates)
     todo = [r for r in records if r["id"] not in journal.done]

@@ -315,6 +315,20 @@ def test_spearman_by_hand():
     assert collect.spearman([1, 1], [1, 2]) == 0
 
 
+def test_rank_by_probabilistic(tmp_path, monkeypatch, capsys):
+    """Eq. 3 as in tuna.py: beta decides; the original response, whose likelihood is not known, is not ranked."""
+    candidates = [{"text": "the original one", "source": "reference"}]
+    candidates += [
+        {"text": t, "source": "t", "logprob": p, "num_tokens": n} for t, p, n in (("s", -4, 2), ("l l", -15, 9))
+    ]
+    record = {"id": "a", "prompt": "p", "candidates": candidates}
+    for beta, ranks in ((0.5, [None, 0, 1]), (1.3, [None, 1, 0])):
+        flags = ["--by", "probabilistic", "--length_penalty", beta]
+        [got] = rank(monkeypatch, tmp_path, [record], *flags, output=f"{beta}.jsonl")
+        assert [c["rank"] for c in got["candidates"]] == ranks
+    assert "mean words: 0: 2.0, 1: 1.0, unranked: 3.0" in capsys.readouterr().out
+
+
 def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
     import torch
 
