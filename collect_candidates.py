@@ -5,7 +5,9 @@
     teacher   + responses of another model, behind an OpenAI-compatible server
     flip      + the human response turned into its opposite, and labelled anew (RESCUE Sec. 5.1)
     anchor    + multi-document QA: responses generated from one passage alone (RESCUE Sec. 5.2)
-    rank      + annotations: label and correctness, similarity to the human response, a stronger model's ranking
+    rank      + annotations: label and correctness, similarity, reward, a stronger model's ranking
+    hindsight ranked records -> one response that names the better and the worse answer (PRO's baseline CoH)
+    export    ranked records -> the files that TRL's trainers read (RLHF, DPO, CPO)
 
 A verb writes finished prompts, whole lines, to OUTPUT.part<rank>, and at the end joins them in the input's order into
 OUTPUT.
@@ -45,8 +47,19 @@ import zlib
 from collections import Counter
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import common
 from common import UserError, in_range, say
@@ -375,9 +388,75 @@ def prepare_multidoc_qa(row, where, index, template):
     return keep | {"task": "multidoc_qa", "prompt": prompt, "label": None, "question": question, "candidates": []}
 
 
+HH_TEMPLATE = "{dialogue}\n\nAssistant:"
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+HH_RAW = {  # training rows as published (PRO, Table 1)
+    "harmless-base": 42537,
+    "helpful-base": 43835,
+    "helpful-online": 22007,
+    "helpful-rejection-sampled": 52421,
+}
+TURNS = ("Human:", "Assistant:")  # a response to a dialogue ends before these
+
+
+def split_dialogue(text):
+    """HH's transcript -> messages; turns of one speaker that follow each other are one, as in PRO's code."""
+    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    messages = []
+    for role, content in zip(map(HH_ROLES.get, parts[::2]), map(str.strip, parts[1::2])):
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n" + content
+        else:
+            messages.append({"role": role, "content": content})
+    return messages if not before.strip() else []
+
+
+def prepare_hh(row, where, index, template):
+    """A row of HH-RLHF (chosen, rejected) -> record with both as candidates; None where the two have not the same
+    context and number of turns (PRO's filter)."""
+    *context, chosen = split_dialogue(text_field(row, "chosen", where)) or [None]
+    *other, rejected = split_dialogue(text_field(row, "rejected", where)) or [None]
+    if not context or context != other or not chosen["role"] == rejected["role"] == "assistant":
+        return None
+    names = {v: k for k, v in HH_ROLES.items()}
+    dialogue = "\n\n".join(f"{names[m['role']]}: {m['content']}" for m in context)
+    return {
+        "id": f"{row['subset']}-{index}",
+        "task": "hh",
+        "subset": row["subset"],
+        "prompt": fill(template, {"dialogue": dialogue}, where),
+        "messages": context,
+        "label": None,
+        "answers": None,
+        "candidates": [
+            {"text": message["content"], "source": source, "rank": place}
+            for place, (source, message) in enumerate((("chosen", chosen), ("rejected", rejected)))
+        ],
+    }
+
+
+def hh_rows(args):
+    """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
+    if args.input and len(args.input) != len(args.subset):
+        raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
+    for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
+        if file:
+            rows = common.read_rows(file)
+        else:
+            import datasets
+
+            try:
+                rows = datasets.load_dataset("Anthropic/hh-rlhf", data_dir=subset, split=args.split)
+            except (OSError, ValueError, RuntimeError) as e:
+                raise UserError(f"--subset {subset}: the hub cannot be read ({e}); give the file by --input") from e
+            rows = ((f"hh-rlhf/{subset}/{args.split}:{i}", row) for i, row in enumerate(rows, 1))
+        yield from ((where, row | {"subset": subset}) for where, row in rows)
+
+
 TASKS = {
     "esnli": (prepare_esnli, NLI_TEMPLATE),
     "multidoc_qa": (prepare_multidoc_qa, QA_TEMPLATE),
+    "hh": (prepare_hh, HH_TEMPLATE),
     "alpaca": (prepare_alpaca, ALPACA_TEMPLATE),
 }
 
@@ -386,10 +465,12 @@ def prepare_flags(add):
     add("--task", required=True, choices=sorted(TASKS), help="which data set; default output data/TASK/train.jsonl")
     add(
         "--input",
-        required=True,
         nargs="+",
-        help="the files as downloaded: .csv, .json, .jsonl, plain or .gz; read one after the other",
+        help="the files as downloaded: .csv, .json, .jsonl, plain or .gz; read one after the other (hh: else the hub)",
     )
+    add("--subset", nargs="+", choices=HH_RAW, default=["harmless-base"], help="hh: a subset for each file of --input")
+    add("--split", choices=["train", "test"], default="train", help="hh, from the hub")
+    add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
@@ -402,27 +483,44 @@ def prepare_flags(add):
 def prepare(args):
     convert, template = TASKS[args.task]
     template = read_template(args, template)
-    rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
+    if args.task == "hh":
+        rows = hh_rows(args)
+    elif args.input:
+        rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
+    else:
+        raise UserError(f"--task {args.task} needs --input, the files as downloaded")
     whole = list(rows) if args.task == "multidoc_qa" else None
     rows = itertools.islice(enumerate(whole or rows), args.skip, args.limit and args.skip + args.limit)
     rows = rows if whole is None else choose_documents(whole, rows, args)
-    records, empty = {}, 0
+    records, left_out = {}, 0
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
         record = convert(row, where, index, template)
         if record is None:
-            empty += 1
+            left_out += 1
             continue
         if record["id"] in records:
             raise UserError(f"{where}: id {record['id']!r} occurs twice")
         if record["candidates"] or args.task != "multidoc_qa":
             common.check_record(record, where)
         records[record["id"]] = record
-    if not records:
-        raise UserError(f"--input {' '.join(args.input)}: no rows after --skip {args.skip}")
-    journal = Journal(args.output or f"data/{args.task}/train.jsonl", records, settings_of(args))
-    journal.write(r for i, r in records.items() if i not in journal.done)
-    journal.finish()
-    say(f"left out: {empty} rows without a response; labels:", dict(Counter(r["label"] for r in records.values())))
+    if len(records) <= args.validation:
+        raise UserError(
+            f"--input {' '.join(args.input or ['(hub)'])}: {len(records)} records after --skip {args.skip}, "
+            f"of which --validation wants {args.validation}"
+        )
+    output = pathlib.Path(args.output or f"data/{args.task}/train.jsonl")
+    held_out = set(random.Random(0).sample(sorted(records), args.validation))
+    for path, ids in ((output, records.keys() - held_out), (output.with_name("validation.jsonl"), held_out)):
+        if ids:
+            journal = Journal(path, [i for i in records if i in ids], settings_of(args))
+            journal.write(records[i] for i in records if i in ids and i not in journal.done)
+            journal.finish()
+    say(f"left out: {left_out} rows (no response, or two dialogues of different context)")
+    for field in ("label", "subset"):
+        if count := Counter(r[field] for r in records.values() if r.get(field)):
+            say(f"{field}:", ", ".join(f"{k} {n}" for k, n in count.items()))
+    if args.task == "hh":
+        say("training rows as published (PRO, Table 1):", ", ".join(f"{k} {HH_RAW[k]}" for k in args.subset))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -510,6 +608,7 @@ def generate(
         num_return_sequences=1 if cache is not None else num_samples,
         repetition_penalty=1.0,  # a model's generation_config may ask for one: candidates come from the model itself
         logits_processor=[chosen] * (num_beams == 1),
+        synced_gpus=False,  # under FSDP the weights are gathered (common.gathered): ranks do not wait for each other
         stop_strings=list(stop) or None,
         tokenizer=tokenizer,
     )
@@ -1494,8 +1593,141 @@ def parse_ranking(text, n):
     return numbers if sorted(numbers) == list(range(1, n + 1)) else None
 
 
+# -- by a reward model
+
+
+class RewardModelConfig(GPTNeoXConfig):
+    """`gpt_neox_reward_model`: OpenAssistant's reward models, the two of PRO. pooling: "last" or "mean"."""
+
+    model_type = "gpt_neox_reward_model"
+    pooling: str = "last"
+
+
+class RewardModel(GPTNeoXPreTrainedModel):
+    """GPT-NeoX with a linear layer on the last token's state, or on the mean of the states."""
+
+    config_class = RewardModelConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt_neox = GPTNeoXModel(config)
+        self.out_proj = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask):
+        states = self.gpt_neox(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # [B, L, H]
+        weights = attention_mask.to(states.dtype)  # padded right
+        if self.config.pooling == "last":
+            weights = F.one_hot(attention_mask.sum(-1) - 1, attention_mask.shape[1]).to(states.dtype)
+        pooled = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        return SequenceClassifierOutput(logits=self.out_proj(pooled))  # [B, 1]
+
+
+AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
+AutoModelForSequenceClassification.register(RewardModelConfig, RewardModel)
+TRAIN_REWARD_MODEL = "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"  # of PRO's training data; evaluation: the 6.9B
+EXPANSIONS = ("alpacas", "chatgpt", "ascending", "descending", "random")
+EXPAND_SOURCES = ("text-curie-001", "alpaca-7b", "gpt-3.5-turbo")
+DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
+
+
+@functools.cache
+def load_reward_model(name, device, flag, allow_pickle):
+    """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, info = common.load_pretrained(
+        AutoModelForSequenceClassification, name, flag, allow_pickle, dtype=dtype, output_loading_info=True
+    )
+    if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
+        raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
+    tokenizer = common.load_tokenizer(name, flag)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    form = "oasst" if isinstance(model, RewardModel) else "chat_template" if tokenizer.chat_template else "plain"
+    return model.to(device).eval(), tokenizer, getattr(model.config, "dialogue_form", form)
+
+
+def dialogue_ids(tokenizer, record, response, form):
+    """A dialogue and a response as the reward model was trained to read them -> token ids. Records without `messages`
+    are one user's turn, the prompt."""
+    if form == "plain":  # as the training scripts encode: prompt, response, EOS
+        response = tokenizer(response, add_special_tokens=False).input_ids
+        return [*common.prompt_ids(tokenizer, record["prompt"]), *response, tokenizer.eos_token_id]
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    messages = [*messages, {"role": "assistant", "content": response}]
+    if form == "chat_template":
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    else:
+        marks = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}
+        text = "".join(marks[m["role"]] + m["content"] + tokenizer.eos_token for m in messages)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@torch.inference_mode()
+def reward_logits(
+    name, device, pairs, *, flag="--reward_model", form="auto", max_length=1024, batch_size=16, allow_pickle=False
+):
+    """Raw logits of the reward model `name` for pairs (record, response text) -> floats. Longer dialogues lose their
+    beginning."""
+    model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
+    form = own_form if form == "auto" else form
+    ids = [common.cut_left(tokenizer, dialogue_ids(tokenizer, r, text, form), max_length) for r, text in pairs]
+    rewards = [0.0] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        L, pad = len(ids[batch[0]]), model.config.pad_token_id
+        input_ids = torch.tensor([ids[i] + [pad] * (L - len(ids[i])) for i in batch], device=device)
+        mask = torch.tensor([[1] * len(ids[i]) + [0] * (L - len(ids[i])) for i in batch], device=device)
+        for i, logit in zip(batch, model(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()):
+            rewards[i] = logit
+    return rewards
+
+
+def rank_by_reward(records, args):
+    """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.1)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"form": args.dialogue, "max_length": args.max_length, "allow_pickle": args.allow_pickle}
+    agree, pairs, records = 0, 0, iter(records)
+    while batch := list(itertools.islice(records, args.batch_size)):
+        dialogues = [(r, c["text"]) for r in batch for c in r["candidates"]]
+        rewards = iter(reward_logits(args.reward_model, device, dialogues, batch_size=args.batch_size, **options))
+        for record in batch:
+            candidates = [c | {"reward": next(rewards)} for c in record["candidates"]]
+            own = {c["source"]: c["reward"] for c in candidates if c["source"] in ("chosen", "rejected")}
+            pairs += len(own) == 2
+            agree += len(own) == 2 and own["chosen"] > own["rejected"]
+            candidates.sort(key=lambda c: -c["reward"])
+            candidates = [c | {"rank": sum(x["reward"] > c["reward"] for x in candidates)} for c in candidates]
+            yield record | {"candidates": candidates, "reward_model": args.reward_model}
+    if pairs:
+        say(f"{args.reward_model} prefers the chosen response to the rejected one in {agree} of {pairs} pairs")
+
+
+def expand_ranking(record, args):
+    """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Fig. 3)."""
+    candidates = record["candidates"]
+    ranking = [c for c in candidates if c["source"] in ("chosen", "rejected", *common.HUMAN)]
+    sources = list(args.expand_sources)  # the weakest first
+    if args.expand == "descending":
+        sources.reverse()
+    elif args.expand == "random":
+        random.Random(f"{args.seed}-{record['id']}").shuffle(sources)
+    pools = [[c for c in candidates if c["source"] == s] for s in sources]
+    if args.expand in ("alpacas", "chatgpt"):  # several of one source: the last but one, or the strongest
+        ranking += pools[-1] if args.expand == "chatgpt" else pools[-2:][0]
+    else:
+        ranking += [pool[0] for pool in pools if pool]
+    if len(ranking) < args.ranking_length:
+        raise UserError(
+            f"{args.input}: record {record['id']!r} has {len(ranking)} candidates for --expand {args.expand}, fewer "
+            f"than --ranking_length {args.ranking_length}; sources asked for: {', '.join(sources)}"
+        )
+    return record | {"candidates": ranking[: args.ranking_length]}
+
+
 RANKERS = {
     "label": rank_by_label,
+    "reward": rank_by_reward,
     "similarity": rank_by_similarity,
     "gpt": rank_by_gpt,
     "contextual": rank_by_contextual,
@@ -1515,16 +1747,24 @@ def rank_flags(add):
     add("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
     add("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
     add("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
-    add("--max_length", type=in_range(int, 8), default=512, help="logprob, prm: tokens of prompt + one response")
+    add(
+        "--max_length", type=in_range(int, 8), default=512, help="logprob, prm, reward: tokens of prompt + one response"
+    )
+    add("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
+    add("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
+    add("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")
+    add("--expand", choices=EXPANSIONS, help="first lengthen the data's own rankings with sampled ones (PRO Fig. 3)")
+    add("--expand_sources", nargs="+", default=EXPAND_SOURCES, help="for --expand: sources, the weakest first")
+    add("--ranking_length", type=in_range(int, 2), default=3, help="for --expand: candidates a prompt (PRO: 3-5)")
     api_flags(add, 1024, required=False)
 
 
 def rank(args):
     """Annotate every candidate; see --by."""
-    if args.by not in ("label", "similarity", "probabilistic") and not args.model:
+    if args.by not in ("label", "similarity", "probabilistic", "reward") and not args.model:
         raise UserError(f"--by {args.by} needs --model")
     records, journal = open_collected(args, "sampled", "ranked", common.load_candidates)
-    todo = [r for r in records if r["id"] not in journal.done]
+    todo = [expand_ranking(r, args) if args.expand else r for r in records if r["id"] not in journal.done]
     for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False), args):
         journal.write([record])
     if journal.finish() == len(records):
@@ -1548,6 +1788,74 @@ def print_length_by_rank(records, by):
     )
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# hindsight, export: PRO's baselines
+
+HINDSIGHT_TEMPLATE = """A good answer: {better} A bad answer: {worse}
+---
+A bad answer: {worse} A good answer: {better}"""
+
+
+def best_first(record, path):
+    """The record's candidates, best first, by `reward`, else by `rank`. UserError where they carry neither."""
+    for field, sign in (("reward", -1), ("rank", 1)):
+        if all(c.get(field) is not None for c in record["candidates"]):
+            return sorted(record["candidates"], key=lambda c: sign * c[field])
+    raise UserError(
+        f"{path}: record {record['id']!r} has neither 'reward' nor 'rank' on all candidates: run rank first"
+    )
+
+
+def conversion_flags(add):
+    add("--input", required=True, help="ranked records, JSONL")
+    add("--output", required=True)
+
+
+def hindsight_flags(add):
+    conversion_flags(add)
+    add("--prompt_file", help="templates of your own with {better} and {worse}, a line --- between them")
+
+
+def hindsight(args):
+    """Chain of hindsight: one response that names a better and a worse answer, for pro.py --no_ranking; the templates
+    take turns. What stands before a template's first field ends the prompt: prompt such a model with it too."""
+    records = common.load_candidates(args.input)
+    templates = read_template(args, HINDSIGHT_TEMPLATE).strip().split("\n---\n")
+    heads = [t.partition("{")[0].rstrip() for t in templates]
+    journal = Journal(args.output, [r["id"] for r in records], settings_of(args))
+    for number, record in enumerate(records):
+        best, *_, worst = best_first(record, args.input) * 2  # a lone response is better and worse
+        template, head = templates[number % len(templates)], heads[number % len(heads)]
+        fields = {"better": best["text"], "worse": worst["text"]}
+        text = fill(template.removeprefix(head), fields, args.prompt_file or "the template").strip()
+        if record["id"] not in journal.done:
+            candidates = [{"text": text, "source": "hindsight", "rank": 0}]
+            journal.write([record | {"prompt": f"{record['prompt']} {head}".rstrip(), "candidates": candidates}])
+    journal.finish()
+
+
+def export_flags(add):
+    conversion_flags(add)
+    add("--format", choices=["trl"], default="trl", help="trl: prompt, chosen, rejected; beside it NAME-prompts.jsonl")
+
+
+def export(args):
+    """Write the best and the worst response of each prompt, and the prompts alone, as TRL's trainers read them."""
+    records = common.load_candidates(args.input)
+    output, rows = pathlib.Path(args.output), []
+    for record in records:
+        best, *_, worst = best_first(record, args.input) * 2
+        space = "" if record["prompt"][-1].isspace() else " "  # TRL tokenises prompt and response as one text
+        texts = {"chosen": space + best["text"], "rejected": space + worst["text"]}
+        rows.append({"id": record["id"], "prompt": record["prompt"]} | (texts if best is not worst else {}))
+    pairs = [r for r in rows if "chosen" in r]
+    prompts = [{k: r[k] for k in ("id", "prompt")} for r in rows]
+    for path, content in ((output, pairs), (output.with_name(f"{output.stem}-prompts.jsonl"), prompts)):
+        journal = Journal(path, [r["id"] for r in content], settings_of(args))
+        journal.write(r for r in content if r["id"] not in journal.done)
+        journal.finish()
+
+
 VERBS = {
     "prepare": (prepare_flags, prepare),
     "sample": (sample_flags, sample),
@@ -1555,6 +1863,8 @@ VERBS = {
     "flip": (flip_flags, flip),
     "anchor": (anchor_flags, anchor),
     "rank": (rank_flags, rank),
+    "hindsight": (hindsight_flags, hindsight),
+    "export": (export_flags, export),
 }
 
 

@@ -672,6 +672,22 @@ def shard(model, device):
     return model
 
 
+@contextlib.contextmanager
+def gathered(model):
+    """Within it every rank holds all weights, in the computing dtype: each may generate on its own, without the
+    others. Under no_grad alone: inference mode would leave weights behind that cannot be trained."""
+    parts = [m for m in model.modules() if hasattr(m, "unshard")]
+    for m in parts:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield model
+    finally:
+        for m in parts:
+            m.set_reshard_after_forward(m is not model, recurse=False)  # as fully_shard sets them up
+            m.reshard()
+
+
 def decoder_layers(model):
     """The transformer's blocks: the longest ModuleList of the model, whatever the architecture calls it."""
     return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[])
@@ -869,7 +885,7 @@ class Run:
         except OSError as e:
             raise UserError(f"--output {out}: cannot be written ({e.strerror})") from e
         if self.args.overwrite:
-            for name in ("checkpoints", "model", "model.part"):
+            for name in ("checkpoints", "model", "model.part", "bootstrap"):
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in ("log.jsonl", "latest"):
                 (out / name).unlink(missing_ok=True)
@@ -1026,7 +1042,8 @@ def save_model(model, state, tokenizer, folder, dtype):
     with torch.device("meta"):
         blank = plain_class(config).to(dtype)  # the architecture without FSDP's wrapping
     tied = blank.all_tied_weights_keys  # {name: the weight it shares}: a full state dict holds both
-    blank.generation_config = model.generation_config
+    if blank.can_generate():  # reward models cannot
+        blank.generation_config = model.generation_config
     try:
         blank.save_pretrained(part, state_dict={k: v for k, v in state.items() if k not in tied})
         tokenizer.save_pretrained(part)

@@ -1,0 +1,308 @@
+"""PRO: preference ranking optimization, one loss over a ranking of any length (arXiv 2306.17492).
+
+A prompt x has responses y^1 > y^2 > ... > y^n, best first. The model's own mean token log-likelihood scores them, each
+response is contrasted with all that follow it, and a reward model's gaps sharpen or soften every contrast:
+
+    Eq. 6      s_k = log pi(y^k | x) / |y^k|
+    Eq. 8      L_PRO = - sum over k < n of log( exp(s_k) / sum over i >= k of exp(s_i) )
+    Eq. 9      the same with exp(s_k / T_k^k) and exp(s_i / T_k^i)
+    Eq. 10-11  T_k^i = 1 / (r_k - r_i) for i > k,   T_k^k = min over i > k of T_k^i      r: the reward model's logits
+    Eq. 7      L = L_PRO + beta (n - 1)^2 L_SFT,   L_SFT = -log pi(y^1 | x),  beta = 0.05
+
+Table 5's ablations are flags and combine: --no_sft, --no_temperature (Eq. 8), --first_only (the term k = 1 alone);
+without L_PRO (--no_ranking) it is the baseline BoN, supervised fine-tuning on the best of n. The other baselines: RRHF
+is `rescue.py --ordering reward --alpha 1 --length_scaling 1`; CoH is `collect_candidates.py hindsight`, then
+--no_ranking.
+
+Algorithm 1, self-bootstrapping (--bootstrap_splits K --reward_model M): the prompts are split in K; before each split
+the current model answers its prompts, M scores the answers, and they join the rankings (footnote 6: never in first
+place, and the rewards are sorted anew so that they still descend). With --epochs 2 each split is trained twice on.
+
+Where the print and the released code differ, or the print is silent:
+ 1. Temperatures multiply as reward gaps, 1/T = r_k - r_i, and each sum is a log-sum-exp in float32. The released code
+    exponentiates and adds 1e-10 inside the logarithm: wrong from gaps of about 10 on, inf or NaN for negative ones.
+ 2. Equal rewards: the limit T -> infinity, so the term is exp(0) = 1; where all rewards from k on are equal, term k is
+    the constant log(n - k + 1) without gradient. Rewards that ascend are an error (the records are sorted on loading).
+ 3. L_SFT is the token *sum*, as in the released code (beta would mean something else under a mean): --sft_reduction.
+    BoN, with no other term, is the usual token mean.
+ 4. beta is multiplied with (n - 1)^2 of each prompt's own n, which is the ranking length where all have the same.
+ 5. Rewards are raw logits of a reward model that is not the one used in evaluation.
+ 6. Constant learning rate 5e-6, as released.
+
+    torchrun --nproc_per_node 4 pro.py                                                 # data/hh/ranked.jsonl
+    torchrun --nproc_per_node 4 pro.py --no_ranking                                    # BoN
+    torchrun --nproc_per_node 4 pro.py --bootstrap_splits 4 --reward_model RM          # Algorithm 1
+    python pro.py --data d.jsonl --model demo/model --output runs/x                    # one process, GPU or CPU
+"""
+
+import random
+import time
+import zlib
+
+import torch
+from tqdm import tqdm, trange
+
+import common
+from common import UserError, candidate_logprobs, in_range, length_normalized, say
+
+RANK_BY = "python collect_candidates.py rank --by reward --input {} --output NEW.jsonl"
+COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-base
+  torchrun --nproc_per_node 4 collect_candidates.py sample --task hh --model huggyllama/llama-7b --num_samples 1
+  python collect_candidates.py rank --task hh --by reward"""
+GIVEN = ("chosen", "rejected", *common.HUMAN)  # sources of the ranking that the data came with
+
+
+def pro_loss(scores, rewards=None, first_only=False):
+    """Eq. 8, or with rewards Eq. 9-11. scores [n] fp32, best first; rewards [n], descending -> scalar.
+
+    first_only keeps the term k = 1 (Table 5). Raises ValueError where rewards ascend; fewer than two scores give 0.
+    """
+    if rewards is not None and (rewards.diff() > 0).any():
+        raise ValueError(f"rewards must descend, best first: {rewards.tolist()}")
+    loss = scores.sum() * 0.0
+    for k in range(min(1, len(scores) - 1) if first_only else len(scores) - 1):
+        z = scores[k:]  # [n - k]
+        if rewards is not None:
+            gaps = rewards[k] - rewards[k:]  # 1 / T_k^i, Eq. 10; its largest is the last, since rewards descend
+            z = z * torch.cat([gaps[-1:], gaps[1:]])  # 1 / T_k^k, Eq. 11
+        loss = loss + torch.logsumexp(z - z[0], 0)
+    return loss
+
+
+def sft_loss(logprobs, lengths, reduction):
+    """L_SFT of Eq. 7: NLL of the best candidate, the first one. logprobs, lengths [n] -> scalar; reduction over its
+    tokens: "sum" or "mean"."""
+    return -logprobs[0] / (lengths[0] if reduction == "mean" else 1.0)
+
+
+def pair_statistics(scores):
+    """scores [n], best first -> (pairs scored in order, pairs, sum of s_better - s_worse over them), scalars."""
+    i, j = torch.triu_indices(len(scores), len(scores), 1, device=scores.device)
+    gaps = scores[i] - scores[j]
+    return (gaps > 0).sum(), gaps.new_tensor(len(gaps)), gaps.sum()
+
+
+def insert_candidate(candidates, new):
+    """Footnote 6: insert `new` into a ranking, best first -> the longer ranking, rewards descending.
+
+    The first candidate keeps its place whatever the new one's reward; the values of the rewards are then handed out
+    anew in descending order.
+    """
+    rest = sorted([*candidates[1:], new], key=lambda c: -c["reward"])  # stable: among equals the new one comes last
+    ranking = [candidates[0], *rest]
+    rewards = sorted((c["reward"] for c in ranking), reverse=True)
+    return [c | {"reward": reward, "rank": place} for place, (c, reward) in enumerate(zip(ranking, rewards))]
+
+
+def select_candidates(record, ranking_length, seed):
+    """At most `ranking_length` of a record's candidates: those the data came with first, then a seeded draw of the
+    others, in the file's order."""
+    candidates = record["candidates"]
+    given = [i for i, c in enumerate(candidates) if c["source"] in GIVEN]
+    others = [i for i in range(len(candidates)) if i not in given]
+    drawn = random.Random(f"{seed}-{record['id']}").sample(others, len(others))
+    return record | {"candidates": [candidates[i] for i in sorted([*given, *drawn][:ranking_length])]}
+
+
+def sort_candidates(record, needs_reward, path):
+    """The record's candidates best first: by `reward`, or by `rank` where the loss needs no reward."""
+    candidates = record["candidates"]
+    if all("reward" in c for c in candidates):
+        return record | {"candidates": sorted(candidates, key=lambda c: -c["reward"])}
+    if needs_reward:
+        missing = next(i for i, c in enumerate(candidates) if "reward" not in c)
+        raise UserError(
+            f"{path}: record {record['id']!r}: candidates[{missing}] has no 'reward'; "
+            f"add it with: {RANK_BY.format(path)} (or train on ranks alone: --no_temperature)"
+        )
+    if len(candidates) > 1 and any(c.get("rank") is None for c in candidates):
+        raise UserError(
+            f"{path}: record {record['id']!r}: some candidate has neither 'reward' nor 'rank'; "
+            f"add them with: {RANK_BY.format(path)}"
+        )
+    return record | {"candidates": sorted(candidates, key=lambda c: c.get("rank") or 0)}
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--beta", type=in_range(float, 0), default=0.05, help="weight of L_SFT, times (n-1)^2, Eq. 7 (paper: 0.05)")
+    add("--sft_reduction", choices=["sum", "mean"], help="over tokens (default: sum as released; BoN: mean)")
+    add("--ranking_length", type=in_range(int, 2), help="candidates a prompt, l in the paper (default: all; Fig. 3)")
+    add("--no_temperature", action="store_true", help="Eq. 8 instead of Eq. 9-11 (Table 5: -T)")
+    add("--no_sft", action="store_true", help="drop L_SFT (Table 5)")
+    add("--first_only", action="store_true", help="the best against the rest alone (Table 5: -L_PRO^{k>1})")
+    add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Table 5)")
+    add("--bootstrap_splits", type=in_range(int, 1), help="K of Algorithm 1: sample, score, insert before each split")
+    add("--reward_model", help="scores the sampled responses: hub id or folder, the one that scored the data")
+    add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of Algorithm 1's samples")
+    defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
+    common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
+    args = parser.parse_args()
+    if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
+        parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
+    if (args.bootstrap_splits is None) != (args.reward_model is None):
+        parser.error("--bootstrap_splits and --reward_model go together")
+    args.sft_reduction = args.sft_reduction or ("mean" if args.no_ranking else "sum")
+    names = ("no_temperature", "no_sft", "first_only", "no_ranking", "bootstrap_splits")
+    what = "-".join(n.removesuffix("_splits") for n in names if getattr(args, n)) or "full"
+    args.data = args.data or "data/hh/ranked.jsonl"
+    args.output = args.output or f"runs/pro-{what}"
+    return args
+
+
+def load_data(args):
+    """-> records, each with its candidates best first, at most --ranking_length of them; BoN keeps the first."""
+    common.require_data(args.data, COLLECT)
+    needs_reward = bool(args.bootstrap_splits) or not (args.no_temperature or args.no_ranking)
+    records = common.load_candidates(args.data, limit=args.max_train_samples)
+    if args.ranking_length:
+        records = [select_candidates(r, args.ranking_length, args.seed) for r in records]
+    records = [sort_candidates(r, needs_reward, args.data) for r in records]
+    if args.no_ranking:
+        return [r | {"candidates": r["candidates"][:1]} for r in records]
+    single = next((r for r in records if len(r["candidates"]) < 2), None)
+    if single:
+        raise UserError(f"{args.data}: record {single['id']!r} has one candidate: nothing to rank (BoN: --no_ranking)")
+    lengths = sorted({len(r["candidates"]) for r in records})
+    say(f"{len(records)} prompts, ranking lengths {', '.join(map(str, lengths))}")
+    scored_by = {r["reward_model"] for r in records if "reward_model" in r} - {args.reward_model}
+    if args.bootstrap_splits and scored_by:
+        say(f"the data was scored by {', '.join(sorted(scored_by))}: its rewards and --reward_model's may not compare")
+    return records
+
+
+def plan_steps(num_prompts, args):
+    """-> (splits, steps). Splits: lists of prompts (one, without Algorithm 1); steps: (split, the step's prompts)."""
+    order = list(range(num_prompts))
+    count = args.bootstrap_splits or 1
+    if count > num_prompts:
+        raise UserError(f"--bootstrap_splits {count} is more than the {num_prompts} prompts")
+    if count > 1:
+        random.Random(f"{args.seed}-splits").shuffle(order)
+    splits = [order[k::count] for k in range(count)]
+    steps = []
+    for k, split in enumerate(splits):
+        for epoch in range(args.epochs):
+            steps += [(k, [split[i] for i in batch]) for batch in common.epoch_batches(len(split), args, epoch)]
+    return splits, steps
+
+
+def bootstrap(model, tokenizer, records, split, args, run):
+    """Algorithm 1 before one split: answer its prompts with the current model, score, insert -> the new records, or
+    None where the run was told to stop.
+
+    Finished prompts go to OUTPUT/bootstrap/split-K.jsonl, so a killed run goes on where it was, and one that comes
+    back into the middle of a split trains on the answers that the split began with.
+    """
+    import collect_candidates as collect  # only here: without Algorithm 1 this script needs common.py alone
+
+    path = run.output / "bootstrap" / f"split-{split + 1}.jsonl"
+    journal = collect.Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
+    options = {"max_new_tokens": args.max_response_length - 1, "temperature": args.sampling_temperature}
+    options["max_prompt_length"] = args.max_length - args.max_response_length
+    batches = collect.batches_by_length(records, 16)[run.rank :: run.world]
+    model.eval()
+    with common.gathered(model), torch.no_grad():  # each rank generates on its own, however long its answers are
+        for batch in tqdm(batches, desc=f"bootstrap {split + 1}", disable=run.rank != 0):
+            batch = [records[i] for i in batch if records[i]["id"] not in journal.done]
+            if not batch or run.signal:
+                continue
+            torch.manual_seed(zlib.crc32(f"{args.seed} {split} {batch[0]['id']}".encode()))
+            answers = collect.generate(model, tokenizer, [r["prompt"] for r in batch], stop=collect.TURNS, **options)
+            texts = [a["text"] for [a] in answers]
+            rewards = collect.reward_logits(
+                args.reward_model, run.device, list(zip(batch, texts)), allow_pickle=args.allow_pickle
+            )
+            new = [{"text": t, "source": "bootstrap", "reward": x} for t, x in zip(texts, rewards)]
+            journal.write(r | {"candidates": insert_candidate(r["candidates"], c)} for r, c in zip(batch, new))
+    model.train()
+    if run.interrupted():
+        return None
+    journal.finish()
+    torch.distributed.barrier()
+    return common.load_candidates(path)
+
+
+def main():
+    args = parse_args()
+    rank, world, device = common.init_distributed()
+    if args.batch_size < world:
+        raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
+    records = load_data(args)
+    splits, steps = plan_steps(len(records), args)
+    run = common.Run(args, rank, world, device)
+    if run.finished:
+        return
+    if args.no_sft or args.beta == 0:
+        say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
+    model, tokenizer = common.load_for_training(args, device)
+    encoded = common.encode_all(tokenizer, records, args)
+    if not args.padded:
+        common.check_packing(model, encoded, args, tokenizer, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    say(f"{len(steps)} steps of {args.batch_size} prompts on {world} ranks")
+
+    start = run.restore(model, optimizer)
+    current = None  # the split that `records` already hold answers for
+    for step in trange(start, len(steps), initial=start, total=len(steps), desc="training", disable=rank != 0):
+        began = time.perf_counter()
+        split, prompts = steps[step]
+        if args.bootstrap_splits and split != current:
+            if step > start:
+                run.save(step, model, optimizer)
+            new = bootstrap(model, tokenizer, [records[i] for i in splits[split]], split, args, run)
+            if new is None:
+                run.stop(step, model, optimizer)
+            for i, record, e in zip(splits[split], new, common.encode_all(tokenizer, new, args)):
+                records[i], encoded[i] = record, e
+            current = split
+        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
+        plan = common.plan_rows([encoded[i].num_tokens for i in prompts], row_budget, world)[rank]
+        sums = torch.zeros(6, device=device)  # loss, PRO loss, SFT loss, pairs in order, pairs, sum of margins
+        losses = []
+        for row, weight in plan:
+            row = [prompts[i] for i in row]
+            batch = common.make_batch([encoded[i] for i in row], args, tokenizer, device)
+            logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
+            scores = length_normalized(logprobs, lengths, 1.0)  # Eq. 6: the length normalisation
+            loss = scores.new_zeros(())
+            groups = zip(row, scores.split(batch.sizes), logprobs.split(batch.sizes), lengths.split(batch.sizes))
+            for i, s, logp, length in groups:  # one prompt at a time
+                rewards = None
+                if not (args.no_temperature or args.no_ranking):
+                    rewards = torch.tensor([c["reward"] for c in records[i]["candidates"]], device=device)
+                pro_term = pro_loss(s, rewards, args.first_only)
+                sft_term = sft_loss(logp, length, args.sft_reduction)
+                sft_weight = 1.0 if args.no_ranking else 0.0 if args.no_sft else args.beta * (len(s) - 1) ** 2
+                total = pro_term + sft_weight * sft_term  # Eq. 7
+                loss = loss + total
+                sums += weight * torch.stack([total, pro_term, sft_term, *pair_statistics(s)]).detach()
+            # FSDP averages over ranks: the sum over the global batch / its prompts
+            (weight * loss * world / len(prompts)).backward()
+            losses.append((loss.detach(), [records[i]["id"] for i in row]))
+            if run.interrupted():
+                run.stop(step, model, optimizer)
+        grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
+        run.check_finite(step, losses, grad_norm)
+        lr = common.learning_rate(step, len(steps), args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % args.log_every == 0 or step + 1 == len(steps):
+            loss_sum, pro_sum, sft_sum, in_order, pairs, margin = common.all_sum(sums)
+            tokens = sum(encoded[i].num_tokens for i in prompts)
+            figures = {"loss": loss_sum, "pro_loss": pro_sum, "sft_loss": sft_sum}
+            figures = {k: v / len(prompts) for k, v in figures.items()}
+            figures |= {"pair_accuracy": in_order / max(pairs, 1), "margin": margin / max(pairs, 1)}
+            figures |= {"grad_norm": grad_norm, "lr": lr}
+            run.log(step + 1, figures | common.speed(model, tokens, time.perf_counter() - began, device))
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(steps):
+            run.save(step + 1, model, optimizer)
+    run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)

@@ -1,0 +1,253 @@
+"""A reward model: any causal LM with a scalar head, trained on rankings (PRO Eq. 2, RESCUE Eq. 4).
+
+A response's reward r(x, y) is a linear function of the state at its last token, EOS. Of two responses the better one
+should get the larger reward (Bradley-Terry); a ranking of k responses is all its pairs:
+
+    PRO Eq. 2      L = -log sigmoid( r(x, y_better) - r(x, y_worse) )
+    RESCUE Eq. 4   L = the mean of that over the prompt's ordered pairs, k (k - 1) / 2 without ties
+
+Which response is better, --ordering says: the annotated `rank` (HH's chosen and rejected, a stronger model's ranking),
+the right and the wrong `label`, another model's `reward`. Equals are not compared; a prompt's pairs share one forward,
+in which its prompt is read once. With --eval_data it ends with the pair accuracy on held-out rankings.
+
+OUTPUT/model is a folder that AutoModelForSequenceClassification loads (one label). Its forward scores the rightmost
+token that is not padding, so the padding token differs from EOS there; its `dialogue_form` plain says that it reads
+prompt, response, and EOS as the training scripts do. Used by `collect_candidates.py rank --by reward`, by
+`pro.py --bootstrap_splits`, by `evaluate.py hh`, and as Tuna's proxy ranking model.
+
+Silent in print: the head starts at zero (all rewards equal, loss log 2), the last layer's norm precedes it; learning
+rate 1e-5 and one epoch, since a second one overfits to pairs; no dropout is added.
+
+    torchrun --nproc_per_node 4 reward_model.py --model huggyllama/llama-7b --eval_data data/hh/validation.jsonl
+    python reward_model.py --model demo/model --data d.jsonl --output runs/rm
+"""
+
+import json
+import math
+import time
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm, trange
+from transformers import AutoModelForSequenceClassification
+
+import common
+from common import UserError, say
+
+LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better
+    "rank": ("rank", lambda c: -c["rank"]),
+    "label": ("correct", lambda c: c["correct"]),
+    "reward": ("reward", lambda c: c["reward"]),
+}
+COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-base --validation 280"
+
+
+def ranking_loss(rewards, levels):
+    """PRO Eq. 2 for two, RESCUE Eq. 4 for more: mean over pairs with levels[i] > levels[j] of -log sigmoid(r_i - r_j).
+
+    rewards [n] fp32, levels [n], larger better -> scalar. Ties are not compared; no pairs give 0.
+    """
+    i, j = torch.nonzero(levels[:, None] > levels[None, :], as_tuple=True)
+    return -F.logsigmoid(rewards[i] - rewards[j]).sum() / max(1, len(i))
+
+
+def pair_statistics(rewards, levels):
+    """-> (ordered pairs with the better reward first, ordered pairs, sum of r_better - r_worse), scalars."""
+    i, j = torch.nonzero(levels[:, None] > levels[None, :], as_tuple=True)
+    gaps = rewards[i] - rewards[j]
+    return (gaps > 0).sum(), gaps.new_tensor(len(gaps)), gaps.sum()
+
+
+def interval(right, total, z=1.96):
+    """Wilson's 95% interval of a share -> (low, high)."""
+    p, n = right / total, total
+    centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
+
+
+def add_score_forward(model):
+    """Give a sequence classifier a forward that returns the scores of `positions` instead of the last token's.
+
+    The base model is called inside the root's forward, so under fully_shard its weights are gathered when it runs.
+    """
+
+    def forward(input_ids, attention_mask, position_ids, positions):
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        inputs |= {} if position_ids is None else {"position_ids": position_ids}
+        states = model.base_model(**inputs).last_hidden_state.flatten(0, 1)  # [B * L, H]
+        return model.score(states[positions])[:, 0].float()
+
+    model.forward = forward
+
+
+def last_positions(encoded, batch):
+    """-> [N]: where each candidate's last token, EOS, stands in the flattened rows of common.pack or pack_padded."""
+    ends, row = [], 0  # row: where the sequence, or in a packed row the prompt, begins
+    for e in encoded:
+        at = row + len(e.prompt_ids)
+        for response in e.responses:
+            ends.append(at + len(response) - 1)
+            if batch.position_ids is None:
+                row += batch.input_ids.shape[1]
+                at = row + len(e.prompt_ids)
+            else:
+                row = at = at + len(response)
+    return torch.tensor(ends, device=batch.input_ids.device)
+
+
+def candidate_rewards(model, encoded, batch):
+    """-> rewards [N], fp32: the score at each candidate's last token."""
+    return model(batch.input_ids, batch.attention_mask, batch.position_ids, last_positions(encoded, batch))
+
+
+@torch.no_grad()
+def check_packing(model, encoded, args, tokenizer, device):
+    """Score one prompt packed and padded, as common.check_packing does for log-likelihoods."""
+    shortest = [min(encoded, key=lambda e: e.num_tokens)] * 2
+    model.eval()
+    score = torch.randn(model.config.hidden_size, device=device)  # the head may still be zero: compare states instead
+    head, model.score.forward = model.score.forward, lambda states: (states.float() @ score)[:, None]
+    packed = candidate_rewards(model, shortest, common.make_batch(shortest, args, tokenizer, device))
+    plain = candidate_rewards(model, shortest, common.pack_padded(shortest, tokenizer.pad_token_id).to(device))
+    model.score.forward = head
+    model.train()
+    if hasattr(model, "reshard"):
+        model.reshard()
+    gap = ((packed - plain).abs().max() / plain.abs().max()).item()
+    if not gap <= (1e-3 if device.type == "cpu" else 0.1):
+        raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g}; add --padded")
+
+
+def load_levels(path, args, limit=None):
+    """-> (records, their candidates' levels as tensors [n]); prints how many pairs can be compared."""
+    field, level = LEVELS[args.ordering]
+    hint = f"python collect_candidates.py rank --by {args.ordering} --input {path} --output NEW.jsonl"
+    records = common.load_candidates(path, need=[field], added_by=hint, limit=limit)
+    unranked = next((r for r in records if any(c[field] is None for c in r["candidates"])), None)
+    if unranked:
+        raise UserError(f"{path}: record {unranked['id']!r} has a candidate whose {field!r} is null")
+    levels = [torch.tensor([float(level(c)) for c in r["candidates"]]) for r in records]
+    pairs = sum(int((x[:, None] > x[None, :]).sum()) for x in levels)
+    if pairs == 0:
+        raise UserError(f"{path}: no record has two candidates of different {field!r}: nothing to compare")
+    say(f"{path}: {len(records)} prompts, {pairs} ordered pairs")
+    return records, levels
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, args, rank, world, device):
+    """Pair accuracy on --eval_data -> {pair_accuracy, low, high, margin, pairs}; every rank scores its share."""
+    records, levels = load_levels(args.eval_data, args)
+    encoded = common.encode_all(tokenizer, records, args)
+    plan = common.plan_rows([e.num_tokens for e in encoded], args.row_budget, world)[rank]
+    sums = torch.zeros(3, device=device)
+    model.eval()
+    for row, weight in tqdm(plan, desc="held out", disable=rank != 0):
+        some = [encoded[i] for i in row]
+        rewards = candidate_rewards(model, some, common.make_batch(some, args, tokenizer, device))
+        for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
+            sums += weight * torch.stack(pair_statistics(r, levels[i].to(device)))
+    model.train()
+    right, pairs, margin = common.all_sum(sums)
+    low, high = interval(right, pairs)
+    return {"pair_accuracy": right / pairs, "low": low, "high": high, "margin": margin / pairs, "pairs": int(pairs)}
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__)
+    add = parser.add_argument
+    add("--ordering", choices=sorted(LEVELS), default="rank", help="the annotation that says which response is better")
+    add("--eval_data", help="held-out records: pair accuracy at the end, in OUTPUT/eval.json")
+    defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
+    common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
+    args = parser.parse_args()
+    args.data = args.data or "data/hh/train.jsonl"
+    args.output = args.output or f"runs/reward-{args.ordering}"
+    return args
+
+
+def load_model(args, device):
+    """-> (model, tokenizer): a sequence classifier with one output, whose new head starts at zero."""
+    auto_class = AutoModelForSequenceClassification
+    model, tokenizer = common.load_for_training(args, device, auto_class, num_labels=1)
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
+        raise UserError(f"--model {args.model}: {type(model).__name__} has no linear `score` head; use a causal LM")
+    if not any("ForSequenceClassification" in name for name in model.config.architectures or ()):
+        model.score.weight.data.zero_()
+    eos = tokenizer.eos_token_id
+    others = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
+    tokenizer.pad_token_id = next(i for i in others if i is not None and i != eos)
+    model.config.pad_token_id = tokenizer.pad_token_id  # the saved model scores the rightmost other token: EOS
+    model.config.dialogue_form = "plain"
+    add_score_forward(model)
+    return model, tokenizer
+
+
+def main():
+    args = parse_args()
+    rank, world, device = common.init_distributed()
+    if args.batch_size < world:
+        raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
+    common.require_data(args.data, COLLECT)
+    if args.eval_data:
+        common.require_data(args.eval_data, COLLECT)
+    args.row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    records, levels = load_levels(args.data, args, args.max_train_samples)
+    run = common.Run(args, rank, world, device)
+    if run.finished:
+        return
+    model, tokenizer = load_model(args, device)
+    encoded = common.encode_all(tokenizer, records, args)
+    if not args.padded:
+        check_packing(model, encoded, args, tokenizer, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
+    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks")
+
+    start = run.restore(model, optimizer)
+    for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
+        began = time.perf_counter()
+        prompts = batches[step]
+        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
+        plan = common.plan_rows([encoded[i].num_tokens for i in prompts], args.row_budget, world)[rank]
+        sums = torch.zeros(4, device=device)  # loss, pairs in order, pairs, sum of margins
+        losses = []
+        for row, weight in plan:
+            row = [prompts[i] for i in row]
+            some = [encoded[i] for i in row]
+            rewards = candidate_rewards(model, some, common.make_batch(some, args, tokenizer, device))  # [N]
+            loss = rewards.new_zeros(())
+            for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
+                level = levels[i].to(device)
+                term = ranking_loss(r, level)
+                loss = loss + term
+                sums += weight * torch.stack([term, *pair_statistics(r, level)]).detach()
+            # FSDP averages over ranks: the sum over the global batch / its prompts
+            (weight * loss * world / len(prompts)).backward()
+            losses.append((loss.detach(), [records[i]["id"] for i in row]))
+            if run.interrupted():
+                run.stop(step, model, optimizer)
+        grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
+        run.check_finite(step, losses, grad_norm)
+        lr = common.learning_rate(step, len(batches), args)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        optimizer.zero_grad()
+        if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
+            loss_sum, right, pairs, margin = common.all_sum(sums)
+            figures = {"loss": loss_sum / len(prompts), "pair_accuracy": right / max(pairs, 1)}
+            figures |= {"margin": margin / max(pairs, 1), "grad_norm": grad_norm, "lr": lr}
+            tokens = sum(encoded[i].num_tokens for i in prompts)
+            run.log(step + 1, figures | common.speed(model, tokens, time.perf_counter() - began, device))
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
+            run.save(step + 1, model, optimizer)
+    if args.eval_data:
+        figures = evaluate(model, tokenizer, args, rank, world, device)
+        common.on_rank0(lambda: common.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
+        say("held out: pair accuracy {pair_accuracy:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs".format(**figures))
+    run.finish(model, tokenizer)
+
+
+if __name__ == "__main__":
+    common.run_cli(main)

@@ -1,0 +1,400 @@
+"""pro.py: the loss by hand and against Eq. 8-11 term by term, every ablation, Algorithm 1 from end to end."""
+
+import json
+import math
+import signal
+import sys
+
+import pytest
+import torch
+from conftest import command, read_jsonl
+
+import common
+import pro
+
+
+def naive_loss(scores, rewards=None, first_only=False):
+    """Eq. 8, or Eq. 9-11 with T = 1 / gap, as printed: exponentials and no log-sum-exp. Double precision, distinct
+    rewards."""
+    n, loss = len(scores), 0.0
+    for k in range(1 if first_only else n - 1):
+        temperature = [1.0] * n
+        if rewards is not None:
+            temperature[k + 1 :] = [1 / (rewards[k] - rewards[i]) for i in range(k + 1, n)]  # Eq. 10
+            temperature[k] = min(temperature[k + 1 :])  # Eq. 11
+        terms = [math.exp(scores[i] / temperature[i]) for i in range(k, n)]
+        loss -= math.log(terms[0] / sum(terms))
+    return loss
+
+
+def test_two_responses_are_bradley_terry():
+    scores = torch.tensor([-1.0, -3.0])
+    assert pro.pro_loss(scores).item() == pytest.approx(math.log1p(math.exp(-2)), abs=1e-6)  # -log sigmoid(2) = 0.1269
+    # a reward gap of 3 multiplies both scores: -log sigmoid(3 * 2)
+    assert pro.pro_loss(scores, torch.tensor([1.0, -2.0])).item() == pytest.approx(math.log1p(math.exp(-6)), abs=1e-6)
+
+
+def test_three_responses_by_hand():
+    scores, rewards = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([3.0, 2.0, 0.0])
+    # Eq. 8: log(1 + e^-1 + e^-2) + log(1 + e^-1) = 0.40761 + 0.31326
+    assert pro.pro_loss(scores).item() == pytest.approx(0.72087, abs=1e-5)
+    # Eq. 9, k = 1: gaps 1 and 3, own multiplier 3: z = -3, -2, -9 -> log(e^-3 + e^-2 + e^-9) + 3 = 1.31393
+    #        k = 2: gap 2, own multiplier 2: z = -4, -6 -> log(1 + e^-2) = 0.12693
+    assert pro.pro_loss(scores, rewards).item() == pytest.approx(1.31393 + 0.12693, abs=1e-4)
+    assert pro.pro_loss(scores, rewards, first_only=True).item() == pytest.approx(1.31393, abs=1e-4)
+    assert pro.pro_loss(scores, first_only=True).item() == pytest.approx(0.40761, abs=1e-5)
+
+
+def test_gradient_by_hand():
+    scores = torch.tensor([0.0, 0.0], requires_grad=True)
+    pro.pro_loss(scores, torch.tensor([2.0, 0.0])).backward()
+    assert scores.grad.tolist() == [-1.0, 1.0]  # gap 2 times sigmoid(0)
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5])
+@pytest.mark.parametrize("first_only", [False, True])
+def test_against_the_printed_equations(n, first_only):
+    generator = torch.Generator().manual_seed(n)
+    scores = torch.randn(n, generator=generator) - 2
+    rewards = torch.randn(n, generator=generator).sort(descending=True).values
+    want = naive_loss(scores.double().tolist(), rewards.double().tolist(), first_only)
+    assert pro.pro_loss(scores, rewards, first_only).item() == pytest.approx(want, rel=1e-4)
+    want = naive_loss(scores.double().tolist(), None, first_only)
+    assert pro.pro_loss(scores, None, first_only).item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("gap", [0.0, 10.0, 60.0, 1e4])
+def test_large_gaps_give_the_true_value(gap):
+    scores = torch.tensor([-3.0, -4.0], requires_grad=True)
+    loss = pro.pro_loss(scores, torch.tensor([gap, 0.0]))
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-gap)), rel=2e-3, abs=1e-12)  # gap 10: 4.54e-5
+    loss.backward()
+    assert torch.isfinite(scores.grad).all()
+    wrong = pro.pro_loss(torch.tensor([-4.0, -3.0]), torch.tensor([gap, 0.0]))
+    assert wrong.item() == pytest.approx(gap + math.log1p(math.exp(-gap)), rel=1e-5)
+
+
+def test_ascending_rewards_are_an_error():
+    with pytest.raises(ValueError, match="must descend"):
+        pro.pro_loss(torch.tensor([-3.0, -4.0]), torch.tensor([0.0, 60.0]))
+
+
+def test_equal_rewards_are_the_limit():
+    scores = torch.tensor([-1.0, -7.0, -2.0], requires_grad=True)
+    loss = pro.pro_loss(scores, torch.tensor([1.0, 1.0, 1.0]))
+    assert loss.item() == pytest.approx(math.log(3) + math.log(2), abs=1e-6)
+    loss.backward()
+    assert scores.grad.tolist() == [0.0, 0.0, 0.0]
+    near = naive_loss([-1.0, -7.0, -2.0], [1.0, 1.0 - 1e-6, 1.0 - 2e-6])
+    assert loss.item() == pytest.approx(near, abs=1e-4)
+
+
+def test_one_response_has_no_ranking():
+    assert pro.pro_loss(torch.tensor([-1.0]), torch.tensor([2.0])).item() == 0.0
+    assert pro.pro_loss(torch.tensor([-1.0]), first_only=True).item() == 0.0
+
+
+def test_sft_loss_takes_the_best():
+    logprobs, lengths = torch.tensor([-6.0, -1.0]), torch.tensor([3.0, 1.0])
+    assert pro.sft_loss(logprobs, lengths, "sum").item() == 6.0
+    assert pro.sft_loss(logprobs, lengths, "mean").item() == 2.0
+
+
+def test_pair_statistics():
+    in_order, pairs, margin = pro.pair_statistics(torch.tensor([-1.0, -3.0, -2.0]))
+    assert (in_order.item(), pairs.item(), margin.item()) == (2, 3, 2.0)  # gaps 2, 1, -1
+
+
+def rewarded(*rewards):
+    return [{"text": f"{i}", "source": "m", "reward": r} for i, r in enumerate(rewards)]
+
+
+def test_the_new_candidate_never_takes_the_first_place():
+    new = {"text": "new", "source": "bootstrap", "reward": 9.0}
+    ranking = pro.insert_candidate(rewarded(2.0, 1.0), new)
+    assert [c["text"] for c in ranking] == ["0", "new", "1"]
+    assert [c["reward"] for c in ranking] == [9.0, 2.0, 1.0]  # the values are handed out anew, descending
+    assert [c["rank"] for c in ranking] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("reward, place", [(1.5, 1), (1.0, 2), (0.5, 2), (-3.0, 3)])
+def test_the_new_candidate_is_inserted_by_its_reward(reward, place):
+    ranking = pro.insert_candidate(rewarded(2.0, 1.0, 0.0), {"text": "new", "source": "bootstrap", "reward": reward})
+    assert [c["text"] for c in ranking].index("new") == place
+    rewards = [c["reward"] for c in ranking]
+    assert rewards == sorted([2.0, 1.0, 0.0, reward], reverse=True)
+
+
+def test_ranking_length_keeps_the_datas_own_pair():
+    sampled = [{"text": f"s{i}", "source": "alpaca"} for i in range(4)]
+    pair = [{"text": "c", "source": "chosen"}, {"text": "r", "source": "rejected"}]
+    record = {"id": "a", "candidates": [*sampled[:2], pair[0], *sampled[2:], pair[1]]}
+    for length in (2, 3, 4, 5, 9):
+        kept = pro.select_candidates(record, length, seed=0)["candidates"]
+        assert len(kept) == min(length, 6)
+        assert {"c", "r"} <= {c["text"] for c in kept}
+        assert kept == [c for c in record["candidates"] if c in kept]
+    draws = {tuple(c["text"] for c in pro.select_candidates(record, 4, seed=s)["candidates"]) for s in range(20)}
+    assert len(draws) > 1
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# From end to end
+
+
+def write_data(path, num_records=6, rewards=(0.5, 2.0, -1.0), **more):
+    words = ["red", "green", "blue", "a long grey one", "yellow"]
+    sources = ["chosen", "rejected", "alpaca"]
+    with open(path, "w") as f:
+        for i in range(num_records):
+            candidates = [
+                {"text": f"{words[(i + k) % 5]} {i}", "source": s} | ({} if r is None else {"reward": r})
+                for k, (s, r) in enumerate(zip(sources, rewards))
+            ]
+            f.write(json.dumps({"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": candidates} | more) + "\n")
+    return path
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["pro.py", *map(str, argv)])
+    common.run_cli(pro.main)
+
+
+def read_log(output):
+    return [json.loads(line) for line in open(output / "log.jsonl")]
+
+
+FLAGS = ["--lr", 1e-3, "--batch_size", 3, "--epochs", 1, "--max_length", 64, "--max_response_length", 24]
+
+
+@pytest.fixture(scope="module")
+def first_steps(tiny, tmp_path_factory):
+    """One step of every ablation on the same batch -> {flags: its log line}."""
+    folder, lines = tmp_path_factory.mktemp("ablations"), {}
+    data = write_data(folder / "d.jsonl")
+    with pytest.MonkeyPatch.context() as patch:
+        for flags in ((), ("--no_temperature",), ("--no_sft",), ("--first_only",), ("--no_ranking",)) + (
+            ("--first_only", "--no_temperature"),
+            ("--no_temperature", "--no_sft"),
+            ("--sft_reduction", "mean"),
+            ("--ranking_length", "2"),
+            ("--beta", "0.1"),
+        ):
+            output = folder / "-".join(("run", *flags))
+            run(patch, *FLAGS, "--batch_size", 6, "--model", tiny, "--data", data, "--output", output, *flags)
+            lines[flags] = read_log(output)[0]
+    return lines
+
+
+def test_every_ablation_changes_the_loss_as_its_equation_says(first_steps):
+    full = first_steps[()]
+    assert full["loss"] == pytest.approx(full["pro_loss"] + 0.05 * 2**2 * full["sft_loss"], rel=1e-5)  # n = 3
+    no_sft = first_steps["--no_sft",]
+    assert no_sft["loss"] == pytest.approx(full["pro_loss"], rel=1e-5)
+    bon = first_steps["--no_ranking",]
+    assert bon["pro_loss"] == 0 and bon["loss"] == pytest.approx(bon["sft_loss"], rel=1e-6)
+    plain, first = first_steps["--no_temperature",], first_steps["--first_only",]
+    both, mean = first_steps["--first_only", "--no_temperature"], first_steps["--sft_reduction", "mean"]
+    assert len({x["pro_loss"] for x in (full, plain, first, both)}) == 4
+    assert both["pro_loss"] < plain["pro_loss"] and first["pro_loss"] < full["pro_loss"]
+    for line in (plain, first, both):
+        assert line["sft_loss"] == pytest.approx(full["sft_loss"], rel=1e-5)
+    assert mean["sft_loss"] == pytest.approx(bon["sft_loss"], rel=1e-5)
+    assert full["sft_loss"] > 3 * mean["sft_loss"]  # the sum over tokens
+    two = first_steps["--ranking_length", "2"]
+    assert two["loss"] == pytest.approx(two["pro_loss"] + 0.05 * two["sft_loss"], rel=1e-5)  # (n - 1)^2 = 1
+    more = first_steps["--beta", "0.1"]
+    assert more["loss"] == pytest.approx(full["pro_loss"] + 0.1 * 4 * full["sft_loss"], rel=1e-5)
+    plain_no_sft = first_steps["--no_temperature", "--no_sft"]
+    assert plain_no_sft["loss"] == pytest.approx(plain["pro_loss"], rel=1e-5)
+
+
+def test_the_logged_loss_is_the_loss_of_the_records(first_steps, tiny, tmp_path):
+    """The first step's figures again, one candidate a forward and the printed equations."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
+    losses, nlls = [], []
+    for record in common.load_candidates(write_data(tmp_path / "d.jsonl")):
+        ranking = sorted(record["candidates"], key=lambda c: -c["reward"])
+        scores = []
+        for c in ranking:
+            prompt = tokenizer(record["prompt"]).input_ids
+            ids = [*prompt, *tokenizer(c["text"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            with torch.no_grad():
+                logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            tokens = [logp[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
+            scores.append(sum(tokens) / len(tokens))
+            if c is ranking[0]:
+                nlls.append(-sum(tokens))
+        losses.append(naive_loss(scores, [c["reward"] for c in ranking]))
+    assert first_steps[()]["pro_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
+    assert first_steps[()]["sft_loss"] == pytest.approx(sum(nlls) / 6, rel=1e-4)
+
+
+def test_training_orders_the_candidates(monkeypatch, tiny, tmp_path):
+    data = write_data(tmp_path / "d.jsonl")
+    argv = [*FLAGS, "--epochs", 40, "--batch_size", 6, "--lr", 1e-2]
+    run(monkeypatch, *argv, "--model", tiny, "--data", data, "--output", tmp_path / "run")
+    log = read_log(tmp_path / "run")
+    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
+    assert log[-1]["pair_accuracy"] > log[0]["pair_accuracy"] and log[-1]["margin"] > log[0]["margin"] + 0.1
+
+
+@pytest.mark.parametrize(
+    "rewards, more, words",
+    [
+        ((None, None, None), [], ["candidates[0] has no 'reward'", "rank --by reward"]),
+        ((None, None, None), ["--no_temperature"], ["neither 'reward' nor 'rank'"]),
+        ((1.0,), [], ["one candidate", "--no_ranking"]),
+        ((1.0, 0.0), ["--no_ranking", "--first_only"], ["--no_ranking"]),
+        ((1.0, 0.0), ["--bootstrap_splits", 2], ["go together"]),
+        ((1.0, 0.0), ["--bootstrap_splits", 9, "--reward_model", "x"], ["more than the 6 prompts"]),
+    ],
+)
+def test_mistakes_are_one_sentence(monkeypatch, capsys, tiny, tmp_path, rewards, more, words):
+    data = write_data(tmp_path / "d.jsonl", rewards=rewards)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *FLAGS, "--model", tiny, "--data", data, "--output", tmp_path / "run", *more)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(w in message for w in words), message
+
+
+def test_ranks_alone_are_enough_without_temperature(monkeypatch, tiny, tmp_path):
+    rows = common.load_candidates(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
+    for row in rows:
+        row["candidates"] = [c | {"rank": 1 - k} for k, c in enumerate(row["candidates"])]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    argv = [*FLAGS, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "run"]
+    run(monkeypatch, *argv, "--no_temperature")
+    assert read_log(tmp_path / "run")[-1]["step"] == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Algorithm 1
+
+
+@pytest.fixture(scope="module")
+def reward_folder(tiny, tmp_path_factory):
+    """A random sequence classifier with one output."""
+    from transformers import AutoModelForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
+    common.load_tokenizer(tiny).save_pretrained(folder)
+    return folder
+
+
+def bootstrap_flags(tiny, reward_folder, data, output):
+    argv = [*FLAGS, "--batch_size", 10, "--max_response_length", 12, "--model", tiny, "--data", data]
+    return [*argv, "--bootstrap_splits", 2, "--reward_model", reward_folder, "--output", output]
+
+
+def split_files(output):
+    return [read_jsonl(output / "bootstrap" / f"split-{k}.jsonl") for k in (1, 2)]
+
+
+def check_splits(output, data):
+    """Both splits together hold every record once, each with one more candidate, never first, rewards descending."""
+    before = {r["id"]: r for r in read_jsonl(data)}
+    first, second = split_files(output)
+    assert len(first) == len(second) == 20 and {r["id"] for r in first + second} == before.keys()
+    for record in first + second:
+        candidates = record["candidates"]
+        rewards = [c["reward"] for c in candidates]
+        assert len(candidates) == 4 and rewards == sorted(rewards, reverse=True)
+        assert [c["source"] == "bootstrap" for c in candidates].count(True) == 1
+        best = max(before[record["id"]]["candidates"], key=lambda c: c["reward"])
+        assert candidates[0]["text"] == best["text"] and candidates[0]["source"] != "bootstrap"
+
+
+@pytest.fixture(scope="module")
+def whole_run(tiny, reward_folder, tmp_path_factory):
+    """40 prompts in two splits, without an interruption -> (data, output)."""
+    folder = tmp_path_factory.mktemp("bootstrap")
+    data = write_data(folder / "d.jsonl", 40)
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, *bootstrap_flags(tiny, reward_folder, data, folder / "run"))
+    return data, folder / "run"
+
+
+def test_bootstrap_inserts_scored_answers(whole_run):
+    check_splits(whole_run[1], whole_run[0])
+    log = read_log(whole_run[1])
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    first, second = split_files(whole_run[1])
+    assert sum(c["text"] != "" for r in first + second for c in r["candidates"] if c["source"] == "bootstrap") > 20
+
+
+def test_bootstrap_loss_counts_the_longer_ranking(whole_run):
+    line = read_log(whole_run[1])[0]
+    assert line["loss"] == pytest.approx(line["pro_loss"] + 0.05 * 3**2 * line["sft_loss"], rel=1e-5)  # n = 4
+
+
+def same_run(one, other):
+    """Two runs took the same steps and ended with the same weights."""
+    from safetensors.torch import load_file
+
+    for a, b in zip(read_log(one), read_log(other), strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    assert split_files(one) == split_files(other)
+    weights = load_file(other / "model" / "model.safetensors")
+    for name, tensor in load_file(one / "model" / "model.safetensors").items():
+        torch.testing.assert_close(tensor, weights[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["while sampling", "while training"])
+def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_folder, whole_run, tmp_path, where):
+    """Told to stop between two batches of split 2's samples, or killed in its last step: the same run in the end."""
+    import collect_candidates
+
+    data, whole = whole_run
+    argv = bootstrap_flags(tiny, reward_folder, data, tmp_path / "run")
+    calls = []
+    if where == "while sampling":
+        generate = collect_candidates.generate
+
+        def stop_at_third(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == 3:  # the first batch of split 2
+                signal.raise_signal(signal.SIGTERM)
+            return generate(*args, **kwargs)
+
+        monkeypatch.setattr(collect_candidates, "generate", stop_at_third)
+        result = cli("pro", *argv)
+        assert result.code == 0 and "--resume" in result.out
+        assert not (tmp_path / "run" / "bootstrap" / "split-2.jsonl").exists()
+        assert len(read_jsonl(tmp_path / "run" / "bootstrap" / "split-2.jsonl.part0")) == 16
+        monkeypatch.setattr(collect_candidates, "generate", generate)
+    else:
+        clip = common.clip_grad_norm
+
+        def die_at_fourth(*args):
+            calls.append(1)
+            if len(calls) == 4:
+                raise ConnectionError("the machine went away")
+            return clip(*args)
+
+        monkeypatch.setattr(common, "clip_grad_norm", die_at_fourth)
+        with pytest.raises(ConnectionError):
+            cli("pro", *argv)
+        monkeypatch.setattr(common, "clip_grad_norm", clip)
+        monkeypatch.setattr(collect_candidates, "generate", None)  # the second split is sampled: nothing to generate
+    result = cli("pro", *argv, "--resume")
+    assert result.code == 0, result.err
+    same_run(tmp_path / "run", whole)
+
+
+def test_bootstrap_on_two_ranks(tiny, reward_folder, whole_run, tmp_path):
+    """Generation from sharded weights, each rank its own prompts: the rankings keep their form."""
+    data = whole_run[0]
+    argv = bootstrap_flags(tiny, reward_folder, data, tmp_path / "run")
+    command("torchrun", "--standalone", "--nproc_per_node", 2, "pro.py", *argv)
+    check_splits(tmp_path / "run", data)
+    log, alone = read_log(tmp_path / "run"), read_log(whole_run[1])
+    # the first split's samples come before any step: same prompts a batch, same seed, so the same first loss
+    assert len(log) == 4 and log[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-3)

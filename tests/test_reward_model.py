@@ -1,0 +1,115 @@
+"""reward_model.py: the loss by hand, packed scores against AutoModelForSequenceClassification, from end to end."""
+
+import json
+import math
+import sys
+
+import pytest
+import torch
+
+import common
+import reward_model
+
+
+def test_two_responses_by_hand():
+    levels = torch.tensor([0.0, 1.0])
+    loss = reward_model.ranking_loss(torch.tensor([1.0, 3.0]), levels)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2)), abs=1e-6)
+    loss = reward_model.ranking_loss(torch.tensor([90.0, -10.0]), levels)
+    assert loss.item() == pytest.approx(100.0, abs=1e-4)
+
+
+def test_three_responses_by_hand():
+    rewards, levels = torch.tensor([2.0, 1.0, 0.0], requires_grad=True), torch.tensor([2.0, 1.0, 0.0])
+    loss = reward_model.ranking_loss(rewards, levels)  # (2 log(1 + e^-1) + log(1 + e^-2)) / 3
+    assert loss.item() == pytest.approx((2 * 0.313262 + 0.126928) / 3, abs=1e-5)
+    loss.backward()
+    assert rewards.grad[1].item() == pytest.approx(0.0, abs=1e-7)  # as far from one as from the other
+
+
+def test_ties_are_not_compared():
+    levels = torch.tensor([1.0, 1.0, 0.0])
+    loss = reward_model.ranking_loss(torch.tensor([5.0, -5.0, 0.0]), levels)
+    assert loss.item() == pytest.approx((math.log1p(math.exp(-5)) + 5 + math.log1p(math.exp(-5))) / 2, abs=1e-5)
+    assert reward_model.ranking_loss(torch.tensor([5.0, -5.0]), torch.ones(2)).item() == 0
+    right, pairs, margin = reward_model.pair_statistics(torch.tensor([5.0, -5.0, 0.0]), levels)
+    assert (right.item(), pairs.item(), margin.item()) == (1, 2, 0.0)
+
+
+def test_interval():
+    low, high = reward_model.interval(60, 100)
+    assert (low, high) == (pytest.approx(0.502, abs=2e-3), pytest.approx(0.691, abs=2e-3))  # Wilson's, 60 of 100
+    assert reward_model.interval(0, 10)[0] == pytest.approx(0.0, abs=1e-9)
+
+
+def write_data(path, num_records=8):
+    with open(path, "w") as f:
+        for i in range(num_records):
+            texts = [f"yes {i}", "", f"no, never {i}"][: 2 + i % 2]
+            candidates = [{"text": t, "source": "m", "rank": (i + k) % 3} for k, t in enumerate(texts)]
+            f.write(json.dumps({"id": f"r{i}", "prompt": f"Question {'x' * i}? ", "candidates": candidates}) + "\n")
+    return path
+
+
+def run(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["reward_model.py", *map(str, argv)])
+    common.run_cli(reward_model.main)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory):
+    """A run of 30 steps that must learn its few pairs by heart."""
+    folder = tmp_path_factory.mktemp("reward")
+    data = write_data(folder / "d.jsonl")
+    tokenizer = common.load_tokenizer(tiny)
+    tokenizer.pad_token = tokenizer.eos_token  # as many have it: the saved model needs another
+    tokenizer.save_pretrained(folder / "base")
+    for name in ("config.json", "model.safetensors"):
+        (folder / "base" / name).write_bytes((tiny / name).read_bytes())
+    with pytest.MonkeyPatch.context() as patch:
+        argv = ["--model", folder / "base", "--data", data, "--eval_data", data, "--output", folder / "run"]
+        run(patch, *argv, "--lr", 5e-3, "--epochs", 30, "--batch_size", 4, "--max_length", 64)
+    return folder / "run"
+
+
+def test_it_learns_and_reports(trained):
+    log = [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the head starts at zero
+    held_out = json.loads((trained / "eval.json").read_text())
+    assert log[-1]["loss"] < 0.3 and held_out["pair_accuracy"] > 0.9
+    assert held_out["low"] < held_out["pair_accuracy"] < held_out["high"] or held_out["pair_accuracy"] == 1
+    assert held_out["pairs"] == 4 * 1 + 4 * 3
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_saved_folder_gives_the_same_logits(trained, padded):
+    """Packed or padded rows against the plain class of transformers, responses without text among them."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    plain = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    assert (
+        plain.config.num_labels == 1 and plain.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+    )
+    ours = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
+    reward_model.add_score_forward(ours)
+    records = common.load_candidates(write_data(trained.parent / "again.jsonl"))
+    encoded = [common.encode(tokenizer, r, 64) for r in records]
+    batch = common.pack_padded(encoded, tokenizer.pad_token_id) if padded else common.pack(encoded)
+    sequences = [{"input_ids": e.prompt_ids + r} for e in encoded for r in e.responses]
+    with torch.no_grad():
+        got = reward_model.candidate_rewards(ours, encoded, batch)
+        want = plain(**tokenizer.pad(sequences, return_tensors="pt")).logits[:, 0]
+    assert got.shape == want.shape == (20,)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert want.std() > 0.1
+
+
+@pytest.mark.parametrize("ordering, words", [("label", ["has no field 'correct'", "rank --by label"])])
+def test_missing_annotation(monkeypatch, capsys, tiny, tmp_path, ordering, words):
+    data = write_data(tmp_path / "d.jsonl")
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, "--model", tiny, "--data", data, "--output", tmp_path / "run", "--ordering", ordering)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert all(w in message for w in words), message
