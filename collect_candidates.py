@@ -515,7 +515,7 @@ def prepare(args):
             journal = Journal(path, [i for i in records if i in ids], settings_of(args))
             journal.write(records[i] for i in records if i in ids and i not in journal.done)
             journal.finish()
-    say(f"left out: {left_out} rows (no response, or two dialogues of different context)")
+    say(f"left out: {left_out} rows", "of two different contexts" if args.task == "hh" else "without a response")
     for field in ("label", "subset"):
         if count := Counter(r[field] for r in records.values() if r.get(field)):
             say(f"{field}:", ", ".join(f"{k} {n}" for k, n in count.items()))
@@ -1627,7 +1627,7 @@ AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
 AutoModelForSequenceClassification.register(RewardModelConfig, RewardModel)
 TRAIN_REWARD_MODEL = "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"  # of PRO's training data; evaluation: the 6.9B
 EXPANSIONS = ("alpacas", "chatgpt", "ascending", "descending", "random")
-EXPAND_SOURCES = ("text-curie-001", "alpaca-7b", "gpt-3.5-turbo")
+EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
 DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
 
 
