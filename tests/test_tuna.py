@@ -1,11 +1,13 @@
 """tuna.py: the loss in both reductions and the teacher's score by hand, ranks, and each stage from end to end."""
 
+import gc
 import json
 import re
 import sys
 
 import pytest
 import torch
+from conftest import ROOT, command
 
 import common
 import tuna
@@ -189,3 +191,32 @@ def test_mistakes_are_one_sentence(tmp_path, tiny, monkeypatch, capsys, flags, d
         run(monkeypatch, *flags, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o")
     assert stop.value.code == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cli):
+    """One process, one prompt a row, a run in two halves, and two ranks under FSDP2 take the same steps."""
+    write_data(tmp_path / "d.jsonl", num_records=8)
+    flags = ["--stage", "contextual", "--model", tiny, "--data", tmp_path / "d.jsonl", "--lr", 1e-3]
+    flags += ["--batch_size", 4, "--epochs", 2, "--checkpoint_every", 2]
+    cli("tuna", *flags, "--output", tmp_path / "one")
+    cli("tuna", *flags, "--output", tmp_path / "rows", "--max_tokens_per_row", 1)
+    save = common.Run.save
+
+    def save_and_die(self, step, *args):
+        save(self, step, *args)
+        raise ZeroDivisionError  # as good a crash as any
+
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(common.Run, "save", save_and_die)
+        cli("tuna", *flags, "--output", tmp_path / "halves")
+    gc.collect()  # the dead run's lock goes with it
+    assert len(read_log(tmp_path / "halves")) == 2
+    cli("tuna", *flags, "--output", tmp_path / "halves", "--resume")
+    command("torchrun", "--nproc_per_node", 2, ROOT / "tuna.py", *flags, "--output", tmp_path / "two")
+    one = read_log(tmp_path / "one")
+    for name in ("rows", "halves", "two"):
+        log = read_log(tmp_path / name)
+        assert [line["step"] for line in log] == [1, 2, 3, 4]
+        for a, b in zip(one, log):
+            for key in ("loss", "rank_loss", "mle_loss", "pair_accuracy", "margin", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, a["step"], key)
