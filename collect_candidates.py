@@ -206,6 +206,8 @@ def read_records(path, limit=None, seen=None):
             raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
         seen[record["id"]] = where
         yield record
+    if not seen:
+        raise UserError(f"{path}: holds no records")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def choose_documents(rows, chosen, args):
             for i in holders[word]:
                 likeness[i] += math.log(len(pool) / len(holders[word]))
         own = [(c["title"], c["text"]) for c in row["ctxs"] if c is not gold]
-        others = dict.fromkeys(own + [pool[i] for i, _ in likeness.most_common()])
+        others = dict.fromkeys(own + [pool[i] for i, _ in likeness.most_common()] + pool)
         others = (p for p in others if p[1] != gold["text"] and not has_answer(" ".join(p), row["answers"]))
         others = list(itertools.islice(others, args.num_documents - 1))
         if len(others) < args.num_documents - 1:

@@ -82,6 +82,8 @@ def open_journal(args, verb, records, rank, world):
 def predict(args, verb, records, compute, rank, world):
     """Run `compute(list of records) -> list of predictions` over what is not done yet -> all predictions, in order,
     on rank 0."""
+    if not records:
+        raise UserError(f"{verb}: the input holds no records")
     journal = open_journal(args, verb, records, rank, world)
     batches = collect.batches_by_length(records, args.batch_size)[rank::world]
     for batch in tqdm(batches, desc=verb, disable=rank != 0):

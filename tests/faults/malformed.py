@@ -19,62 +19,83 @@ def lines(rows):
 
 
 def readers(rig):
-    """(name, a valid row, its second row, script, its arguments, fields it needs) of each verb that reads a file."""
+    """(name, a valid row, its second row, script, its arguments, the fields it needs, exit codes for wrong values of
+    these) of each verb that reads a file."""
     tiny = str(rig.folder / "tiny")
     record, other = make_records(2)
-    out = lambda place: ["--output", place / "out.jsonl"]  # noqa: E731
+    for r in (record, other):
+        for i, c in enumerate(r["candidates"]):
+            c |= {"rank": i, "logprob": -5.0 - i, "num_tokens": 4, "reward": 1.0 - i, "similarity": 0.5}
+    generation = ["--model", tiny, "--max_new_tokens", "2"]
+    model = ["--model", tiny]
+    passage = {"title": "t", "text": "The cat sat.", "hasanswer": True, "isgold": True}
+    question = {"question": "who sat", "answers": ["cat"], "ctxs": [passage]}
+    second = {"question": "who ran", "answers": ["dog"], "ctxs": [passage | {"text": "The dog ran.", "title": "u"}]}
+    alpaca = {"instruction": "Say hello.", "input": "", "output": "Hello."}
+    vicuna = {"question_id": 1, "category": "generic", "turns": ["Why?"]}
+
+    def verb(script, *words, source="--input", output="out.jsonl"):
+        return script, lambda s, p: [*words, source, s, "--output", p / output]
+
+    text = ["id", "prompt"]
+    full = [*text, "candidates"]
+    nli = [*text, "label"]
+    prepare = ("collect_candidates", "prepare", "--task")
+    rank = ("collect_candidates", "rank", "--by")
     yield (
         "prepare esnli",
         PAIR,
         PAIR | {"premise": "x"},
-        "collect_candidates",
-        lambda s, p: ["prepare", "--task", "esnli", "--input", s, *out(p)],
+        *verb(*prepare, "esnli"),
         ["premise", "hypothesis", "label", "explanation_1"],
+        REFUSED,
     )
-    generation = ["--model", tiny, "--max_new_tokens", "2"]
+    yield ("prepare alpaca", alpaca, alpaca | {"instruction": "Go."}, *verb(*prepare, "alpaca"), list(alpaca), EITHER)
     yield (
-        "sample",
-        record,
-        other,
-        "collect_candidates",
-        lambda s, p: ["sample", "--input", s, *out(p), *generation],
-        ["id", "prompt"],
+        "prepare multidoc_qa",
+        question,
+        second,
+        *verb(*prepare, "multidoc_qa", "--num_documents", "2"),
+        ["question", "answers", "ctxs"],
+        REFUSED,
     )
+    yield ("sample", record, other, *verb("collect_candidates", "sample", *generation), text, REFUSED)
+    yield ("teacher", record, other, *verb("collect_candidates", "teacher", *generation), text, REFUSED)
+    yield ("rank by label", record, other, *verb(*rank, "label"), [*full, "label"], REFUSED)
+    yield ("rank by probabilistic", record, other, *verb(*rank, "probabilistic"), full, REFUSED)
+    yield ("rank by contextual", record, other, *verb(*rank, "contextual", *generation), full, REFUSED)
+    for ordering in ("label", "gpt", "reward"):
+        yield (
+            f"rescue {ordering}",
+            record,
+            other,
+            *verb("rescue", "--ordering", ordering, *model, source="--data", output="run"),
+            full,
+            REFUSED,
+        )
+    for stage in ("sft", "probabilistic", "contextual"):
+        yield (
+            f"tuna {stage}",
+            record,
+            other,
+            *verb("tuna", "--stage", stage, *model, source="--data", output="run"),
+            full,
+            REFUSED,
+        )
+    yield ("evaluate ranking", record, other, *verb("evaluate", "ranking", "--by", "label", *model), full, REFUSED)
+    yield ("evaluate nli", record, other, *verb("evaluate", "nli", *generation), nli, REFUSED)
+    yield ("evaluate nll", record, other, *verb("evaluate", "nll", *model), full, REFUSED)
     yield (
-        "rank by label",
-        record,
-        other,
-        "collect_candidates",
-        lambda s, p: ["rank", "--by", "label", "--input", s, *out(p)],
-        ["id", "prompt", "candidates", "label"],
-    )
-    yield (
-        "rescue",
-        record,
-        other,
-        "rescue",
-        lambda s, p: ["--ordering", "label", "--data", s, "--model", tiny, "--output", p / "run"],
-        ["id", "prompt", "candidates"],
-    )
-    yield (
-        "evaluate ranking",
-        record,
-        other,
-        "evaluate",
-        lambda s, p: ["ranking", "--by", "label", "--input", s, "--model", tiny, *out(p)],
-        ["id", "prompt", "candidates"],
-    )
-    yield (
-        "evaluate nli",
-        record,
-        other,
-        "evaluate",
-        lambda s, p: ["nli", "--input", s, *out(p), *generation],
-        ["id", "prompt", "label"],
+        "evaluate vicuna",
+        vicuna,
+        vicuna | {"question_id": 2},
+        *verb("evaluate", "vicuna", *generation),
+        list(vicuna),
+        EITHER,
     )
 
 
-def mutations(row, other, needed):
+def mutations(row, other, needed, wrong_value):
     """(what is wrong, file name, content, exit codes that are right)."""
     good = lines([row, other])
     text = json.dumps(row)
@@ -110,9 +131,9 @@ def mutations(row, other, needed):
     yield "CSV with an open quote", "a.csv", ",".join(needed).encode() + b'\n"abc\n', REFUSED
     for field in needed:
         without = {k: v for k, v in row.items() if k != field}
-        yield f"no {field}", "a.jsonl", lines([other, without]), REFUSED
+        yield f"no {field}", "a.jsonl", lines([other, without]), wrong_value
         for value in (None, 7, 1.5, True, "", " \n", [], {}, [1], {"a": 1}):
-            yield f"{field} = {value!r}", "a.jsonl", lines([other, row | {field: value}]), REFUSED
+            yield f"{field} = {value!r}", "a.jsonl", lines([other, row | {field: value}]), wrong_value
 
 
 def candidate_mutations(row, other):
@@ -156,8 +177,8 @@ def corpus(rig):
 
         return write
 
-    for name, row, other, script, args, needed in readers(rig):
-        for what, file, content, allowed in mutations(row, other, needed):
+    for name, row, other, script, args, needed, wrong_value in readers(rig):
+        for what, file, content, allowed in mutations(row, other, needed, wrong_value):
             yield f"{name}: {what}", writer(file, content), script, args, allowed
         yield f"{name}: a folder", lambda place: place, script, args, REFUSED
         if "candidates" in row:
