@@ -55,6 +55,7 @@ MAX_ARRAY = 2**30  # bytes of a .json file, the one format that cannot be stream
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
 FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU of the log line
 
 
@@ -660,15 +661,15 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     return shard(model.train(), device), tokenizer
 
 
-def shard(model, device):
-    """FSDP2 over all ranks, layer by layer, then the root; alone on a CPU the model stays as it is."""
+def shard(model, device, policy=None):
+    """FSDP2 over all ranks, layer by layer, then the root, with its mixed precision `policy` (BF16 on CUDA); alone on
+    a CPU the model stays as it is."""
     if dist.get_world_size() > 1 or device.type == "cuda":
-        bf16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        policy = {"mp_policy": bf16} if device.type == "cuda" else {}
+        policy = policy or (BF16 if device.type == "cuda" else MixedPrecisionPolicy())
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
         for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, **policy)
-        fully_shard(model, mesh=mesh, **policy)  # embedding and head stay with the root: they may be tied
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding and head stay with the root: they may be tied
     return model
 
 

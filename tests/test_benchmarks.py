@@ -1,0 +1,79 @@
+"""benchmarks/: the contenders score alike, every figure is found again in the file, the formulas are torch's."""
+
+import json
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, make_model
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import bench  # noqa: E402
+import scale  # noqa: E402
+
+
+def test_contenders_score_and_learn_alike():
+    model, encoded = make_model().train(), bench.make_encoded((9, 3, 4), 2, 400, seed=0)
+    found = []
+    for contender in (bench.ours, bench.padded):
+        model.zero_grad()
+        loss, scores = contender(model, encoded, torch.device("cpu"))
+        loss.backward()
+        found.append((scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (scores, gradient), (padded_scores, padded_gradient) = found
+    torch.testing.assert_close(scores, padded_scores, atol=1e-4, rtol=1e-5)
+    assert (gradient - padded_gradient).norm() < 1e-5 * gradient.norm()
+
+
+def test_flops_by_hand():
+    """2 layers, hidden 32, head tied (400 x 32): the work of P 10, n 2, R 3."""
+    model = make_model()
+    body = sum(p.numel() for p in model.parameters()) - 400 * 32
+    pairs = 10 * 10 / 2 + 2 * (3 * 10 + 3 * 3 / 2)
+    want = 6 * body * 16 + 6 * 400 * 32 * 6 + 12 * 2 * 32 * pairs
+    assert bench.step_flops(model, (10, 2, 3), prompts=1) == want
+
+
+def test_ratios_are_taken_turn_by_turn():
+    ours = {"seconds": [1.0, 2.0, 10.0], "peak_bytes": [1, 1, 1]}
+    padded = {"seconds": [4.0, 8.0, 10.0], "peak_bytes": [3, 4, 5]}
+    row = {"contenders": {"ours": ours, "padded": padded}}
+    assert bench.ratios(row, "padded") == (4.0, 0.25)
+
+
+def test_command(tiny, tmp_path, monkeypatch):
+    """One workload, then another into the same file, table and plot; another model's results are not mixed in."""
+    monkeypatch.setitem(bench.WORKLOADS, "Alpaca", [(6, 2, 3)])
+    monkeypatch.setitem(bench.WORKLOADS, "HH", [(8, 2, 3)])
+    output = tmp_path / "r.json"
+
+    def run(*more):
+        argv = ["bench.py", "--model", str(tiny), "--repeats", "2", "--output", str(output), *more]
+        monkeypatch.setattr(sys, "argv", argv)
+        try:
+            bench.main()
+        finally:
+            torch.distributed.destroy_process_group()
+
+    run("--workloads", "Alpaca")
+    run("--workloads", "HH", "Alpaca")
+    report = json.loads(output.read_text())
+    assert sorted(r["workload"] for r in report["rows"]) == ["Alpaca", "HH"] and "torch" in report["versions"]
+    assert all(len(c["seconds"]) == 2 for r in report["rows"] for c in r["contenders"].values())
+    assert output.with_suffix(".png").stat().st_size > 10_000
+    with pytest.raises(bench.common.UserError, match="another model"):
+        run("--workloads", "HH", "--optimizer")
+
+
+def test_formulas_are_what_torch_does():
+    """State, gathered and reduced bytes of 8 ranks, to the byte."""
+    want, got = scale.predict(scale.SMALL, 8, 16), scale.torch_reports(scale.SMALL, 8)
+    assert len(got) == 3 and got == {name: want[name] for name in got}
+
+
+def test_kept_bytes_of_a_layer():
+    """Twice the tokens are twice the bytes, a third layer adds what the second added, and the queries, keys, values,
+    output and log-sum-exp of attention are in it."""
+    one, two, three = (scale.kept_bytes(scale.SMALL, 16, n) for n in (1, 2, 3))
+    assert three - two == two - one == (scale.kept_bytes(scale.SMALL, 32, 2) - scale.kept_bytes(scale.SMALL, 32, 1)) / 2
+    assert two - one > 16 * (4 * 64 * 2 + 4 * 4)
