@@ -192,7 +192,7 @@ def settings_of(args):
     free = {"output", "verb", "run", "batch_size"}
     free |= {"base_url", "concurrency", "max_requests", "retries", "timeout"}  # how a server is asked, not what
     inputs = args.input if isinstance(args.input, list) else [args.input]
-    digests = {f"sha256 of {p}": common.file_digest(p) for p in inputs if pathlib.Path(p).is_file()}
+    digests = {f"sha256 of {p}": common.file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
     return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
 
 
@@ -437,21 +437,23 @@ def prepare_hh(row, where, index, template):
     }
 
 
+def hub_rows(name, split, subset=None):
+    """Yield (where, row) of a data set on the hub."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, data_dir=subset, split=split)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{name} cannot be read from the hub ({e}); give its files by --input") from e
+    yield from ((f"{name}/{subset or ''}{split}:{i}", row) for i, row in enumerate(rows, 1))
+
+
 def hh_rows(args):
     """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
     if args.input and len(args.input) != len(args.subset):
         raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
     for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
-        if file:
-            rows = common.read_rows(file)
-        else:
-            import datasets
-
-            try:
-                rows = datasets.load_dataset("Anthropic/hh-rlhf", data_dir=subset, split=args.split)
-            except (OSError, ValueError, RuntimeError) as e:
-                raise UserError(f"--subset {subset}: the hub cannot be read ({e}); give the file by --input") from e
-            rows = ((f"hh-rlhf/{subset}/{args.split}:{i}", row) for i, row in enumerate(rows, 1))
+        rows = common.read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
         yield from ((where, row | {"subset": subset}) for where, row in rows)
 
 
@@ -468,10 +470,10 @@ def prepare_flags(add):
     add(
         "--input",
         nargs="+",
-        help="the files as downloaded: .csv, .json, .jsonl, plain or .gz; read one after the other (hh: else the hub)",
+        help="the files as downloaded, .csv, .json, .jsonl, plain or .gz, in this order (hh, alpaca: else the hub)",
     )
     add("--subset", nargs="+", choices=HH_RAW, default=["harmless-base"], help="hh: a subset for each file of --input")
-    add("--split", choices=["train", "test"], default="train", help="hh, from the hub")
+    add("--split", choices=["train", "test"], default="train", help="of the hub's data set")
     add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
@@ -489,6 +491,8 @@ def prepare(args):
         rows = hh_rows(args)
     elif args.input:
         rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
+    elif args.task == "alpaca":
+        rows = hub_rows("tatsu-lab/alpaca", args.split)
     else:
         raise UserError(f"--task {args.task} needs --input, the files as downloaded")
     whole = list(rows) if args.task == "multidoc_qa" else None
@@ -1455,26 +1459,38 @@ def rank_by_probabilistic(records, args):
 
 
 def rank_by_prm(records, args):
-    """Rank by a model trained on ranked records, Tuna's proxy ranking model: by log p / length under --model.
+    """Rank by a model trained on ranked records, Tuna's proxy ranking model: a language model by log p / length, a
+    reward model (reward_model.py's) by its logit.
 
     A record that carries ranks keeps them: there the two rankings are compared (Spearman, averaged over prompts).
     """
     agreement = []
-    for record, logprobs, lengths in log_likelihoods(records, args):
-        scores, candidates = (logprobs / lengths).tolist(), record["candidates"]
+    for record, scores in prm_scores(records, args):
+        candidates = record["candidates"]
         ranked = [i for i, c in enumerate(candidates) if c.get("rank") is not None]
         if len(ranked) > 1:
             agreement.append(spearman([-candidates[i]["rank"] for i in ranked], [scores[i] for i in ranked]))
         if not ranked:
             ranks = [sum(other > score for other in scores) for score in scores]
-            record = record | {
-                "candidates": [c | {"rank": k} for c, k in zip(candidates, ranks)],
-                "ranked_by": args.model,
-            }
+            candidates = [c | {"rank": k} for c, k in zip(candidates, ranks)]
+            record = record | {"candidates": candidates, "ranked_by": args.model}
         yield record
     if agreement:
         mean = sum(agreement) / len(agreement)
         say(f"agreement with the ranking of {len(agreement)} records: Spearman {mean:.3f}")
+
+
+def prm_scores(records, args):
+    """Yield (record, scores [n]) under --model."""
+    architectures = common.load_pretrained(AutoConfig, args.model).architectures or []
+    if not any("SequenceClassification" in name or name == "RewardModel" for name in architectures):
+        yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args))
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"max_length": args.max_length, "batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
+    for record in records:
+        pairs = [(record, c["text"]) for c in record["candidates"]]
+        yield record, reward_logits(args.model, device, pairs, flag="--model", form=args.dialogue, **options)
 
 
 def spearman(a, b):

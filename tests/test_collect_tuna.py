@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from api_server import Server
-from conftest import read_jsonl, refused, write_jsonl
+from conftest import make_model, make_tokenizer, read_jsonl, refused, write_jsonl
 
 import collect_candidates as collect
 import common
@@ -411,3 +411,43 @@ def test_a_local_teacher_continues_the_prompt(tmp_path, tiny, cli):
     assert cli("collect_candidates", "sample", *flags, "--num_samples", 1, "--output", tmp_path / "s.jsonl").code == 0
     [one], [other] = (read_jsonl(tmp_path / f"{k}.jsonl")[0]["candidates"] for k in "ts")
     assert one["text"] == other["text"] and one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
+
+
+def test_a_reward_model_as_proxy_ranking_model(tmp_path, cli):
+    """A sequence classifier's logits order the candidates, whatever its likelihoods would say."""
+    import torch
+    from transformers import LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    config = make_model().config.to_dict() | {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    torch.manual_seed(1)
+    model = LlamaForSequenceClassification(type(make_model().config)(**config)).eval()
+    model.save_pretrained(tmp_path / "rm")
+    tokenizer.save_pretrained(tmp_path / "rm")
+    record = {"id": "a", "prompt": "p: ", "candidates": [{"text": t, "source": "m"} for t in ("x y", "zz", "hello q")]}
+    flags = ["--input", write_jsonl(tmp_path / "d.jsonl", [record]), "--output", tmp_path / "o.jsonl"]
+    result = cli("collect_candidates", "rank", "--by", "prm", "--model", tmp_path / "rm", *flags)
+    assert result.code == 0, result.err
+    ids = [
+        tokenizer("p: ").input_ids + tokenizer(c["text"], add_special_tokens=False).input_ids + [1]
+        for c in record["candidates"]
+    ]
+    logits = [model(torch.tensor([i])).logits.item() for i in ids]
+    [got] = read_jsonl(tmp_path / "o.jsonl")
+    assert [c["rank"] for c in got["candidates"]] == [sum(b > a for b in logits) for a in logits]
+
+
+def test_alpaca_from_the_hub(tmp_path, cli, monkeypatch):
+    """Without --input the hub's data set is read; where it cannot be, the message says what to do."""
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, data_dir, split: ALPACA if data_dir is None else None)
+    assert cli("collect_candidates", "prepare", "--task", "alpaca", "--output", tmp_path / "o.jsonl").code == 0
+    assert len(read_jsonl(tmp_path / "o.jsonl")) == 3
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)
+    result = cli("collect_candidates", "prepare", "--task", "alpaca", "--output", tmp_path / "p.jsonl")
+    refused(result, "tatsu-lab/alpaca", "no route", "--input")
