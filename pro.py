@@ -242,7 +242,9 @@ def main():
         common.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
-    say(f"{len(steps)} steps of {args.batch_size} prompts on {world} ranks")
+    first = [encoded[i].num_tokens for i in steps[0][1]]
+    rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)
+    say(f"{len(steps)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
     start = run.restore(model, optimizer)
     current = None  # the split that `records` already hold answers for
@@ -262,9 +264,7 @@ def main():
         plan = common.plan_rows([encoded[i].num_tokens for i in prompts], row_budget, world)[rank]
         sums = torch.zeros(6, device=device)  # loss, PRO loss, SFT loss, pairs in order, pairs, sum of margins
         losses = []
-        for row, weight in plan:
-            row = [prompts[i] for i in row]
-            batch = common.make_batch([encoded[i] for i in row], args, tokenizer, device)
+        for row, weight, batch in common.row_batches(plan, prompts, encoded, args, tokenizer, device):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
             scores = length_normalized(logprobs, lengths, 1.0)  # Eq. 6: the length normalisation
             loss = scores.new_zeros(())

@@ -202,7 +202,9 @@ def main():
         check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
-    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks")
+    first = [encoded[i].num_tokens for i in batches[0]]
+    rows = common.describe_plan(common.plan_rows(first, args.row_budget, world), first, args.row_budget)
+    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
     start = run.restore(model, optimizer)
     for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
@@ -212,10 +214,9 @@ def main():
         plan = common.plan_rows([encoded[i].num_tokens for i in prompts], args.row_budget, world)[rank]
         sums = torch.zeros(4, device=device)  # loss, pairs in order, pairs, sum of margins
         losses = []
-        for row, weight in plan:
-            row = [prompts[i] for i in row]
+        for row, weight, batch in common.row_batches(plan, prompts, encoded, args, tokenizer, device):
             some = [encoded[i] for i in row]
-            rewards = candidate_rewards(model, some, common.make_batch(some, args, tokenizer, device))  # [N]
+            rewards = candidate_rewards(model, some, batch)  # [N]
             loss = rewards.new_zeros(())
             for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
                 level = levels[i].to(device)
