@@ -190,7 +190,14 @@ class Journal:
 def settings_of(args):
     """What a second run on the same output must share: the arguments and the content of the input files."""
     free = {"output", "verb", "run", "batch_size"}
-    free |= {"base_url", "concurrency", "max_requests", "retries", "timeout"}  # how a server is asked, not what
+    free |= {
+        "base_url",
+        "label_base_url",
+        "concurrency",
+        "max_requests",
+        "retries",
+        "timeout",
+    }  # how a server is asked, not what
     inputs = args.input if isinstance(args.input, list) else [args.input]
     digests = {f"sha256 of {p}": common.file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
     return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
@@ -1112,6 +1119,10 @@ def teacher(args):
 FLIP_TEMPLATE = """Rewrite the sentence so that it says the opposite. Answer with the rewritten sentence alone.
 
 Sentence: {explanation}"""
+LABEL_TEMPLATE = """{prompt}
+{explanation} ####
+
+Finish this answer with the label that its explanation leads to, one word: Entailment, Neutral or Contradiction."""
 FLIP_AGAIN = "That is not what was asked for. Answer with one line: the sentence, rewritten to say the opposite."
 LABEL_AGAIN = f"Answer with one word, the label that fits the explanation: {', '.join(NLI_LABELS)}."
 
@@ -1128,7 +1139,7 @@ def flip_flags(add):
 def flip(args):
     """Add the opposite of each human response (Sec. 5.1): one model rewrites its explanation, another labels that.
 
-    The second continues the record's own prompt: prompt, rewritten explanation, ####. A human response that has no
+    The second reads the explanation in its context, after the record's own prompt. A human response that has no
     "explanation #### label", or a rewriting or label that stays unusable after re-asking, adds no candidate.
     """
     args.label_base_url = args.label_base_url if args.label_model else args.base_url
@@ -1162,7 +1173,8 @@ def flip(args):
                 outcome["unusable rewriting"] += 1
                 journal.write([jobs[i]])
         jobs = [r for r in jobs if r["id"] in flipped]
-        prompts = [f"{r['prompt'].rstrip()} {flipped[r['id']]} ####" for r in jobs]
+        contexts = [{"prompt": r["prompt"].rstrip(), "explanation": flipped[r["id"]]} for r in jobs]
+        prompts = [fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
 
         def labeled(i, text):
             return None if one_label(text) else LABEL_AGAIN

@@ -103,7 +103,7 @@ def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path,
         return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
 
     def label(prompt, nth, body):
-        assert prompt in ("prompt 0 The man is awake. ####", "prompt 3 A label comes. ####")
+        assert prompt.startswith(("prompt 0\nThe man is awake. ####", "prompt 3\nA label comes. ####"))
         text = " Contradiction." if "awake" in prompt else "entailment or neutral"
         return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
 
