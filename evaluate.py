@@ -45,6 +45,7 @@ from collections import Counter
 import torch
 import transformers
 from tqdm import tqdm
+from transformers import AutoModel, AutoTokenizer
 
 import collect_candidates as collect
 import common
@@ -504,9 +505,8 @@ def superni_flags(add):
         "--max_instances", type=in_range(int, 1), default=100, help="the first ones of each task (the benchmark's: 100)"
     )
     add("--tasks", nargs="+", help="only these of the 119 test tasks")
-    add(
-        "--bertscore", metavar="MODEL", help="also BERTScore F1, by the bert-score package (not among the requirements)"
-    )
+    add("--bertscore", metavar="MODEL", help="also BERTScore F1 under this encoder, a hub id or folder: roberta-large")
+    add("--bertscore_layer", type=int, default=17, help="whose states are compared (roberta-large: 17); -1 the last")
     collect.generation_flags(add, 128)
 
 
@@ -529,7 +529,7 @@ def superni(args):
     ]
     rows = answer(args, "superni", records, rank, world, device)
     if rank == 0:
-        write_metrics(args, "superni", superni_metrics(rows, args.bertscore))
+        write_metrics(args, "superni", superni_metrics(rows, args.bertscore, args.bertscore_layer))
 
 
 def superni_records(file, tokenizer, args):
@@ -569,7 +569,7 @@ def exact_form(text):
     return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
 
 
-def superni_metrics(rows, bertscore=None):
+def superni_metrics(rows, bertscore=None, layer=-1):
     """Mean over instances x 100 of the maximum over references; the same by task."""
     score = collect.rouge_scorer(use_stemmer=True).score
     for row in rows:
@@ -578,7 +578,8 @@ def superni_metrics(rows, bertscore=None):
     names = ["rouge_l", "exact_match"]
     if bertscore:
         names.append("bertscore")
-        for row, f1 in zip(rows, bert_f1([r["text"] for r in rows], [r["answers"] for r in rows], bertscore)):
+        texts, answers = [r["text"] for r in rows], [r["answers"] for r in rows]
+        for row, f1 in zip(rows, bert_f1(texts, answers, bertscore, layer)):
             row["bertscore"] = 100 * f1
     tasks = {row["task"]: [r for r in rows if r["task"] == row["task"]] for row in rows}
     figures = {name: mean(row[name] for row in rows) for name in names}
@@ -587,12 +588,29 @@ def superni_metrics(rows, bertscore=None):
     return figures | {"by_task": by_task}
 
 
-def bert_f1(texts, references, model):
-    try:
-        from bert_score import BERTScorer
-    except ImportError:
-        raise UserError("--bertscore needs the bert-score package: pip install bert-score") from None
-    return BERTScorer(model_type=model).score(texts, references)[2].tolist()
+@torch.inference_mode()
+def bert_f1(texts, references, name, layer):
+    """BERTScore F1 of each text, the best over its references: every token is matched with the most similar one of the
+    other text, by the cosine of their states in `layer`; no idf weights, special tokens left out, no rescaling."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = common.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
+    tokenizer = common.load_pretrained(AutoTokenizer, name, "--bertscore")
+
+    @functools.cache
+    def states(text):  # -> [tokens, d] unit vectors
+        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt", return_special_tokens_mask=True)
+        special = inputs.pop("special_tokens_mask")[0].bool()
+        hidden = model(**inputs.to(device), output_hidden_states=True).hidden_states[layer][0].float()
+        return torch.nn.functional.normalize(hidden[~special.to(device)], dim=-1)
+
+    def f1(text, reference):
+        if not (text.strip() and reference.strip()):
+            return float(text.strip() == reference.strip())
+        cosines = states(text) @ states(reference).T  # [tokens of the text, of the reference]
+        precision, recall = cosines.amax(1).mean(), cosines.amax(0).mean()
+        return (2 * precision * recall / (precision + recall)).item()
+
+    return [max(f1(text, r) for r in some) for text, some in zip(texts, references)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
