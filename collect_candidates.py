@@ -381,6 +381,7 @@ def check_passages(row, where):
         raise UserError(f"{where}: field 'ctxs' must be a list of passages with title and text")
     if not (isinstance(answers, list) and answers and all(isinstance(a, str) and a.strip() for a in answers)):
         raise UserError(f"{where}: field 'answers' must be a list of non-empty strings")
+    text_field(row, "question", where)
     return passages
 
 
