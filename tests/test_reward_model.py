@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from conftest import command, read_jsonl
 
 import common
 import reward_model
@@ -113,3 +114,15 @@ def test_missing_annotation(monkeypatch, capsys, tiny, tmp_path, ordering, words
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert all(w in message for w in words), message
+
+
+def test_two_ranks_take_the_same_steps(monkeypatch, tiny, tmp_path):
+    """Sharded weights, the head in the root: the losses and the held-out figures of one process."""
+    data = write_data(tmp_path / "d.jsonl", 7)
+    argv = ["--model", tiny, "--data", data, "--eval_data", data, "--lr", 1e-3, "--epochs", 2, "--batch_size", 4]
+    run(monkeypatch, *argv, "--output", tmp_path / "one")
+    command("torchrun", "--standalone", "--nproc_per_node", 2, "reward_model.py", *argv, "--output", tmp_path / "two")
+    one, two = (read_jsonl(tmp_path / name / "log.jsonl") for name in ("one", "two"))
+    assert [line["loss"] for line in two] == pytest.approx([line["loss"] for line in one], rel=1e-4)
+    one, two = (json.loads((tmp_path / name / "eval.json").read_text()) for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-3)
