@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import ROOT, command
 
+import collect_candidates
 import common
 import tuna
 
@@ -220,3 +221,39 @@ def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cl
         for a, b in zip(one, log):
             for key in ("loss", "rank_loss", "mle_loss", "pair_accuracy", "margin", "grad_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, a["step"], key)
+
+
+def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
+    """The whole way on default paths: sft, Tuna_p, samples under the diversity rule, a ranking, Tuna, evaluation."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {w} twice.", "input": "", "output": f"{w} {w}"} for w in ("red", "green", "blue")]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))
+
+    def step(script, *args):
+        result = cli(script, *args)
+        assert result.code == 0, (script, args, result.err)
+        return result.out
+
+    def ranks(args, prompts, **options):  # a ranker that prefers what it is shown first
+        for i, prompt in enumerate(prompts):
+            n = prompt.count("\nResponse ")
+            ratings = "".join(f"{k}: 1 1 1\n" for k in range(n + 1))
+            order = " > ".join(str(k % (n + 1)) for k in range(1, n + 2))
+            form = f"Type: open\nReference: r\nDuplicates: none\nRatings:\n{ratings}Ranking: {order}"
+            yield i, [{"text": form, "finished": True}], None
+
+    monkeypatch.setattr(collect_candidates, "complete", ranks)
+    alpaca, sampling = ["--task", "alpaca"], ["--temperature", 1, "--max_new_tokens", 8]
+    step("collect_candidates", "prepare", *alpaca, "--input", "alpaca_data.json")
+    step("tuna", "--stage", "sft", "--model", tiny)
+    teacher = ["--model", tiny, "--source", "teacher", "--output", "data/alpaca/teacher.jsonl"]
+    step("collect_candidates", "sample", *alpaca, *sampling, *teacher)
+    assert "12 ranked candidates" in step("tuna", "--stage", "probabilistic")
+    student = ["--model", "runs/tuna-probabilistic/model", "--max_rouge_l", 0.8]
+    assert "diversity: kept at once" in step("collect_candidates", "sample", *alpaca, *sampling, *student)
+    assert "3 parsed" in step("collect_candidates", "rank", *alpaca, "--by", "contextual", "--model", "ranker")
+    assert "12 ranked candidates" in step("tuna", "--stage", "contextual", *student[:2], "--lr", 1e-6)
+    final = ["--model", "runs/tuna-contextual/model", "--input", "data/alpaca/ranked.jsonl"]
+    assert "token_nll" in step("evaluate", "nll", *final) and "18" in step(
+        "evaluate", "ranking", *final, "--by", "rank"
+    )
