@@ -83,6 +83,8 @@ class Journal:
         else:
             self._claim(settings)
         wanted = set(self.ids)
+        if len(wanted) < len(self.ids):
+            raise UserError(f"id {Counter(self.ids).most_common(1)[0][0]!r} occurs twice in the input")
         self.done = set()
         for file in self._files():
             ids = [record["id"] for _, record in self._lines(file)]
