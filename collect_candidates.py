@@ -1713,6 +1713,9 @@ def reward_logits(
         mask = torch.tensor([[1] * len(ids[i]) + [0] * (L - len(ids[i])) for i in batch], device=device)
         for i, logit in zip(batch, model(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()):
             rewards[i] = logit
+    if not all(map(math.isfinite, rewards)):
+        record = pairs[next(i for i, r in enumerate(rewards) if not math.isfinite(r))][0]
+        raise UserError(f"{flag} {name}: its reward of a response to record {record.get('id')!r} is not finite")
     return rewards
 
 

@@ -200,7 +200,7 @@ def bootstrap(model, tokenizer, records, split, args, run):
     path = run.output / "bootstrap" / f"split-{split + 1}.jsonl"
     journal = collect.Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
     options = {"max_new_tokens": args.max_response_length - 1, "temperature": args.sampling_temperature}
-    options["max_prompt_length"] = args.max_length - args.max_response_length
+    options["max_prompt_length"] = max(2, args.max_length - args.max_response_length)
     batches = collect.batches_by_length(records, 16)[run.rank :: run.world]
     model.eval()
     with common.gathered(model), torch.no_grad():  # each rank generates on its own, however long its answers are

@@ -159,6 +159,18 @@ def test_oasst_logits_are_the_direct_computation(oasst, tmp_path, pooling):
     assert len({round(x, 4) for x in got}) == 3
 
 
+def test_a_reward_that_is_not_finite_is_refused(oasst, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in oasst.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["out_proj.bias"].fill_(float("inf"))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="record 'a' is not finite"):
+        collect.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, "Ok")])
+
+
 def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
     run(
         monkeypatch,

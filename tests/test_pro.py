@@ -389,6 +389,16 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
     same_run(tmp_path / "run", whole)
 
 
+def test_overwrite_samples_anew(cli, tiny, reward_folder, tmp_path):
+    """What an earlier run sampled is not taken for this one's."""
+    data = write_data(tmp_path / "d.jsonl", 4)
+    argv = [*bootstrap_flags(tiny, reward_folder, data, tmp_path / "run"), "--bootstrap_splits", 1, "--batch_size", 4]
+    assert cli("pro", *argv).code == 0
+    before = read_jsonl(tmp_path / "run" / "bootstrap" / "split-1.jsonl")
+    assert cli("pro", *argv, "--seed", 1, "--overwrite").code == 0
+    assert read_jsonl(tmp_path / "run" / "bootstrap" / "split-1.jsonl") != before
+
+
 def test_bootstrap_on_two_ranks(tiny, reward_folder, whole_run, tmp_path):
     """Generation from sharded weights, each rank its own prompts: the rankings keep their form."""
     data = whole_run[0]
