@@ -1815,6 +1815,8 @@ def print_length_by_rank(records, by):
             key = c.get("rank") if by != "label" else {True: "correct", False: "incorrect"}[c["correct"]]
             key = "unranked" if key is None else key
             lengths.setdefault(key, []).append(len(c["text"].split()))
+    if lengths.keys() == {"unranked"}:
+        return
     say(
         "mean words:",
         ", ".join(

@@ -158,6 +158,8 @@ def load_data(args):
     records = [select_candidates(r, args.num_candidates, args.seed, args.ordering == "none") for r in records]
     ranks = [torch.tensor(preference(r, args.ordering)) for r in records]
     pairs = [int((r[:, None] > r[None, :]).sum()) for r in ranks]
+    if args.no_sft and not sum(pairs):
+        raise UserError(f"{args.data}: --ordering {args.ordering} finds no two candidates of different preference")
     say(
         f"{len(records)} prompts, {sum(pairs)} ordered pairs, "
         f"{pairs.count(0)} prompts without any (they train the SFT term alone)"

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from api_server import Server
+from conftest import refused
 
 import collect_candidates as collect
 import rescue
@@ -343,3 +344,12 @@ def test_rank_by_similarity_is_the_cosine_of_mean_token_states(tmp_path, monkeyp
     with pytest.raises(UserError, match="no human response"):
         run(monkeypatch, "rank", "--by", "similarity", "--input", write(tmp_path / "n.jsonl", [no_human]), "--output",
             tmp_path / "p.jsonl", "--encoder", tiny_encoder)  # fmt: skip
+
+
+def test_training_without_any_pair_and_without_sft_is_refused(cli, tmp_path, tiny):
+    records = [nli(0, "a", "b")]
+    for c in records[0]["candidates"]:
+        c["rank"] = None
+    data = write(tmp_path / "d.jsonl", records)
+    more = ("--data", data, "--model", tiny, "--output", tmp_path / "run", "--batch_size", "1")
+    refused(cli("rescue", "--ordering", "gpt", "--no_sft", *more), "no two candidates of different preference")
