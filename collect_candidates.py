@@ -1872,20 +1872,29 @@ def hindsight(args):
     journal.finish()
 
 
+def trl_row(record, path):
+    """-> {id, prompt, chosen, rejected}, the last two where there are two responses; TRL tokenises prompt and response
+    as one text, so white space goes between them."""
+    best, *_, worst = best_first(record, path) * 2
+    space = "" if record["prompt"][-1].isspace() else " "
+    texts = {"chosen": space + best["text"], "rejected": space + worst["text"]}
+    return {"id": record["id"], "prompt": record["prompt"]} | (texts if best is not worst else {})
+
+
+EXPORTS = {"trl": trl_row}
+
+
 def export_flags(add):
     conversion_flags(add)
-    add("--format", choices=["trl"], default="trl", help="trl: prompt, chosen, rejected; beside it NAME-prompts.jsonl")
+    add(
+        "--format", choices=sorted(EXPORTS), required=True, help="trl: prompt, chosen, rejected, and NAME-prompts.jsonl"
+    )
 
 
 def export(args):
-    """Write the best and the worst response of each prompt, and the prompts alone, as TRL's trainers read them."""
-    records = common.load_candidates(args.input)
-    output, rows = pathlib.Path(args.output), []
-    for record in records:
-        best, *_, worst = best_first(record, args.input) * 2
-        space = "" if record["prompt"][-1].isspace() else " "  # TRL tokenises prompt and response as one text
-        texts = {"chosen": space + best["text"], "rejected": space + worst["text"]}
-        rows.append({"id": record["id"], "prompt": record["prompt"]} | (texts if best is not worst else {}))
+    """Write the best and the worst response of each prompt, and the prompts alone, as another project reads them."""
+    output = pathlib.Path(args.output)
+    rows = [EXPORTS[args.format](record, args.input) for record in common.load_candidates(args.input)]
     pairs = [r for r in rows if "chosen" in r]
     prompts = [{k: r[k] for k in ("id", "prompt")} for r in rows]
     for path, content in ((output, pairs), (output.with_name(f"{output.stem}-prompts.jsonl"), prompts)):

@@ -269,7 +269,7 @@ def test_hindsight(monkeypatch, tmp_path):
 
 def test_export_trl(monkeypatch, tmp_path):
     source = ranked(tmp_path / "d.jsonl")
-    run(monkeypatch, "export", "--input", source, "--output", tmp_path / "trl.jsonl")
+    run(monkeypatch, "export", "--format", "trl", "--input", source, "--output", tmp_path / "trl.jsonl")
     rows, prompts = read(tmp_path / "trl.jsonl"), read(tmp_path / "trl-prompts.jsonl")
     assert rows[1] == {"id": "r1", "prompt": "Human: 1\n\nAssistant:", "chosen": " best", "rejected": " worse"}
     assert prompts == [{"id": r["id"], "prompt": r["prompt"]} for r in rows] and len(rows) == 3
