@@ -142,7 +142,7 @@ def refused(result, *words):
 def command(*args, check=True, **kwargs):
     """Run a command line in the project's root, as a user does; torchrun and python are this environment's."""
     env = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([*map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, **kwargs)
+    done = subprocess.run([*map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
