@@ -4,7 +4,6 @@ A step is forward, loss and backward of one prompt with its n responses of R tok
 token ids to gradients. With --optimizer (default on CUDA) clipping and AdamW's update are in it too. Contenders take
 turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians are shown.
 
-    ours      common.pack and common.candidate_logprobs: one pass a prompt, logits at response positions only
     ours        common.pack, common.candidate_logprobs: one pass a prompt, logits at response positions only
     ours_flex   the same with FlexAttention instead of SDPA (CUDA)
     padded      what the papers' released code does: one sequence a response, each with its own copy of the prompt,
