@@ -1,11 +1,12 @@
-"""The fault rig: kills training and collecting at random moments, tears files, fills the disk, feeds malformed inputs.
+"""The fault rig: kills training and collecting at random moments, tears files, fills the disk, serves hostile HTTP,
+feeds malformed inputs.
 
     make faults                          the long form: 30 kills each, the whole corpus of malformed inputs
     make faults ARGS="--kills 3"         a short one; tests/test_faults.py runs it in make test
 
 Every run is a forked child of this process, in which everything is imported already: a start costs no time, so that
-kills fall into the
-work and not into the imports. Prints a table of what was tried, survived, lost; exit code 1 if anything was lost.
+kills fall into the work and not into the imports. Prints a table of what was tried, survived, lost; exit code 1 if
+anything was lost.
 """
 
 import argparse
@@ -28,6 +29,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from api_server import Server  # noqa: E402
 from conftest import make_model, make_records, make_tokenizer, read_jsonl, write_jsonl  # noqa: E402
 from faults.malformed import corpus  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
@@ -289,6 +291,51 @@ class Rig:
             "resume on 1, 2 and 4 ranks", 3, 3 - 3 * bad, 3 * bad, f"largest relative difference of a loss {worst:.1e}"
         )
 
+    def hostile_server(self, kills, rng):
+        """`teacher` against a server that fails every prompt twice, each time in another way, and SIGKILLs meanwhile:
+        every prompt once and in order, and the key in no file and no output."""
+        folder = self.folder / "hostile"
+        folder.mkdir()
+        faults = [
+            429,
+            500,
+            b"<html>",
+            b"[1]",
+            b'{"choices": []}',
+            b'{"choices": [{}]}',
+            "half",
+            "silence",
+            "flood",
+            "drip",
+        ]
+        faults += [(503, {"Retry-After": "1"}), b'{"choices": [{"message": {"content": "\\ud800"}}]}']
+        turns = {}
+
+        def behave(prompt, nth, body):
+            number = turns.setdefault(prompt, len(turns))
+            return faults[(2 * number + nth) % len(faults)] if nth <= 2 else None
+
+        records = [r | {"candidates": r["candidates"][:1]} for r in make_records(12)]
+        source = write_jsonl(folder / "in.jsonl", records)
+        os.environ["OPENAI_API_KEY"] = key = "sk-the-rigs-own-secret"
+        with Server(behave) as server:
+            flags = f"teacher --model m --base_url {server.url} --timeout 0.8 --concurrency 4 --source t"
+            args = [*flags.split(), "--input", source, "--output", folder / "out.jsonl"]
+            for _ in range(kills):
+                children = start("collect_candidates", args, folder)
+                if children[0].wait(rng.uniform(0.1, 3)) is None:
+                    children[0].kill()
+                    children[0].wait()
+            again = start("collect_candidates", args, folder)
+            codes = finish(again)
+        done = read_jsonl(folder / "out.jsonl") if codes == [0] else []
+        whole = [r["id"] for r in done] == [r["id"] for r in records]
+        whole = whole and all(len(r["candidates"]) == 2 and r["candidates"][1]["text"].startswith("echo") for r in done)
+        leaks = [p.name for p in folder.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
+        bad = 0 if whole and not leaks else len(records)
+        note = f"{sum(server.asked.values())} requests, {kills} kills; the key leaked into {leaks or 'nothing'}"
+        self.report("hostile server", len(records), len(records) - bad, bad, note)
+
     def malformed(self, share, rng):
         folder = self.folder / "malformed"
         folder.mkdir()
@@ -352,6 +399,7 @@ def main(argv=None):
         rig.one_rank_dies()
         rig.disk_full()
         rig.resume_elsewhere()
+        rig.hostile_server(max(1, args.kills // 6), random.Random(args.seed))
         rig.malformed(args.malformed, random.Random(args.seed))
         print("\n| fault | tried | survived | lost | |\n| --- | --- | --- | --- | --- |")
         for row in rig.rows:
