@@ -2,7 +2,8 @@
 
 A step is forward, loss and backward of one prompt with its n responses of R tokens each (--prompts: of several), from
 token ids to gradients. With --optimizer (default on CUDA) clipping and AdamW's update are in it too. Contenders take
-turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians are shown.
+turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians are shown. With
+OMP_NUM_THREADS=1 on a CPU seconds are those that the thread computed, so that figures stand on a busy machine too.
 
     ours        common.pack, common.candidate_logprobs: one pass a prompt, logits at response positions only
     ours_flex   the same with FlexAttention instead of SDPA (CUDA)
@@ -16,7 +17,7 @@ ideal = n (P + R) / (P + n R): tokens that the padded step reads for each one th
 MFU: the work that must be done (each token once through the layers, the head at response positions, forward and
 backward) for each second, over the device's peak: dense bf16 on a known GPU, else a matrix product measured here.
 
-    make bench                                                  # CPU: the 135M model, four workloads, about 8 minutes
+    make bench                                                  # CPU: the 135M model, four workloads
     make bench ARGS="--growth --repeats 3"                      # time and memory against n and against P
     make bench ARGS="--contenders ours trl --workloads pairs"   # n = 2..4
     make bench ARGS="--model llama-2-7b --prompts 8"            # on CUDA: random weights in that shape, full optimizer
@@ -145,7 +146,8 @@ def make_trl(model, tokenizer):
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...` -> peak.bytes: of the process (Linux) or on the GPU, weights included."""
+    """`with PeakMemory(device) as peak: ...` -> peak.bytes: the most that the process (Linux) or the GPU held, weights
+    and gradients included, and peak.step_bytes: what the block added to what was held before."""
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -153,25 +155,34 @@ class PeakMemory:
     def __enter__(self):
         if self.cuda:
             torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
         else:
             ctypes.CDLL(None).malloc_trim(0)  # what earlier steps freed goes back to the system first
             pathlib.Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+            self.before = self._resident("VmRSS")
         return self
 
     def __exit__(self, *error):
-        if self.cuda:
-            self.bytes = torch.cuda.max_memory_allocated()
-        else:
-            lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-            self.bytes = 1024 * next(int(x.split()[1]) for x in lines if x.startswith("VmHWM"))
+        self.bytes = torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
+        self.step_bytes = self.bytes - self.before
+
+    def _resident(self, name):
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(x.split()[1]) for x in lines if x.startswith(name))
+
+
+def clock(device):
+    """Seconds. One thread on a CPU: those it computed, so that other programs on the machine do not count; else all."""
+    one = device.type == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if one else time.perf_counter()
 
 
 def timed_step(contender, model, optimizer, encoded, device):
-    """-> (seconds, peak bytes, scores) of one step; gradients stay allocated, as within an accumulated batch."""
+    """-> (seconds, PeakMemory, scores) of one step; gradients stay allocated, as within an accumulated batch."""
     optimizer.zero_grad(set_to_none=False)
     with PeakMemory(device) as peak:
         synchronize(device)
-        began = time.perf_counter()
+        began = clock(device)
         loss, scores = contender(model, encoded, device)
         if loss is not None:
             loss.backward()
@@ -180,8 +191,8 @@ def timed_step(contender, model, optimizer, encoded, device):
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         synchronize(device)
-        seconds = time.perf_counter() - began
-    return seconds, peak.bytes, None if scores is None else scores.detach().float().cpu()
+        seconds = clock(device) - began
+    return seconds, peak, None if scores is None else scores.detach().float().cpu()
 
 
 def synchronize(device):
@@ -192,7 +203,7 @@ def synchronize(device):
 def measure(contenders, model, optimizer, shape, args, device):
     """Interleaved turns over one shape -> {contender: {"seconds": [...], "peak_bytes": [...]}}, less the warm-up."""
     encoded = make_encoded(shape, args.prompts, model.config.vocab_size, args.seed)
-    result = {name: {"seconds": [], "peak_bytes": []} for name in contenders}
+    result = {name: {"seconds": [], "peak_bytes": [], "step_bytes": []} for name in contenders}
     for turn in range(args.warmup + args.repeats):
         scores = {}
         for name, contender in contenders.items():
@@ -201,7 +212,8 @@ def measure(contenders, model, optimizer, shape, args, device):
             seconds, peak, scores[name] = timed_step(contender, model, optimizer, encoded, device)
             if turn >= args.warmup:
                 result[name]["seconds"].append(seconds)
-                result[name]["peak_bytes"].append(peak)
+                result[name]["peak_bytes"].append(peak.bytes)
+                result[name]["step_bytes"].append(peak.step_bytes)
         known = [s for s in scores.values() if s is not None]
         if not all(torch.allclose(s, known[0], rtol=1e-4 if device.type == "cpu" else 5e-2) for s in known):
             raise SystemExit(f"{shape}: the contenders do not score alike: {scores}")
@@ -235,9 +247,9 @@ def peak_flops(device):
     a = torch.randn(2048, 2048)
     times = []
     for _ in range(6):
-        began = time.perf_counter()
+        began = clock(device)
         a @ a
-        times.append(time.perf_counter() - began)
+        times.append(clock(device) - began)
     return 2 * 2048**3 / min(times), "fp32 matrix product of 2048 x 2048, measured"
 
 
@@ -246,30 +258,31 @@ def peak_flops(device):
 
 
 def ratios(row, name, base="ours"):
-    """-> median over turns of contender's time over ours; peak memory over ours; None where one is absent."""
-    if name not in row["contenders"] or base not in row["contenders"]:
-        return None, None
-    a, b = row["contenders"][name], row["contenders"][base]
-    time_ratio = statistics.median(x / y for x, y in zip(a["seconds"], b["seconds"]))
-    return time_ratio, statistics.median(b["peak_bytes"]) / statistics.median(a["peak_bytes"])
+    """-> medians over turns: the contender's time over ours, and our memory over its, all of it and the step's own."""
+    a, b = row["contenders"][name], row["contenders"].get(base)
+    if b is None:
+        return None, None, None
+    over = lambda x, y, key: statistics.median(i / j for i, j in zip(x[key], y[key]))  # noqa: E731
+    return over(a, b, "seconds"), over(b, a, "peak_bytes"), over(b, a, "step_bytes")
 
 
 def table(report):
     """The results as a Markdown table."""
     lines = [
-        "| workload | prompt / n x R | step | seconds (median) | times ours | ideal | peak GB | ours / its peak | "
-        "unique tokens/s | MFU |",
+        "| workload | prompt / n x R | step | seconds, median of | times ours | ideal | peak GB (step's own) | "
+        "ours / its peak (step's own) | unique tokens/s | MFU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         P, n, R = row["shape"]
         for name, c in row["contenders"].items():
-            seconds, peak = statistics.median(c["seconds"]), statistics.median(c["peak_bytes"])
-            times, memory = ratios(row, name)
+            seconds, peak, own = (statistics.median(c[k]) for k in ("seconds", "peak_bytes", "step_bytes"))
+            times, memory, own_memory = ratios(row, name)
             ideal = n * (P + R) / (P + n * R) if name == "padded" else None
             cells = [row["workload"], f"{P} / {n} x {R}", name, f"{seconds:.2f} ({len(c['seconds'])})"]
-            cells += [f"{x:.2f}" if x else "" for x in (times, ideal)] + [f"{peak / 1e9:.2f}"]
-            cells += [f"{memory:.2f}" if memory else "", f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
+            cells += [f"{x:.2f}" if x else "" for x in (times, ideal)] + [f"{peak / 1e9:.2f} ({own / 1e9:.2f})"]
+            cells += [f"{memory:.2f} ({own_memory:.2f})" if memory else ""]
+            cells += [f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
             cells += [f"{row['flops'] / seconds / report['peak_flops'][0]:.0%}" if report["peak_flops"][0] else ""]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -283,7 +296,7 @@ def plot(report, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
-    units = {"seconds": ("seconds a step", 1), "peak_bytes": ("peak memory, GB", 1e-9)}
+    units = {"seconds": ("seconds a step", 1), "step_bytes": ("peak memory over weights and gradients, GB", 1e-9)}
     for line, (key, (label, scale)) in zip(axes, units.items()):
         value = lambda c: statistics.median(c[key]) * scale  # noqa: B023, E731
         rows = [r for r in report["rows"] if r["workload"] in PAPERS]
@@ -363,7 +376,7 @@ def device_name(device):
         return torch.cuda.get_device_name()
     lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     model = next((x.partition(":")[2].strip() for x in lines if x.startswith("model name")), platform.machine())
-    return f"{model}, {torch.get_num_threads()} threads"
+    return f"{model}, {torch.get_num_threads()} thread(s)"
 
 
 def installed(name):
@@ -377,7 +390,7 @@ def main():
     args = parse_args()
     _, _, device = common.init_distributed()
     model_name = pathlib.Path(args.model).name
-    model_name = "SmolLM2-135M" if pathlib.Path(args.model).resolve() == ROOT / "demo/model" else model_name
+    model_name = "SmolLM2-135M" if args.model == str(ROOT / "demo/model") else model_name
     output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: installed(name) for name in ("torch", "transformers", "trl", "flash-pref", "flash-attn")}
@@ -392,7 +405,6 @@ def main():
             raise common.UserError(
                 f"--output {output} holds results of another model, device or kind: name another file"
             )
-        report["rows"] = before["rows"]
         report["peak_flops"] = before["peak_flops"]
         run(args, report, output, device)
     print(table(report))
@@ -417,7 +429,8 @@ def run(args, report, output, device):
             row = {"workload": workload, "shape": shape, "prompts": args.prompts}
             row |= {"flops": step_flops(model, shape, args.prompts), "contenders": result}
             same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
-            report["rows"] = [r for r in report["rows"] if not same(r)] + [row]
+            rows = json.loads(output.read_text())["rows"] if output.exists() else []
+            report["rows"] = [r for r in rows if not same(r)] + [row]
             common.write_atomically(output, json.dumps(report, indent=1) + "\n")
             medians = {name: round(statistics.median(c["seconds"]), 2) for name, c in result.items()}
             say(workload, shape, medians)

@@ -11,12 +11,13 @@ import json
 import pathlib
 import statistics
 import sys
-import time
 
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from bench import clock  # noqa: E402
+
 import collect_candidates as collect  # noqa: E402
 import common  # noqa: E402
 from common import in_range, say  # noqa: E402
@@ -52,11 +53,11 @@ def main():
         seconds = {"ours": [], "plain": []}
         for turn in range(1 + args.repeats):  # the first is warm-up
             for name, run in (("plain", plain), ("ours", ours)):
-                began = time.perf_counter()
+                began = clock(device)
                 run(model, tokenizer, text, args.num_samples, new_tokens)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
-                seconds[name] += [time.perf_counter() - began] * (turn > 0)
+                seconds[name] += [clock(device) - began] * (turn > 0)
         ratio = statistics.median(p / o for p, o in zip(seconds["plain"], seconds["ours"]))
         sizes = {"prompt_tokens": len(tokenizer(text).input_ids), "num_samples": args.num_samples}
         report["rows"].append(sizes | {"new_tokens": new_tokens, "ratio": ratio} | seconds)

@@ -35,10 +35,10 @@ def test_flops_by_hand():
 
 
 def test_ratios_are_taken_turn_by_turn():
-    ours = {"seconds": [1.0, 2.0, 10.0], "peak_bytes": [1, 1, 1]}
-    padded = {"seconds": [4.0, 8.0, 10.0], "peak_bytes": [3, 4, 5]}
+    ours = {"seconds": [1.0, 2.0, 10.0], "peak_bytes": [2, 2, 2], "step_bytes": [1, 1, 1]}
+    padded = {"seconds": [4.0, 8.0, 10.0], "peak_bytes": [3, 4, 5], "step_bytes": [3, 4, 5]}
     row = {"contenders": {"ours": ours, "padded": padded}}
-    assert bench.ratios(row, "padded") == (4.0, 0.25)
+    assert bench.ratios(row, "padded") == (4.0, 0.5, 0.25)
 
 
 def test_command(tiny, tmp_path, monkeypatch):
