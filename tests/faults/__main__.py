@@ -360,12 +360,13 @@ class Rig:
                 bad += 1
                 print(f"  {name}: exit code {code}, changed {changed}: {text.strip()[-300:]}", flush=True)
             shutil.rmtree(place)
+        peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10  # this process's own share is in it
         self.report(
             "malformed inputs",
             len(cases),
             len(cases) - bad,
             bad,
-            f"{refused} refused in one sentence, the others handled",
+            f"{refused} refused in one sentence, the others handled; no run held more than {peak} MB",
         )
 
 
