@@ -162,7 +162,7 @@ def load_data(args):
         raise UserError(f"{args.data}: --ordering {args.ordering} finds no two candidates of different preference")
     say(
         f"{len(records)} prompts, {sum(pairs)} ordered pairs, "
-        f"{pairs.count(0)} prompts without any (they train the SFT term alone)"
+        f"{pairs.count(0)} prompts without any (they train {'nothing' if args.no_sft else 'the SFT term alone'})"
     )
     return records, ranks
 
