@@ -20,6 +20,7 @@ backward) for each second, over the device's peak: dense bf16 on a known GPU, el
     make bench                                                  # CPU: the 135M model, four workloads
     make bench ARGS="--growth --repeats 3"                      # time and memory against n and against P
     make bench ARGS="--contenders ours trl --workloads pairs"   # n = 2..4
+    make bench ARGS="--model llama-6m --growth"                 # random weights in a small shape: seconds
     make bench ARGS="--model llama-2-7b --prompts 8"            # on CUDA: random weights in that shape, full optimizer
 """
 
@@ -54,7 +55,9 @@ WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
 }
 PAPERS, GROWTH = ["e-SNLI", "multi-document QA", "HH", "Alpaca"], ["candidates", "prompt"]
 GEOMETRIES = {  # random weights in a known shape, where no weights can be had
-    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+    "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-6m": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    | {"vocab_size": 8192, "tie_word_embeddings": True},  # a smoke run of seconds
 }
 
 
@@ -296,7 +299,7 @@ def plot(report, path):
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
-    units = {"seconds": ("seconds a step", 1), "step_bytes": ("peak memory over weights and gradients, GB", 1e-9)}
+    units = {"seconds": ("seconds a step", 1), "step_bytes": ("the step's own peak memory, GB", 1e-9)}
     for line, (key, (label, scale)) in zip(axes, units.items()):
         value = lambda c: statistics.median(c[key]) * scale  # noqa: B023, E731
         rows = [r for r in report["rows"] if r["workload"] in PAPERS]
