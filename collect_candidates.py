@@ -205,10 +205,10 @@ def settings_of(args):
     return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
 
 
-def read_records(path, limit=None, seen=None):
+def read_records(path):
     """Yield records (id and prompt checked, candidates optional) from JSONL; duplicate ids are errors."""
-    seen = {} if seen is None else seen
-    for where, record in itertools.islice(common.read_rows(path), limit):
+    seen = {}
+    for where, record in common.read_rows(path):
         none_yet = record.get("candidates", []) == []
         common.check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
         if record["id"] in seen:

@@ -461,6 +461,11 @@ def length_normalized(logprobs, lengths, exponent):
     return logprobs / lengths**exponent
 
 
+def row_budget(args, device):
+    """The tokens that a row may hold: --max_tokens_per_row, else what the device takes well; padded, one prompt."""
+    return 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+
+
 def plan_rows(lengths, max_tokens, world):
     """Share out prompts of `lengths` tokens over the rows of `world` ranks -> rows[rank], a list of (indices, weight).
 
@@ -945,7 +950,7 @@ class Run:
             f"the last checkpoint ({self.latest() or 'none yet'}) is good: look at these records, or lower --lr"
         )
 
-    def log(self, step, values, bar=None):
+    def log(self, step, values):
         """Append a line to log.jsonl and print it, on rank 0."""
         if self.rank == 0:
             line = {"step": step} | values

@@ -241,7 +241,7 @@ def main():
     if not args.padded:
         common.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    row_budget = common.row_budget(args, device)
     first = [encoded[i].num_tokens for i in steps[0][1]]
     rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)
     say(f"{len(steps)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")

@@ -188,7 +188,7 @@ def main():
         for r in records
     ]
     lengths_in_tokens = [e.num_tokens for e in encoded]
-    row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    row_budget = common.row_budget(args, device)
     batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
     first = [lengths_in_tokens[i] for i in batches[0]]
     rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)

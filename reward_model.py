@@ -191,7 +191,7 @@ def main():
     common.require_data(args.data, COLLECT)
     if args.eval_data:
         common.require_data(args.eval_data, COLLECT)
-    args.row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    args.row_budget = common.row_budget(args, device)
     records, levels = load_levels(args.data, args, args.max_train_samples)
     run = common.Run(args, rank, world, device)
     if run.finished:

@@ -175,7 +175,7 @@ def main():
         common.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     lengths_in_tokens = [e.num_tokens for e in encoded]
-    row_budget = 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    row_budget = common.row_budget(args, device)
     batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
     first = [lengths_in_tokens[i] for i in batches[0]]
     rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)

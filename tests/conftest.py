@@ -12,7 +12,7 @@ import sys
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -62,6 +62,18 @@ def tiny(tmp_path_factory):
     """A folder with the tiny model: what --model takes."""
     folder = tmp_path_factory.mktemp("tiny")
     make_model().save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_folder(tiny, tmp_path_factory):
+    """A random sequence classifier with one output."""
+    folder = tmp_path_factory.mktemp("reward")
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import read_jsonl, write_jsonl
 
-import common
 import evaluate
 
 
@@ -40,19 +39,6 @@ def test_reference():
     assert evaluate.chosen_text({"candidates": [*sampled, human, chosen]}) == "c"
     assert evaluate.chosen_text({"candidates": [*sampled, human]}) == "h"
     assert evaluate.chosen_text({"candidates": sampled}) == "a"
-
-
-@pytest.fixture(scope="module")
-def reward_folder(tiny, tmp_path_factory):
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    common.load_tokenizer(tiny).save_pretrained(folder)
-    return folder
 
 
 def dialogues(path, n=5):

@@ -275,20 +275,6 @@ def test_ranks_alone_are_enough_without_temperature(monkeypatch, tiny, tmp_path)
 # Algorithm 1
 
 
-@pytest.fixture(scope="module")
-def reward_folder(tiny, tmp_path_factory):
-    """A random sequence classifier with one output."""
-    from transformers import AutoModelForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
-    torch.nn.init.normal_(model.score.weight)
-    model.save_pretrained(folder)
-    common.load_tokenizer(tiny).save_pretrained(folder)
-    return folder
-
-
 def bootstrap_flags(tiny, reward_folder, data, output):
     argv = [*FLAGS, "--batch_size", 10, "--max_response_length", 12, "--model", tiny, "--data", data]
     return [*argv, "--bootstrap_splits", 2, "--reward_model", reward_folder, "--output", output]
