@@ -46,7 +46,9 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()  # a bar a rank for loading and saving weights says nothing
@@ -349,6 +351,7 @@ def pack(encoded_records, flex_device=None):
     if flex_device is None:
         segment, home = _segments(spans)
         mask = _visible(segment[:, None], home[:, None], segment).tril()[None, None]
+        mask.spans = spans  # for attend_spans; any other attention reads the mask itself
     else:
         fill = -len(ids) % FLEX_BLOCK  # whole blocks: the row is filled up with a span that nobody looks at
         mask = _block_mask(spans + [(fill, len(spans))] * (fill > 0), flex_device)
@@ -365,6 +368,30 @@ def _segments(spans):
 def _visible(segment, home, other):
     """Whether a token of span `segment` with the prompt `home` sees an earlier token of span `other`."""
     return (other == segment) | (other == home)
+
+
+def attend_spans(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention over a packed row, span by span: a prompt over itself, a response over its prompt and itself, so that
+    what no token sees is not computed; FlexAttention does so on CUDA but has no backward on CPU. query [1, H, T, D],
+    key and value [1, KV, T, D] -> ([1, T, H, D], None), as transformers' AttentionInterface asks; SDPA elsewhere."""
+    spans = getattr(attention_mask, "spans", None)
+    if spans is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    q, k, v = (x.split([length for length, _ in spans], dim=2) for x in (query, key, value))
+    out = []
+    for i, (length, home) in enumerate(spans):
+        if home == i:
+            out.append(F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, **options))
+        else:
+            keys, values = torch.cat([k[home], k[i]], dim=2), torch.cat([v[home], v[i]], dim=2)
+            mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=q[i].device).tril(spans[home][0])
+            out.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, **options))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("spans", attend_spans)
+AttentionMaskInterface.register("spans", sdpa_mask)  # of padded rows
 
 
 def _block_mask(spans, device):
@@ -549,9 +576,9 @@ def add_training_flags(
     )
     add(
         "--attn",
-        choices=["auto", "sdpa", "flex"],
+        choices=["auto", "spans", "flex", "sdpa"],
         default="auto",
-        help="attention over packed rows; auto: flex on CUDA, sdpa on CPU",
+        help="attention over packed rows; auto: flex on CUDA, spans on CPU; sdpa: with a dense mask",
     )
     add(
         "--activation_checkpointing",
@@ -649,7 +676,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     layer, then the root."""
     tokenizer = load_tokenizer(args.model)
     if args.attn == "auto":
-        args.attn = "flex" if device.type == "cuda" and not args.padded else "sdpa"
+        args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "spans"
     attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
     model = load_pretrained(
         auto_class, args.model, allow_pickle=args.allow_pickle, dtype=torch.float32, **attn, **kwargs
@@ -660,6 +687,8 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
             f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded"
         )
     model.config.use_cache = False
+    if args.attn == "spans" and model.config._attn_implementation == "sdpa":  # some models need their own
+        model.set_attn_implementation("spans")
     if args.activation_checkpointing:
         options = {"use_reentrant": False}  # before fully_shard
         model.activation_checkpointing_enable(options, every_n_layers=args.activation_checkpointing)

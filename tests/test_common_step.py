@@ -63,12 +63,25 @@ def assert_same_gradients(got, want, bound=1e-5):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_gradients_packed_and_padded(kind):
+@pytest.mark.parametrize("attn", ["spans", "sdpa"])
+def test_gradients_packed_and_padded(kind, attn):
     model = make(kind)
+    model.set_attn_implementation(attn)
     packed, grads = gradients(model, pack(ENCODED))
     padded, padded_grads = gradients(model, pack_padded(ENCODED))
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
     assert_same_gradients(grads, padded_grads)
+
+
+def test_spans_never_make_what_no_token_sees(monkeypatch):
+    """4 responses of 7 and a prompt of 10, twice: 2 prompts of 10 x 10 and 8 responses of 7 x 17, not 76 x 76."""
+    seen, sdpa = [], F.scaled_dot_product_attention
+    spy = lambda q, k, v, **options: seen.append((q.shape[2], k.shape[2])) or sdpa(q, k, v, **options)  # noqa: E731
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model, batch = make("llama", num_hidden_layers=1), pack(make_encoded(*[(10, [7] * 4)] * 2))
+    model.set_attn_implementation("spans")
+    common.candidate_logprobs(model, batch)
+    assert sorted(seen) == [(7, 17)] * 8 + [(10, 10)] * 2
 
 
 class TestFlex:
