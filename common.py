@@ -673,14 +673,20 @@ def load_tokenizer(name, flag="--model"):
 
 def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all ranks, layer by
-    layer, then the root."""
+    layer, then the root. Rank 0 alone reads the checkpoint and gives the others their shards."""
     tokenizer = load_tokenizer(args.model)
     if args.attn == "auto":
         args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "spans"
     attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
-    model = load_pretrained(
-        auto_class, args.model, allow_pickle=args.allow_pickle, dtype=torch.float32, **attn, **kwargs
-    )
+    loaded = []
+
+    def load():
+        options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32} | attn | kwargs
+        loaded.append(load_pretrained(auto_class, args.model, **options))
+        return loaded[0].config, getattr(loaded[0], "generation_config", None)
+
+    config, generation_config = on_rank0(load)
+    model = loaded[0] if loaded else unfilled(auto_class, config, generation_config)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
         raise UserError(
@@ -692,7 +698,24 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     if args.activation_checkpointing:
         options = {"use_reentrant": False}  # before fully_shard
         model.activation_checkpointing_enable(options, every_n_layers=args.activation_checkpointing)
-    return shard(model.train(), device), tokenizer
+    weights = model.state_dict() if loaded else {}
+    model = shard(model.train(), device)
+    if dist.get_world_size() > 1:
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+        for buffer in model.buffers():  # rotary frequencies and their like are in no state dict
+            dist.broadcast(buffer, src=0)
+    return model, tokenizer
+
+
+def unfilled(auto_class, config, generation_config):
+    """A model whose weights are memory that nobody has touched, so that it takes none: rank 0 fills it after sharding.
+    Were each of 8 ranks to read a 7B checkpoint, the machine would hold 216 GB of fp32 weights."""
+    with torch.device("meta"):
+        model = auto_class.from_config(config, dtype=torch.float32)
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    model.generation_config = generation_config
+    return model
 
 
 def shard(model, device, policy=None):

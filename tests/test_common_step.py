@@ -161,7 +161,7 @@ class TestChunks:
 def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkeypatch):
     make("llama", num_hidden_layers=4).save_pretrained(tmp_path)
     monkeypatch.setattr(common, "load_tokenizer", lambda name: None)
-    monkeypatch.setattr(common.dist, "get_world_size", lambda: 1)
+    common.init_distributed()
     args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
     found = []
     for args.activation_checkpointing in (0, every):
@@ -170,9 +170,21 @@ def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkey
         for i, layer in enumerate(model.model.layers):
             layer.input_layernorm.register_forward_hook(lambda m, x, y, i=i: count.__setitem__(i, count[i] + 1))
         found.append((gradients(model, pack(ENCODED))[1], count))
+    torch.distributed.destroy_process_group()
     (want, once), (got, count) = found
     assert once == [1] * 4 and count == twice
     assert_same_gradients(got, want)
+
+
+def test_an_unfilled_model_is_the_loaded_one_without_its_weights():
+    model = make("llama", tie_word_embeddings=True)
+    empty = common.unfilled(transformers.AutoModelForCausalLM, model.config, model.generation_config)
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight and empty.device.type == "cpu"
+    assert empty.generation_config is model.generation_config
+    empty.load_state_dict(model.state_dict())
+    for buffer, filled in zip(empty.buffers(), model.buffers(), strict=True):  # they are in no state dict
+        buffer.copy_(filled)
+    torch.testing.assert_close(gradients(empty, pack(ENCODED))[0], gradients(model, pack(ENCODED))[0])
 
 
 class TestTokens:
