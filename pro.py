@@ -195,13 +195,14 @@ def bootstrap(model, tokenizer, records, split, args, run):
     Finished prompts go to OUTPUT/bootstrap/split-K.jsonl, so a killed run goes on where it was, and one that comes
     back into the middle of a split trains on the answers that the split began with.
     """
-    import collect_candidates as collect  # only here: without Algorithm 1 this script needs common.py alone
+    import generation  # only here: without Algorithm 1 this script needs common.py alone
+    import rankers
 
     path = run.output / "bootstrap" / f"split-{split + 1}.jsonl"
-    journal = collect.Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
+    journal = generation.Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
     options = {"max_new_tokens": args.max_response_length - 1, "temperature": args.sampling_temperature}
     options["max_prompt_length"] = max(2, args.max_length - args.max_response_length)
-    batches = collect.batches_by_length(records, 16)[run.rank :: run.world]
+    batches = generation.batches_by_length(records, 16)[run.rank :: run.world]
     model.eval()
     with common.gathered(model), torch.no_grad():  # each rank generates on its own, however long its answers are
         for batch in tqdm(batches, desc=f"bootstrap {split + 1}", disable=run.rank != 0):
@@ -209,9 +210,10 @@ def bootstrap(model, tokenizer, records, split, args, run):
             if not batch or run.signal:
                 continue
             torch.manual_seed(zlib.crc32(f"{args.seed} {split} {batch[0]['id']}".encode()))
-            answers = collect.generate(model, tokenizer, [r["prompt"] for r in batch], stop=collect.TURNS, **options)
+            prompts = [r["prompt"] for r in batch]
+            answers = generation.generate(model, tokenizer, prompts, stop=generation.TURNS, **options)
             texts = [a["text"] for [a] in answers]
-            rewards = collect.reward_logits(
+            rewards = rankers.reward_logits(
                 args.reward_model, run.device, list(zip(batch, texts)), allow_pickle=args.allow_pickle
             )
             new = [{"text": t, "source": "bootstrap", "reward": x} for t, x in zip(texts, rewards)]

@@ -1,4 +1,4 @@
-"""Sampling n responses to a prompt: collect_candidates.generate, which reads the prompt once, beside plain generate.
+"""Sampling n responses to a prompt: generation.generate, which reads the prompt once, beside plain generate.
 
 Both draw the same number of tokens from the same model (EOS is switched off), in turns; ours also returns every
 response's log-probability. The median of the ratios, turn by turn, goes into benchmarks/results/DEVICE-sample.json.
@@ -18,8 +18,8 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from bench import clock  # noqa: E402
 
-import collect_candidates as collect  # noqa: E402
 import common  # noqa: E402
+import generation  # noqa: E402
 from common import in_range, say  # noqa: E402
 
 
@@ -30,7 +30,7 @@ def plain(model, tokenizer, text, samples, new_tokens):
 
 
 def ours(model, tokenizer, text, samples, new_tokens):
-    collect.generate(model, tokenizer, [text], num_samples=samples, temperature=0.8, max_new_tokens=new_tokens)
+    generation.generate(model, tokenizer, [text], num_samples=samples, temperature=0.8, max_new_tokens=new_tokens)
 
 
 def main():
@@ -43,7 +43,7 @@ def main():
     add("--repeats", type=in_range(int, 1), default=5)
     args = parser.parse_args()
     _, _, device = common.init_distributed()
-    model, tokenizer = collect.load_generator(args.model, device)
+    model, tokenizer = generation.load_generator(args.model, device)
     model.generation_config.eos_token_id = None
     word = tokenizer(" the", add_special_tokens=False).input_ids[:1]
     text = tokenizer.decode(word * args.prompt_tokens)

@@ -1,6 +1,7 @@
 """Fixtures: a tiny random Llama with a tokenizer trained on the spot, records, and the scripts called in this process
 or as commands."""
 
+import gzip
 import importlib
 import json
 import os
@@ -100,6 +101,12 @@ def make_records(n=12, candidates=3):
     return records
 
 
+def nli(i, *texts, label="neutral"):
+    """A small record: the first text is the human response, the others are a model's."""
+    candidates = [{"text": t, "source": "human" if k == 0 else "m"} for k, t in enumerate(texts)]
+    return {"id": f"r{i}", "task": "esnli", "prompt": f"prompt {i}", "label": label, "candidates": candidates}
+
+
 def write_jsonl(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -158,3 +165,35 @@ def command(*args, check=True, **kwargs):
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def run(monkeypatch, *argv):
+    """collect_candidates.py with these arguments, in this process; what it prints goes to the caller's capture."""
+    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, argv)])
+    importlib.import_module("common").run_cli(importlib.import_module("collect_candidates").main)
+
+
+def pair(chosen, rejected):
+    return {"chosen": chosen, "rejected": rejected}
+
+
+TWO_TURNS = "\n\nHuman: Hi {there}\n\nAssistant: Hello.\n\nSecond paragraph.\n\nHuman: Why?\n\nAssistant:"
+HH = [
+    pair("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No"),
+    pair(TWO_TURNS + " Because.", TWO_TURNS + " "),  # an empty answer, braces
+    pair("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Ho\n\nAssistant: No"),  # another context
+    pair(TWO_TURNS + " Because.", "\n\nHuman: Hi\n\nAssistant: No"),  # fewer turns
+    pair("\n\nHuman: Hi\n\nAssistant: A\n\nAssistant: B", "\n\nHuman: Hi\n\nAssistant: C"),  # one turn in two parts
+    pair("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B", "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: C"),  # no answer
+    pair("no dialogue at all", "\n\nHuman: Hi\n\nAssistant: C"),
+]
+
+
+@pytest.fixture
+def prepared(monkeypatch, tmp_path, capsys):
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps(r) + "\n" for r in HH)
+    argv = ["--task", "hh", "--input", tmp_path / "train.jsonl.gz", "--subset", "helpful-base"]
+    run(monkeypatch, "prepare", *argv, "--output", tmp_path / "train.jsonl")
+    assert "left out: 4 rows" in (out := capsys.readouterr().out) and "43835" in out
+    return tmp_path / "train.jsonl"

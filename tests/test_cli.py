@@ -14,12 +14,14 @@ from conftest import ROOT, command, make_records, write_jsonl
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
 FLOORS = {
     "common": set(),
-    "collect_candidates": {"common"},
+    "generation": {"common"},
+    "rankers": {"common", "generation"},
+    "collect_candidates": {"common", "generation", "rankers"},
     "rescue": {"common"},
     "tuna": {"common"},
     "reward_model": {"common"},
-    "pro": {"common", "collect_candidates"},
-    "evaluate": {"common", "collect_candidates"},
+    "pro": {"common", "generation", "rankers"},
+    "evaluate": {"common", "generation", "rankers", "collect_candidates"},
 }
 
 

@@ -1,16 +1,14 @@
-"""collect_candidates.py: prepare, sample, rank --by label, and the journal that survives a kill."""
+"""collect_candidates.py: prepare, and sample with its runs that are killed and go on."""
 
 import csv
-import fcntl
 import json
 
 import pytest
 import torch
 from conftest import command, make_records, read_jsonl, refused, write_jsonl
 
-import collect_candidates as collect
 import common
-from common import UserError
+import generation
 
 
 class TestPrepareESNLI:
@@ -113,30 +111,6 @@ class TestPrepareESNLI:
         )
 
 
-@pytest.mark.parametrize(
-    "text, label, well_formed",
-    [
-        ("Because. #### Neutral", "neutral", True),
-        ("Because. ####  entailment.", "entailment", True),
-        ("#### Neutral", "neutral", False),  # no explanation
-        ("Because. #### Neutral or Entailment", None, False),
-        ("Not neutral at all. #### Contradiction", "contradiction", True),  # the label after the mark counts
-        ("It is a contradiction.", "contradiction", False),  # no mark: exactly one label in it
-        ("Neutral, not entailment.", None, False),
-        ("Because. #### Contention", None, False),
-        ("Because. #### Neutral\nPremise: x", "neutral", False),
-        ("neutrality", None, False),
-        ("", None, False),
-    ],
-)
-def test_parse_nli(text, label, well_formed):
-    assert collect.parse_nli(text) == (label, well_formed)
-
-
-def test_normalize_answer():
-    assert collect.normalize_answer("The  U.S.A., an island!") == "usa island"
-
-
 @pytest.fixture
 def prompts(tmp_path):
     records = make_records(6)
@@ -155,7 +129,7 @@ class TestSample:
         """Every response's logprob is what a plain forward gives its tokens (raw tokens, so greedy text is
         re-tokenised here)."""
         assert sample(cli, tiny, prompts, tmp_path / "s.jsonl", "--temperature", 0).code == 0
-        model, tokenizer = collect.load_generator(str(tiny), torch.device("cpu"))
+        model, tokenizer = generation.load_generator(str(tiny), torch.device("cpu"))
         for record, source in zip(read_jsonl(tmp_path / "s.jsonl"), read_jsonl(prompts)):
             assert record["id"] == source["id"] and record["candidates"][0] == source["candidates"][0]
             a, b = record["candidates"][1:]
@@ -195,66 +169,6 @@ class TestSample:
             [x["text"] for x in json.loads(line)["candidates"]] for line in a.splitlines()
         ]
 
-    def test_samples_are_those_of_plain_generate(self, tiny, tokenizer):
-        """The prompt is read once, and the draw is the plain one: same seed, same tokens; log-probabilities are those
-        before temperature and top_p, even where the model's own configuration asks for a repetition penalty."""
-        model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
-        model.generation_config.repetition_penalty = 1.5
-        options = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9}
-        prompts = ["A man sleeps on the", "Two"]
-        torch.manual_seed(1)
-        ours = collect.generate(model, tokenizer, prompts, num_samples=3, **options)
-        batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
-        torch.manual_seed(1)
-        plain = {"num_return_sequences": 3, "do_sample": True, "top_k": 0, "repetition_penalty": 1.0}
-        out = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **plain, **options)
-        tokens = out[:, batch.input_ids.shape[1] :]
-        want = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
-        assert [r["text"] for group in ours for r in group] == want and len(set(want)) > 3
-        for response, row in zip((r for group in ours for r in group), out):
-            row = row[row != tokenizer.pad_token_id][None]
-            with torch.no_grad():
-                logp = model(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])
-            n = response["num_tokens"]
-            assert response["logprob"] == pytest.approx(logp[-n:].sum().item(), abs=1e-3)
-
-    def test_samples_follow_the_models_distribution(self, tiny, tokenizer):
-        """4,000 first tokens of a batch of unequal prompts against the exact softmax: chi-square of the 20 likeliest
-        and the rest; 45.3 is passed by chance once in 1,000 times with 20 degrees of freedom, and the seed is fixed."""
-        model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
-        seen, generate = [], model.generate
-        model.generate = lambda **k: seen.append(generate(**k)) or seen[-1]
-        prompts = ["A man sleeps on the bench", "Two girls"]
-        torch.manual_seed(0)
-        for _ in range(4):
-            collect.generate(model, tokenizer, prompts, num_samples=1000, max_new_tokens=1, temperature=0.8)
-        for i, prompt in enumerate(prompts):
-            drawn = torch.cat([out[i * 1000 : (i + 1) * 1000, -1] for out in seen])
-            with torch.no_grad():
-                exact = (model(torch.tensor([common.prompt_ids(tokenizer, prompt)])).logits[0, -1] / 0.8).softmax(-1)
-            top = exact.topk(20).indices
-            counts = torch.bincount(drawn, minlength=400).double()
-            p = torch.cat([exact[top].double(), 1 - exact[top].double().sum()[None]])
-            observed = torch.cat([counts[top], 4000 - counts[top].sum()[None]])
-            assert ((observed - 4000 * p) ** 2 / (4000 * p)).sum() < 45.3
-
-    def test_stop_strings(self, tiny, tokenizer):
-        model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
-        options = {"max_new_tokens": 12, "temperature": 0.0}
-        [[free]] = collect.generate(model, tokenizer, ["A man"], **options)
-        cut = free["text"][2]
-        [[stopped]] = collect.generate(model, tokenizer, ["A man"], stop=(cut,), **options)
-        assert stopped["text"] == free["text"][: free["text"].index(cut)].strip() and stopped["finished"]
-        assert stopped["num_tokens"] < free["num_tokens"] and stopped["logprob"] > free["logprob"]
-
-    def test_prompt_is_cut_from_the_left(self, tiny, tokenizer):
-        model, _ = collect.load_generator(str(tiny), torch.device("cpu"))
-        ids = common.prompt_ids(tokenizer, "one two three four")
-        tail = tokenizer.decode(ids[-4:])
-        options = {"max_new_tokens": 5, "temperature": 0.0}
-        long = collect.generate(model, tokenizer, ["one two three four"], max_prompt_length=5, **options)
-        assert long[0][0]["text"] == collect.generate(model, tokenizer, [tail], **options)[0][0]["text"]
-
     def test_killed_and_run_again(self, cli, tiny, prompts, tmp_path):
         """Half a run, its last line torn, goes on to the very file of an uninterrupted run."""
         out = tmp_path / "s.jsonl"
@@ -280,66 +194,3 @@ class TestSample:
         prompts.write_text(prompts.read_text().replace("Answer", "Reply"))
         refused(sample(cli, tiny, prompts, tmp_path / "s.jsonl"), "sha256")
         assert (tmp_path / "s.jsonl").read_bytes() == before
-
-
-class TestJournal:
-    def test_two_writers_refuse_each_other(self, tmp_path):
-        with open(tmp_path / "o.jsonl.args.json", "a+") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            with pytest.raises(UserError, match="another run"):
-                collect.Journal(tmp_path / "o.jsonl", ["a"], {})
-
-    def test_ids_of_another_input(self, tmp_path):
-        collect.Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
-        with pytest.raises(UserError, match="'a' is not in the input"):
-            collect.Journal(tmp_path / "o.jsonl", ["b"], {})
-
-    def test_a_broken_line_in_the_middle(self, tmp_path):
-        collect.Journal(tmp_path / "o.jsonl", ["a"], {})
-        (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
-        with pytest.raises(UserError, match="no record"):
-            collect.Journal(tmp_path / "o.jsonl", ["a", "b"], {})
-
-    def test_a_file_of_unknown_origin(self, tmp_path):
-        (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
-        with pytest.raises(UserError, match="not written by this script"):
-            collect.Journal(tmp_path / "o.jsonl", ["a"], {})
-
-    def test_order_and_what_is_missing(self, tmp_path, capfd):
-        journal = collect.Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
-        journal.write([{"id": "c"}, {"id": "a"}])
-        assert journal.finish() == 2 and not (tmp_path / "o.jsonl").exists() and "1 missing" in capfd.readouterr().out
-        del journal
-        journal = collect.Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
-        assert journal.done == {"a", "c"}
-        journal.write([{"id": "b"}])
-        journal.finish()
-        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "b", "c"]
-
-
-class TestRank:
-    def test_by_label(self, cli, tmp_path):
-        record = make_records(1)[0]  # gold label: entailment
-        texts = ["x #### Entailment", "x #### Neutral", "nothing", "An entailment."]
-        record["candidates"] = record["candidates"][:1] + [{"text": t, "source": "m"} for t in texts]
-        source = write_jsonl(tmp_path / "in.jsonl", [record])
-        result = cli("collect_candidates", "rank", "--by", "label", "--input", source, "--output", tmp_path / "o.jsonl")
-        assert result.code == 0, result.err
-        got = read_jsonl(tmp_path / "o.jsonl")[0]["candidates"]
-        assert [(c["label"], c["correct"]) for c in got[1:]] == [
-            ("entailment", True),
-            ("neutral", False),
-            (None, False),
-            ("entailment", True),
-        ]
-        assert "m: 4 total, 2 well-formed, 2 malformed, 2 correct, 1 wrong, 1 unparsed" in result.out
-
-    def test_no_label_to_compare_with(self, cli, tmp_path):
-        record = make_records(1)[0]
-        del record["label"]
-        source = write_jsonl(tmp_path / "in.jsonl", [record])
-        refused(
-            cli("collect_candidates", "rank", "--by", "label", "--input", source, "--output", tmp_path / "o.jsonl"),
-            "r0",
-        )
-        assert not (tmp_path / "o.jsonl").exists()

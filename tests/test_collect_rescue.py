@@ -1,4 +1,4 @@
-"""teacher, flip, anchor, prepare --task multidoc_qa, and the rankers of RESCUE's orderings."""
+"""collect_candidates.py for RESCUE: teacher, flip, anchor, prepare --task multidoc_qa."""
 
 import gzip
 import json
@@ -7,9 +7,10 @@ import sys
 import pytest
 import torch
 from api_server import Server
-from conftest import refused
+from conftest import nli, read_jsonl, write_jsonl
 
 import collect_candidates as collect
+import generation
 import rescue
 from common import UserError
 
@@ -19,23 +20,9 @@ def run(monkeypatch, *words):
     collect.main()
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def nli(i, *texts, label="neutral"):
-    candidates = [{"text": t, "source": "human" if k == 0 else "m"} for k, t in enumerate(texts)]
-    return {"id": f"r{i}", "task": "esnli", "prompt": f"prompt {i}", "label": label, "candidates": candidates}
-
-
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(collect.random, "uniform", lambda a, b: 0.02)  # of the pauses between repeated requests
+    monkeypatch.setattr(generation.random, "uniform", lambda a, b: 0.02)  # of the pauses between repeated requests
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -44,7 +31,7 @@ def quick(monkeypatch):
 
 def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys):
     faults = [429, 500, b"<html>", "half", "silence"]
-    records = write(tmp_path / "in.jsonl", [nli(i, "because #### Neutral") for i in range(12)])
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "because #### Neutral") for i in range(12)])
 
     def behave(prompt, nth, body):
         i = int(prompt.split()[1])
@@ -61,7 +48,7 @@ def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, mo
         monkeypatch.setattr(server, "answer", lambda handler, fault, text: Server.answer(server, handler, None, text))
         run(monkeypatch, *command)  # the same command does the rest and only that
     assert dict(server.asked) == {"prompt 7": 1}
-    rows = read(tmp_path / "out.jsonl")
+    rows = read_jsonl(tmp_path / "out.jsonl")
     assert [r["id"] for r in rows] == [f"r{i}" for i in range(12)]
     for r in rows:
         assert [c["source"] for c in r["candidates"]] == ["human", "gpt"]
@@ -70,7 +57,7 @@ def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, mo
 
 def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    records = write(tmp_path / "in.jsonl", [nli(0, "x #### Neutral")])
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(0, "x #### Neutral")])
     with Server(lambda *a: (400, {}, b'{"error": {"message": "sk-very-secret is no good"}}')) as server:
         run(monkeypatch, "teacher", "--input", records, "--output", tmp_path / "o.jsonl", "--base_url", server.url,
             "--model", "m")  # fmt: skip
@@ -109,10 +96,11 @@ def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path,
         return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
 
     with Server(rewrite) as one, Server(label) as two:
-        run(monkeypatch, "flip", "--input", write(tmp_path / "in.jsonl", records), "--output", tmp_path / "o.jsonl",
+        source = write_jsonl(tmp_path / "in.jsonl", records)
+        run(monkeypatch, "flip", "--input", source, "--output", tmp_path / "o.jsonl",
             "--base_url", one.url, "--model", "org/writer", "--label_base_url", two.url,
             "--label_model", "judge")  # fmt: skip
-    rows = read(tmp_path / "o.jsonl")
+    rows = read_jsonl(tmp_path / "o.jsonl")
     assert [len(r.get("candidates", [])) for r in rows] == [2, 1, 1, 1, 1, 1, 0]
     assert rows[0]["candidates"][1] == {
         "text": "The man is awake. #### Contradiction",
@@ -130,7 +118,7 @@ def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path,
 
 
 def test_flip_requests_share_one_budget(tmp_path, monkeypatch, capsys):
-    records = write(tmp_path / "in.jsonl", [nli(i, f"Sentence {i}. #### Neutral") for i in range(4)])
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, f"Sentence {i}. #### Neutral") for i in range(4)])
     with Server(lambda *a: None) as server:
         run(monkeypatch, "flip", "--input", records, "--output", tmp_path / "o.jsonl", "--base_url", server.url,
             "--model", "m", "--max_requests", "6")  # fmt: skip
@@ -171,7 +159,7 @@ def test_distractors_are_the_most_similar_passages_without_an_answer(tmp_path, m
         f.writelines(json.dumps(q) + "\n" for q in questions())
     run(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", tmp_path / "nq.jsonl.gz", "--num_documents", "3",
         "--gold_position", "1", "3", "--skip", "1", "--limit", "2", "--output", tmp_path / "o.jsonl")  # fmt: skip
-    rows = read(tmp_path / "o.jsonl")
+    rows = read_jsonl(tmp_path / "o.jsonl")
     assert [r["id"] for r in rows] == ["nq-1-gold1", "nq-1-gold3", "nq-2-gold1", "nq-2-gold3"]
     # Doktor Faustus is the most similar to the second question, but names Goethe: Hamlet comes first, then Oslo
     assert [d["title"] for d in rows[0]["documents"]] == ["Faust", "Hamlet", "Oslo"]
@@ -185,13 +173,13 @@ def test_distractors_are_the_most_similar_passages_without_an_answer(tmp_path, m
 def test_a_files_own_distractors_come_first_in_its_order_and_the_gold_place_is_seeded(tmp_path, monkeypatch):
     own = [passage(t, f"about {t}") for t in ("c", "b", "a")] + [passage("x", "of Goethe")]
     rows = [q | {"ctxs": own[:1] + q["ctxs"] + own[1:]} for q in questions()[1:2] * 30]
-    file = write(tmp_path / "nq.jsonl", rows)
+    file = write_jsonl(tmp_path / "nq.jsonl", rows)
     places = []
     for name in ("one", "two"):
         run(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", file, "--num_documents", "4",
             "--output", tmp_path / name)  # fmt: skip
-        places.append([r["gold_position"] for r in read(tmp_path / name)])
-    first = read(tmp_path / "one")[0]["documents"]
+        places.append([r["gold_position"] for r in read_jsonl(tmp_path / name)])
+    first = read_jsonl(tmp_path / "one")[0]["documents"]
     assert [d["title"] for d in first if not d["gold"]] == ["c", "b", "a"]
     assert places[0] == places[1] and set(places[0]) == {1, 2, 3, 4}
 
@@ -207,7 +195,7 @@ def test_a_files_own_distractors_come_first_in_its_order_and_the_gold_place_is_s
     ],
 )
 def test_malformed_questions_are_named(tmp_path, monkeypatch, change, message):
-    file = write(tmp_path / "nq.jsonl", [*questions()[:2], questions()[2] | change, questions()[3]])
+    file = write_jsonl(tmp_path / "nq.jsonl", [*questions()[:2], questions()[2] | change, questions()[3]])
     with pytest.raises(UserError, match=message) as e:
         run(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", file, "--num_documents", "5", "--skip", "2",
             "--output", tmp_path / "o.jsonl")  # fmt: skip
@@ -215,11 +203,11 @@ def test_malformed_questions_are_named(tmp_path, monkeypatch, change, message):
 
 
 def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, monkeypatch, tiny):
-    file = write(tmp_path / "nq.jsonl", questions())
+    file = write_jsonl(tmp_path / "nq.jsonl", questions())
     run(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", file, "--num_documents", "3",
         "--output", tmp_path / "train.jsonl", "--limit", "2")  # fmt: skip
     seen = []
-    real = collect.generate
+    real = generation.generate
 
     def spy(model, tokenizer, prompts, **options):
         seen.extend(prompts)
@@ -228,14 +216,14 @@ def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, m
             answer["text"] = "William Shakespeare" if "Document 1 (Hamlet)" in prompt else answer["text"]
         return answers
 
-    monkeypatch.setattr(collect, "generate", spy)
+    monkeypatch.setattr(generation, "generate", spy)
     command = ["anchor", "--input", tmp_path / "train.jsonl", "--output", tmp_path / "a.jsonl", "--model", tiny]
     run(monkeypatch, *command, "--num_distractors", "2", "--max_new_tokens", "4", "--source", "tiny")
     torch.distributed.destroy_process_group()
     assert len(seen) == 6 and all(p.count("Document") == 1 and "Document 1 (" in p for p in seen)
     run(monkeypatch, "rank", "--task", "multidoc_qa", "--by", "label", "--input", tmp_path / "a.jsonl",
         "--output", tmp_path / "r.jsonl")  # fmt: skip
-    rows = read(tmp_path / "r.jsonl")
+    rows = read_jsonl(tmp_path / "r.jsonl")
     assert [[c["anchor"] for c in r["candidates"]] for r in rows] == [["gold", "distractor", "distractor"]] * 2
     for r in rows:
         assert sorted(c["document"] for c in r["candidates"]) == [1, 2, 3]
@@ -246,110 +234,3 @@ def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, m
     hamlet["candidates"][2]["correct"] = True  # right, but not from the gold passage
     assert rescue.preference(hamlet, "label") == [1.0, 0.0, 1.0]
     assert rescue.preference(hamlet, "hybrid") == [2.0, 0.0, 1.0]
-
-
-def test_has_answer_is_the_best_subspan_rule():
-    assert collect.has_answer("It was the WILLIAM-Shakespeare!", ["x", "a williamshakespeare"])
-    assert not collect.has_answer("Will Shakespeare", ["William Shakespeare"])
-    assert not collect.has_answer("anything", ["The"])  # nothing left of it: it must not match every text
-
-
-# -- rankings
-
-
-@pytest.mark.parametrize(
-    "text, want",
-    [
-        ("2 > 1 > 3", [2, 1, 3]),
-        ("I think so.\nRanking: 3 > 1 > 2\n", [3, 1, 2]),
-        ("Response 3 > Response 2 > Response 1", [3, 2, 1]),
-        ("[1], [3], [2]", [1, 3, 2]),
-        ("**1 > 2 > 3**", [1, 2, 3]),
-        ("1 > 2 > 3\n3 > 2 > 1", [3, 2, 1]),
-        ("1 > 2", None),
-        ("1 > 2 > 2", None),
-        ("1 > 2 > 3 > 4", None),
-        ("0 > 1 > 2", None),
-        ("1 > 2 = 3", None),
-        ("the best is 1, then 2, then 3", None),
-        ("1 2 3", None),
-        ("123", None),
-        ("", None),
-    ],
-)
-def test_parse_ranking_is_strict(text, want):
-    assert collect.parse_ranking(text, 3) == want
-
-
-def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, monkeypatch, capsys):
-    texts = ["aaaa", "b", "ccc", "dd"]
-    records = [nli(i, *texts) for i in range(8)] + [nli(8, "mumble", "x")]
-
-    def behave(prompt, nth, body):
-        if "mumble" in prompt:
-            return json.dumps({"choices": [{"message": {"content": "both"}, "finish_reason": "stop"}]}).encode()
-        shown = [line.split(": ")[1] for line in prompt.splitlines() if line.startswith("Response ")]
-        order = sorted(range(4), key=lambda k: -len(shown[k]))  # the longest is the best
-        text = " > ".join(str(k + 1) for k in order)
-        return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
-
-    with Server(behave) as server:
-        run(monkeypatch, "rank", "--by", "gpt", "--input", write(tmp_path / "in.jsonl", records), "--output",
-            tmp_path / "o.jsonl", "--base_url", server.url, "--model", "m")  # fmt: skip
-    rows = read(tmp_path / "o.jsonl")
-    assert all([c["rank"] for c in r["candidates"]] == [0, 3, 1, 2] for r in rows[:8])
-    assert [c["rank"] for c in rows[8]["candidates"]] == [None, None]
-    first = [[line for line in p.splitlines() if line.startswith("Response 1")][0] for p in server.asked if "aaaa" in p]
-    assert len(set(first)) > 1  # shuffled
-    assert server.asked.most_common(1)[0][1] == 3  # two re-asks
-    out = capsys.readouterr().out
-    assert "8 ranked" in out and "1 unranked" in out
-    assert rescue.preference(rows[0], "gpt") == [0.0, -3.0, -1.0, -2.0]
-    assert rescue.preference(rows[8], "gpt") == [0.0, 0.0]
-
-
-@pytest.fixture(scope="module")
-def tiny_encoder(tmp_path_factory):
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path_factory.mktemp("encoder")
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
-    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    BertModel(BertConfig(vocab_size=13, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-def test_rank_by_similarity_is_the_cosine_of_mean_token_states(tmp_path, monkeypatch, tiny_encoder):
-    from transformers import AutoModel, AutoTokenizer
-
-    records = [nli(0, "a b c", "a b c", "d e f g h a", "b"), nli(1, "c d", "e")]
-    run(monkeypatch, "rank", "--by", "similarity", "--input", write(tmp_path / "in.jsonl", records), "--output",
-        tmp_path / "o.jsonl", "--encoder", tiny_encoder)  # fmt: skip
-    model, tokenizer = AutoModel.from_pretrained(tiny_encoder).eval(), AutoTokenizer.from_pretrained(tiny_encoder)
-    for row in read(tmp_path / "o.jsonl"):
-        vectors = []
-        for c in row["candidates"]:  # one by one: no padding to mask
-            with torch.no_grad():
-                states = model(**tokenizer(c["text"], return_tensors="pt")).last_hidden_state[0]
-            vectors.append(states.mean(0))
-        for c, vector in zip(row["candidates"], vectors):
-            want = torch.cosine_similarity(vectors[0], vector, dim=0).item()
-            assert c["similarity"] == pytest.approx(want, abs=1e-5)
-    assert row["candidates"][0]["similarity"] == pytest.approx(1, abs=1e-5)
-    no_human = nli(0, "a")
-    no_human["candidates"][0]["source"] = "m"
-    with pytest.raises(UserError, match="no human response"):
-        run(monkeypatch, "rank", "--by", "similarity", "--input", write(tmp_path / "n.jsonl", [no_human]), "--output",
-            tmp_path / "p.jsonl", "--encoder", tiny_encoder)  # fmt: skip
-
-
-def test_training_without_any_pair_and_without_sft_is_refused(cli, tmp_path, tiny):
-    records = [nli(0, "a", "b")]
-    for c in records[0]["candidates"]:
-        c["rank"] = None
-    data = write(tmp_path / "d.jsonl", records)
-    more = ("--data", data, "--model", tiny, "--output", tmp_path / "run", "--batch_size", "1")
-    refused(cli("rescue", "--ordering", "gpt", "--no_sft", *more), "no two candidates of different preference")

@@ -6,9 +6,9 @@ import pytest
 import torch
 from conftest import make_records, make_tokenizer, read_jsonl, refused, write_jsonl
 
-import collect_candidates as collect
 import common
 import evaluate
+import generation
 
 
 def metrics_of(folder, verb, name="tiny"):
@@ -285,7 +285,7 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
             b = prompt.partition("[B's answer]\n")[2].partition("\n[End of B")[0]
             yield i, [{"text": f"So [[{'A' if len(a) >= len(b) else 'B'}]]"}], None
 
-    monkeypatch.setattr(collect, "complete", longest)
+    monkeypatch.setattr(generation, "complete", longest)
     result = cli("evaluate", "judge", *answers, "--model", "x")
     assert "question 0/21: HTTP 500" in result.out and "1 missing" in result.out
     assert not (here / "runs/eval/long-vs-short/judge.metrics.json").exists()

@@ -336,13 +336,13 @@ def same_run(one, other):
 @pytest.mark.parametrize("where", ["while sampling", "while training"])
 def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_folder, whole_run, tmp_path, where):
     """Told to stop between two batches of split 2's samples, or killed in its last step: the same run in the end."""
-    import collect_candidates
+    import generation
 
     data, whole = whole_run
     argv = bootstrap_flags(tiny, reward_folder, data, tmp_path / "run")
     calls = []
     if where == "while sampling":
-        generate = collect_candidates.generate
+        generate = generation.generate
 
         def stop_at_third(*args, **kwargs):
             calls.append(1)
@@ -350,12 +350,12 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
                 signal.raise_signal(signal.SIGTERM)
             return generate(*args, **kwargs)
 
-        monkeypatch.setattr(collect_candidates, "generate", stop_at_third)
+        monkeypatch.setattr(generation, "generate", stop_at_third)
         result = cli("pro", *argv)
         assert result.code == 0 and "--resume" in result.out
         assert not (tmp_path / "run" / "bootstrap" / "split-2.jsonl").exists()
         assert len(read_jsonl(tmp_path / "run" / "bootstrap" / "split-2.jsonl.part0")) == 16
-        monkeypatch.setattr(collect_candidates, "generate", generate)
+        monkeypatch.setattr(generation, "generate", generate)
     else:
         clip = common.clip_grad_norm
 
@@ -369,7 +369,7 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
         with pytest.raises(ConnectionError):
             cli("pro", *argv)
         monkeypatch.setattr(common, "clip_grad_norm", clip)
-        monkeypatch.setattr(collect_candidates, "generate", None)  # the second split is sampled: nothing to generate
+        monkeypatch.setattr(generation, "generate", None)  # the second split is sampled: nothing to generate
     result = cli("pro", *argv, "--resume")
     assert result.code == 0, result.err
     same_run(tmp_path / "run", whole)

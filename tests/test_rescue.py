@@ -7,7 +7,7 @@ import random
 
 import pytest
 import torch
-from conftest import command, make_records, read_jsonl, refused, write_jsonl
+from conftest import command, make_records, nli, read_jsonl, refused, write_jsonl
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -320,3 +320,12 @@ def test_default_paths(cli, tiny, tmp_path, monkeypatch):
     assert cli("rescue", "--ordering", "label", "--model", tiny).code == 0
     settings = json.loads((tmp_path / "runs/rescue-label/args.json").read_text())["settings"]
     assert settings["alpha"] == 0.1 and settings["length_scaling"] == 0.85 and settings["batch_size"] == 64
+
+
+def test_training_without_any_pair_and_without_sft_is_refused(cli, tmp_path, tiny):
+    records = [nli(0, "a", "b")]
+    for c in records[0]["candidates"]:
+        c["rank"] = None
+    data = write_jsonl(tmp_path / "d.jsonl", records)
+    more = ("--data", data, "--model", tiny, "--output", tmp_path / "run", "--batch_size", "1")
+    refused(cli("rescue", "--ordering", "gpt", "--no_sft", *more), "no two candidates of different preference")

@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, command
 
-import collect_candidates
 import common
+import generation
 import tuna
 
 
@@ -242,7 +242,7 @@ def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
             form = f"Type: open\nReference: r\nDuplicates: none\nRatings:\n{ratings}Ranking: {order}"
             yield i, [{"text": form, "finished": True}], None
 
-    monkeypatch.setattr(collect_candidates, "complete", ranks)
+    monkeypatch.setattr(generation, "complete", ranks)
     alpaca, sampling = ["--task", "alpaca"], ["--temperature", 1, "--max_new_tokens", 8]
     step("collect_candidates", "prepare", *alpaca, "--input", "alpaca_data.json")
     step("tuna", "--stage", "sft", "--model", tiny)

@@ -1,0 +1,108 @@
+"""generation.py: what generate() draws, and the journal that survives a kill; test_generation_api.py has complete()."""
+
+import fcntl
+
+import pytest
+import torch
+from conftest import read_jsonl
+
+import common
+import generation
+from common import UserError
+
+
+class TestGenerate:
+    def test_samples_are_those_of_plain_generate(self, tiny, tokenizer):
+        """The prompt is read once, and the draw is the plain one: same seed, same tokens; log-probabilities are those
+        before temperature and top_p, even where the model's own configuration asks for a repetition penalty."""
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        model.generation_config.repetition_penalty = 1.5
+        options = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9}
+        prompts = ["A man sleeps on the", "Two"]
+        torch.manual_seed(1)
+        ours = generation.generate(model, tokenizer, prompts, num_samples=3, **options)
+        batch = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt")
+        torch.manual_seed(1)
+        plain = {"num_return_sequences": 3, "do_sample": True, "top_k": 0, "repetition_penalty": 1.0}
+        out = model.generate(batch.input_ids, attention_mask=batch.attention_mask, **plain, **options)
+        tokens = out[:, batch.input_ids.shape[1] :]
+        want = [tokenizer.decode(t, skip_special_tokens=True).strip() for t in tokens]
+        assert [r["text"] for group in ours for r in group] == want and len(set(want)) > 3
+        for response, row in zip((r for group in ours for r in group), out):
+            row = row[row != tokenizer.pad_token_id][None]
+            with torch.no_grad():
+                logp = model(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])
+            n = response["num_tokens"]
+            assert response["logprob"] == pytest.approx(logp[-n:].sum().item(), abs=1e-3)
+
+    def test_samples_follow_the_models_distribution(self, tiny, tokenizer):
+        """4,000 first tokens of a batch of unequal prompts against the exact softmax: chi-square of the 20 likeliest
+        and the rest; 45.3 is passed by chance once in 1,000 times with 20 degrees of freedom, and the seed is fixed."""
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        seen, generate = [], model.generate
+        model.generate = lambda **k: seen.append(generate(**k)) or seen[-1]
+        prompts = ["A man sleeps on the bench", "Two girls"]
+        torch.manual_seed(0)
+        for _ in range(4):
+            generation.generate(model, tokenizer, prompts, num_samples=1000, max_new_tokens=1, temperature=0.8)
+        for i, prompt in enumerate(prompts):
+            drawn = torch.cat([out[i * 1000 : (i + 1) * 1000, -1] for out in seen])
+            with torch.no_grad():
+                exact = (model(torch.tensor([common.prompt_ids(tokenizer, prompt)])).logits[0, -1] / 0.8).softmax(-1)
+            top = exact.topk(20).indices
+            counts = torch.bincount(drawn, minlength=400).double()
+            p = torch.cat([exact[top].double(), 1 - exact[top].double().sum()[None]])
+            observed = torch.cat([counts[top], 4000 - counts[top].sum()[None]])
+            assert ((observed - 4000 * p) ** 2 / (4000 * p)).sum() < 45.3
+
+    def test_stop_strings(self, tiny, tokenizer):
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        options = {"max_new_tokens": 12, "temperature": 0.0}
+        [[free]] = generation.generate(model, tokenizer, ["A man"], **options)
+        cut = free["text"][2]
+        [[stopped]] = generation.generate(model, tokenizer, ["A man"], stop=(cut,), **options)
+        assert stopped["text"] == free["text"][: free["text"].index(cut)].strip() and stopped["finished"]
+        assert stopped["num_tokens"] < free["num_tokens"] and stopped["logprob"] > free["logprob"]
+
+    def test_prompt_is_cut_from_the_left(self, tiny, tokenizer):
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        ids = common.prompt_ids(tokenizer, "one two three four")
+        tail = tokenizer.decode(ids[-4:])
+        options = {"max_new_tokens": 5, "temperature": 0.0}
+        long = generation.generate(model, tokenizer, ["one two three four"], max_prompt_length=5, **options)
+        assert long[0][0]["text"] == generation.generate(model, tokenizer, [tail], **options)[0][0]["text"]
+
+
+class TestJournal:
+    def test_two_writers_refuse_each_other(self, tmp_path):
+        with open(tmp_path / "o.jsonl.args.json", "a+") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="another run"):
+                generation.Journal(tmp_path / "o.jsonl", ["a"], {})
+
+    def test_ids_of_another_input(self, tmp_path):
+        generation.Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
+        with pytest.raises(UserError, match="'a' is not in the input"):
+            generation.Journal(tmp_path / "o.jsonl", ["b"], {})
+
+    def test_a_broken_line_in_the_middle(self, tmp_path):
+        generation.Journal(tmp_path / "o.jsonl", ["a"], {})
+        (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
+        with pytest.raises(UserError, match="no record"):
+            generation.Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+
+    def test_a_file_of_unknown_origin(self, tmp_path):
+        (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
+        with pytest.raises(UserError, match="not written by this script"):
+            generation.Journal(tmp_path / "o.jsonl", ["a"], {})
+
+    def test_order_and_what_is_missing(self, tmp_path, capfd):
+        journal = generation.Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
+        journal.write([{"id": "c"}, {"id": "a"}])
+        assert journal.finish() == 2 and not (tmp_path / "o.jsonl").exists() and "1 missing" in capfd.readouterr().out
+        del journal
+        journal = generation.Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
+        assert journal.done == {"a", "c"}
+        journal.write([{"id": "b"}])
+        journal.finish()
+        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "b", "c"]

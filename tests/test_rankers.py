@@ -1,0 +1,170 @@
+"""rankers.py: how answers and replies are read, and the rankers of RESCUE's orderings."""
+
+import json
+
+import pytest
+import torch
+from api_server import Server
+from conftest import make_records, nli, read_jsonl, refused, run, write_jsonl
+
+import rankers
+import rescue
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By label
+
+
+@pytest.mark.parametrize(
+    "text, label, well_formed",
+    [
+        ("Because. #### Neutral", "neutral", True),
+        ("Because. ####  entailment.", "entailment", True),
+        ("#### Neutral", "neutral", False),  # no explanation
+        ("Because. #### Neutral or Entailment", None, False),
+        ("Not neutral at all. #### Contradiction", "contradiction", True),  # the label after the mark counts
+        ("It is a contradiction.", "contradiction", False),  # no mark: exactly one label in it
+        ("Neutral, not entailment.", None, False),
+        ("Because. #### Contention", None, False),
+        ("Because. #### Neutral\nPremise: x", "neutral", False),
+        ("neutrality", None, False),
+        ("", None, False),
+    ],
+)
+def test_parse_nli(text, label, well_formed):
+    assert rankers.parse_nli(text) == (label, well_formed)
+
+
+def test_normalize_answer():
+    assert rankers.normalize_answer("The  U.S.A., an island!") == "usa island"
+
+
+def test_has_answer_is_the_best_subspan_rule():
+    assert rankers.has_answer("It was the WILLIAM-Shakespeare!", ["x", "a williamshakespeare"])
+    assert not rankers.has_answer("Will Shakespeare", ["William Shakespeare"])
+    assert not rankers.has_answer("anything", ["The"])  # nothing left of it: it must not match every text
+
+
+class TestRank:
+    def test_by_label(self, cli, tmp_path):
+        record = make_records(1)[0]  # gold label: entailment
+        texts = ["x #### Entailment", "x #### Neutral", "nothing", "An entailment."]
+        record["candidates"] = record["candidates"][:1] + [{"text": t, "source": "m"} for t in texts]
+        source = write_jsonl(tmp_path / "in.jsonl", [record])
+        result = cli("collect_candidates", "rank", "--by", "label", "--input", source, "--output", tmp_path / "o.jsonl")
+        assert result.code == 0, result.err
+        got = read_jsonl(tmp_path / "o.jsonl")[0]["candidates"]
+        assert [(c["label"], c["correct"]) for c in got[1:]] == [
+            ("entailment", True),
+            ("neutral", False),
+            (None, False),
+            ("entailment", True),
+        ]
+        assert "m: 4 total, 2 well-formed, 2 malformed, 2 correct, 1 wrong, 1 unparsed" in result.out
+
+    def test_no_label_to_compare_with(self, cli, tmp_path):
+        record = make_records(1)[0]
+        del record["label"]
+        source = write_jsonl(tmp_path / "in.jsonl", [record])
+        refused(
+            cli("collect_candidates", "rank", "--by", "label", "--input", source, "--output", tmp_path / "o.jsonl"),
+            "r0",
+        )
+        assert not (tmp_path / "o.jsonl").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By gpt
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [
+        ("2 > 1 > 3", [2, 1, 3]),
+        ("I think so.\nRanking: 3 > 1 > 2\n", [3, 1, 2]),
+        ("Response 3 > Response 2 > Response 1", [3, 2, 1]),
+        ("[1], [3], [2]", [1, 3, 2]),
+        ("**1 > 2 > 3**", [1, 2, 3]),
+        ("1 > 2 > 3\n3 > 2 > 1", [3, 2, 1]),
+        ("1 > 2", None),
+        ("1 > 2 > 2", None),
+        ("1 > 2 > 3 > 4", None),
+        ("0 > 1 > 2", None),
+        ("1 > 2 = 3", None),
+        ("the best is 1, then 2, then 3", None),
+        ("1 2 3", None),
+        ("123", None),
+        ("", None),
+    ],
+)
+def test_parse_ranking_is_strict(text, want):
+    assert rankers.parse_ranking(text, 3) == want
+
+
+def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, monkeypatch, capsys):
+    texts = ["aaaa", "b", "ccc", "dd"]
+    records = [nli(i, *texts) for i in range(8)] + [nli(8, "mumble", "x")]
+
+    def behave(prompt, nth, body):
+        if "mumble" in prompt:
+            return json.dumps({"choices": [{"message": {"content": "both"}, "finish_reason": "stop"}]}).encode()
+        shown = [line.split(": ")[1] for line in prompt.splitlines() if line.startswith("Response ")]
+        order = sorted(range(4), key=lambda k: -len(shown[k]))  # the longest is the best
+        text = " > ".join(str(k + 1) for k in order)
+        return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    with Server(behave) as server:
+        run(monkeypatch, "rank", "--by", "gpt", "--input", write_jsonl(tmp_path / "in.jsonl", records), "--output",
+            tmp_path / "o.jsonl", "--base_url", server.url, "--model", "m")  # fmt: skip
+    rows = read_jsonl(tmp_path / "o.jsonl")
+    assert all([c["rank"] for c in r["candidates"]] == [0, 3, 1, 2] for r in rows[:8])
+    assert [c["rank"] for c in rows[8]["candidates"]] == [None, None]
+    first = [[line for line in p.splitlines() if line.startswith("Response 1")][0] for p in server.asked if "aaaa" in p]
+    assert len(set(first)) > 1  # shuffled
+    assert server.asked.most_common(1)[0][1] == 3  # two re-asks
+    out = capsys.readouterr().out
+    assert "8 ranked" in out and "1 unranked" in out
+    assert rescue.preference(rows[0], "gpt") == [0.0, -3.0, -1.0, -2.0]
+    assert rescue.preference(rows[8], "gpt") == [0.0, 0.0]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# By similarity
+
+
+@pytest.fixture(scope="module")
+def tiny_encoder(tmp_path_factory):
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path_factory.mktemp("encoder")
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]))
+    tokenizer = BertTokenizerFast(str(folder / "vocab.txt"))
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    BertModel(BertConfig(vocab_size=13, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_rank_by_similarity_is_the_cosine_of_mean_token_states(tmp_path, monkeypatch, cli, tiny_encoder):
+    from transformers import AutoModel, AutoTokenizer
+
+    records = [nli(0, "a b c", "a b c", "d e f g h a", "b"), nli(1, "c d", "e")]
+    run(monkeypatch, "rank", "--by", "similarity", "--input", write_jsonl(tmp_path / "in.jsonl", records), "--output",
+        tmp_path / "o.jsonl", "--encoder", tiny_encoder)  # fmt: skip
+    model, tokenizer = AutoModel.from_pretrained(tiny_encoder).eval(), AutoTokenizer.from_pretrained(tiny_encoder)
+    for row in read_jsonl(tmp_path / "o.jsonl"):
+        vectors = []
+        for c in row["candidates"]:  # one by one: no padding to mask
+            with torch.no_grad():
+                states = model(**tokenizer(c["text"], return_tensors="pt")).last_hidden_state[0]
+            vectors.append(states.mean(0))
+        for c, vector in zip(row["candidates"], vectors):
+            want = torch.cosine_similarity(vectors[0], vector, dim=0).item()
+            assert c["similarity"] == pytest.approx(want, abs=1e-5)
+    assert row["candidates"][0]["similarity"] == pytest.approx(1, abs=1e-5)
+    no_human = nli(0, "a")
+    no_human["candidates"][0]["source"] = "m"
+    flags = ["--by", "similarity", "--input", write_jsonl(tmp_path / "n.jsonl", [no_human])]
+    flags += ["--output", tmp_path / "p.jsonl", "--encoder", tiny_encoder]
+    refused(cli("collect_candidates", "rank", *flags), "no human response")

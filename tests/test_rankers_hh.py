@@ -1,0 +1,156 @@
+"""rankers.py for PRO: reward models, ranking by them, longer rankings."""
+
+import json
+
+import pytest
+import torch
+from conftest import read_jsonl, run, write_jsonl
+
+import common
+import rankers
+
+
+@pytest.fixture(scope="module")
+def oasst(tiny, tmp_path_factory):
+    """A tiny random checkpoint of OpenAssistant's type, with a tokenizer that has its marks."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("oasst")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|prompter|>", "<|assistant|>", "<|system|>"]})
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    model = rankers.RewardModel(rankers.RewardModelConfig(vocab_size=len(tokenizer), **sizes))
+    torch.nn.init.normal_(model.out_proj.weight)
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_the_oasst_class_is_saved_and_loaded(oasst):
+    config = json.loads((oasst / "config.json").read_text())
+    assert config["model_type"] == "gpt_neox_reward_model" and config["pooling"] == "last"
+    _, tokenizer, form = rankers.load_reward_model(str(oasst), torch.device("cpu"), "--reward_model", False)
+    assert form == "oasst"
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_oasst_logits_are_the_direct_computation(oasst, tmp_path, pooling):
+    """Through the plain GPT-NeoX body of the saved weights, one dialogue at a time, against a padded batch."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXModel
+
+    for file in oasst.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text()) | {"pooling": pooling}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    dialogue = [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
+    records = [
+        {"prompt": "Human: Why?", "messages": [{"role": r, "content": c} for r, c in dialogue]},
+        {"prompt": "no messages: one turn of the user"},
+    ]
+    pairs = [(records[0], "Because of that."), (records[1], "Ok"), (records[0], "")]
+    got = rankers.reward_logits(str(tmp_path), torch.device("cpu"), pairs)
+    weights, tokenizer = load_file(tmp_path / "model.safetensors"), AutoTokenizer.from_pretrained(tmp_path)
+    known = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+    body = GPTNeoXModel(GPTNeoXConfig(**{k: config[k] for k in known})).eval()
+    body.load_state_dict({k.removeprefix("gpt_neox."): v for k, v in weights.items() if k.startswith("gpt_neox.")})
+    texts = [
+        "<|prompter|>Hi</s><|assistant|>Hello.</s><|prompter|>Why?</s><|assistant|>Because of that.</s>",
+        "<|prompter|>no messages: one turn of the user</s><|assistant|>Ok</s>",
+        "<|prompter|>Hi</s><|assistant|>Hello.</s><|prompter|>Why?</s><|assistant|></s>",
+    ]
+    for reward, text in zip(got, texts):
+        with torch.no_grad():
+            states = body(torch.tensor([tokenizer(text, add_special_tokens=False).input_ids])).last_hidden_state[0]
+        state = states[-1] if pooling == "last" else states.mean(0)
+        want = (weights["out_proj.weight"][0] @ state + weights["out_proj.bias"][0]).item()
+        assert reward == pytest.approx(want, abs=1e-4)
+    assert len({round(x, 4) for x in got}) == 3
+
+
+def test_a_reward_that_is_not_finite_is_refused(oasst, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in oasst.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["out_proj.bias"].fill_(float("inf"))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(common.UserError, match="record 'a' is not finite"):
+        rankers.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, "Ok")])
+
+
+def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
+    run(
+        monkeypatch,
+        "rank",
+        "--by",
+        "reward",
+        "--reward_model",
+        oasst,
+        "--input",
+        prepared,
+        "--output",
+        tmp_path / "r.jsonl",
+    )
+    before, after = read_jsonl(prepared), read_jsonl(tmp_path / "r.jsonl")
+    for old, new in zip(before, after):
+        rewards = [c["reward"] for c in new["candidates"]]
+        assert rewards == sorted(rewards, reverse=True) and new["reward_model"] == str(oasst)
+        assert [c["rank"] for c in new["candidates"]] == [0, 1]
+        assert sorted(c["text"] for c in new["candidates"]) == sorted(c["text"] for c in old["candidates"])
+        alone = rankers.reward_logits(str(oasst), torch.device("cpu"), [(old, new["candidates"][1]["text"])])
+        assert rewards[1] == pytest.approx(alone[0], abs=1e-4)
+    agree = sum(r["candidates"][0]["source"] == "chosen" for r in after)
+    assert f"in {agree} of 3 pairs" in capsys.readouterr().out
+
+
+def test_equal_rewards_share_a_rank(monkeypatch, tmp_path):
+    monkeypatch.setattr(rankers, "reward_logits", lambda name, device, pairs, **_: [len(t) for _, t in pairs])
+    candidates = [{"text": t, "source": "m"} for t in ("a", "ccc", "bb", "dd")]
+    source = write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "p", "candidates": candidates}])
+    run(monkeypatch, "rank", "--by", "reward", "--input", source, "--output", tmp_path / "r.jsonl")
+    assert [(c["text"], c["rank"]) for c in read_jsonl(tmp_path / "r.jsonl")[0]["candidates"]] == [
+        ("ccc", 0),
+        ("bb", 1),
+        ("dd", 1),
+        ("a", 3),
+    ]
+
+
+def test_a_causal_lm_is_no_reward_model(monkeypatch, capsys, tiny, prepared, tmp_path):
+    argv = ["rank", "--by", "reward", "--input", prepared, "--output", tmp_path / "r.jsonl"]
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *argv, "--reward_model", tiny)
+    assert stop.value.code == 2 and "not a reward model" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["plain", "chat_template"])
+def test_dialogue_forms(tiny, form):
+    tokenizer = common.load_tokenizer(tiny)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
+    text = tokenizer.decode(rankers.dialogue_ids(tokenizer, record, "Yes", form))
+    assert text == {"plain": "<s>Human: Hi\n\nAssistant:Yes</s>", "chat_template": "[user]Hi;[assistant]Yes;"}[form]
+
+
+def expanded(**flags):
+    parser = common.Parser()
+    rankers.rank_flags(parser.add_argument)
+    args = parser.parse_args(["--by", "reward", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))])
+    sources = ["rejected", "chosen", "alpaca-7b", "gpt-3.5-turbo", "text-curie-001", "alpaca-7b", "alpaca-7b"]
+    candidates = [{"text": f"{i}", "source": s} for i, s in enumerate(sources)]
+    return [c["text"] for c in rankers.expand_ranking({"id": "a", "candidates": candidates}, args)["candidates"]]
+
+
+def test_expansions():
+    assert expanded(expand="ascending", ranking_length=3) == ["0", "1", "4"]  # curie first
+    assert expanded(expand="ascending", ranking_length=5) == ["0", "1", "4", "2", "3"]
+    assert expanded(expand="descending", ranking_length=4) == ["0", "1", "3", "2"]
+    assert expanded(expand="alpacas", ranking_length=5) == ["0", "1", "2", "5", "6"]
+    assert expanded(expand="chatgpt", ranking_length=3) == ["0", "1", "3"]
+    draws = {tuple(expanded(expand="random", ranking_length=5, seed=s)) for s in range(30)}
+    assert len(draws) == 6 and {d[:2] for d in draws} == {("0", "1")}
+    with pytest.raises(common.UserError, match="has 3 candidates for --expand chatgpt"):
+        expanded(expand="chatgpt", ranking_length=4)
