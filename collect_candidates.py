@@ -218,7 +218,8 @@ HH_RAW = {  # training rows as published (PRO, Table 1)
 
 
 def split_dialogue(text):
-    """HH's transcript -> messages; turns of one speaker that follow each other are one, as in PRO's code."""
+    """HH's transcript -> messages; turns of one speaker that follow each other are one, as in PRO's code. That code
+    keeps a turn's first paragraph alone: here the whole turn stays."""
     before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     messages = []
     for role, content in zip(map(HH_ROLES.get, parts[::2]), map(str.strip, parts[1::2])):
@@ -232,7 +233,8 @@ def split_dialogue(text):
 def prepare_hh(row, where, index, template):
     """A row of HH-RLHF (chosen, rejected) -> record with both as candidates.
 
-    None where the two have not the same context and number of turns (PRO's filter).
+    None where the two have not the same context and number of turns (PRO's filter; its code compares the
+    number alone).
     """
     *context, chosen = split_dialogue(text_field(row, "chosen", where)) or [None]
     *other, rejected = split_dialogue(text_field(row, "rejected", where)) or [None]

@@ -1165,7 +1165,9 @@ def plot_setting(systems, path, setting):
         bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
         axes.errorbar(x, y, bars, fmt="-o", capsize=3, label=ordering)
     axes.set(xlabel=setting.replace("_", " "), ylabel="accuracy")
-    axes.legend(frameon=False, title="ordering")
+    if setting == "alpha" and min(x for points in lines.values() for x, *_ in points) > 0:
+        axes.set_xscale("log")
+    figure.legend(frameon=False, title="ordering", loc="outside right upper")
     save_figure(figure, path)
 
 
@@ -1189,7 +1191,7 @@ def plot_sources(systems, path):
                     column_values, bins=bins.tolist(), density=True, histtype="step", label=f"{source} ({len(rows)})"
                 )
             ax.set(xlabel=label, ylabel="density", title=name)
-        axes[0].legend(frameon=False, fontsize=8)
+        axes[-1].legend(frameon=False, fontsize=8)
         save_figure(figure, predictions.with_name(path.name))
 
 
