@@ -1165,8 +1165,11 @@ def plot_setting(systems, path, setting):
         bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
         axes.errorbar(x, y, bars, fmt="-o", capsize=3, label=ordering)
     axes.set(xlabel=setting.replace("_", " "), ylabel="accuracy")
-    if setting == "alpha" and min(x for points in lines.values() for x, *_ in points) > 0:
+    values = sorted({x for points in lines.values() for x, *_ in points})
+    if setting == "alpha" and values[0] > 0:
         axes.set_xscale("log")
+    axes.set_xticks(values, [f"{x:g}" for x in values])
+    axes.minorticks_off()
     figure.legend(frameon=False, title="ordering", loc="outside right upper")
     save_figure(figure, path)
 
