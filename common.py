@@ -1,10 +1,8 @@
-"""What the three methods share: records in, packed rows, length-normalised scores, devices, FSDP2, checkpoints. No
-loss lives here.
+"""What the three methods share: records in, packed rows, length-normalised scores, devices, FSDP2, checkpoints.
 
-The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt is read once.
-A row is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own prompt and
-itself;
-positions restart after the prompt; logits are computed only where a response token is predicted.
+No loss lives here. The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt
+is read once. A row is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own
+prompt and itself; positions restart after the prompt; logits are computed only where a response token is predicted.
 
     encode(tokenizer, record)        one prompt and its candidates as token ids
     pack(encoded_records)            a row of one or more of them; pack_padded: the plain way, one sequence a candidate
@@ -268,9 +266,8 @@ def encode(tokenizer, record, max_length=512, max_response_length=None):
     """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without, plus EOS) apart.
 
     A response keeps at most `max_response_length` tokens, its EOS among them: it is cut from the right. Then the
-    prompt is cut from
-    the left, its BOS kept, so that it and the longest response fit `max_length`; at least one prompt token always
-    stays.
+    prompt is cut from the left, its BOS kept, so that it and the longest response fit `max_length`; at least one
+    prompt token always stays.
     """
     eos = tokenizer.eos_token_id
     prompt = prompt_ids(tokenizer, record["prompt"])
@@ -286,9 +283,7 @@ def encode(tokenizer, record, max_length=512, max_response_length=None):
 
 def prompt_ids(tokenizer, text):
     """The prompt's tokens with the tokenizer's own special tokens, BOS once and no EOS."""
-    has_bos = tokenizer.bos_token is not None and text.startswith(
-        tokenizer.bos_token
-    )  # a chat template wrote it already
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # a chat template wrote it
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
     closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if closed else ids  # some tokenizers close every text with EOS
@@ -418,8 +413,8 @@ def _block_mask(spans, device):
 
 
 def pack_padded(encoded_records, pad_id=0):
-    """The plain way: each candidate a sequence with its own copy of the prompt, padded right -> PackedBatch. The
-    reference for `pack`."""
+    """The plain way, the reference for `pack`: each candidate a sequence with its own copy of the prompt, padded
+    right -> PackedBatch."""
     sequences = [(e.prompt_ids, r) for e in encoded_records for r in e.responses]
     L = max(len(p) + len(r) for p, r in sequences)
     input_ids = torch.full((len(sequences), L), pad_id)
@@ -619,8 +614,7 @@ def add_training_flags(
 
 
 def init_distributed():
-    """-> (rank, world, device). nccl on CUDA, gloo on CPU, a group of one without torchrun: the same code
-    everywhere."""
+    """-> (rank, world, device): nccl on CUDA, gloo on CPU, a group of one without torchrun."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -648,8 +642,7 @@ def on_rank0(fn):
 
 
 def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
-    """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; UserError names the
-    flag."""
+    """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; errors name `flag`."""
     safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
     try:
         return auto_class.from_pretrained(name, **safe, **kwargs)
@@ -851,8 +844,7 @@ def epoch_batches(num_prompts, args, epoch):
 
 
 def all_sum(values):
-    """Sum a list of tensors or numbers, element by element, over all ranks -> list of floats. One collective and one
-    sync."""
+    """Sum a list of tensors or numbers over all ranks, each by itself -> list of floats. One collective, one sync."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
     dist.all_reduce(total)
     return total.tolist()
@@ -865,8 +857,8 @@ def clip_grad_norm(model, max_norm):
 
 
 def speed(model, tokens, seconds, device):
-    """-> {"tok/s": unique tokens a second over all ranks, and on a known GPU "MFU"}: 6 x parameters x tokens against
-    the dense bf16 peak."""
+    """-> {"tok/s": unique tokens a second over all ranks}, and on a known GPU "MFU": 6 FLOPs a parameter and token
+    against the dense bf16 peak."""
     peak = next(
         (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
     )
@@ -894,8 +886,8 @@ class Run:
 
     OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
     OUTPUT/log.jsonl      one line a logged step
-    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last; OUTPUT/latest names the
-    newest
+    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last
+    OUTPUT/latest         names the newest checkpoint
     OUTPUT/model/         the trained model, a Hugging Face folder
 
     The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole
@@ -989,8 +981,9 @@ class Run:
         sys.exit(0)
 
     def check_finite(self, step, losses, grad_norm):
-        """Raise UserError unless every micro-batch's loss and the gradient norm are finite. losses: [(loss, record
-        ids)] of this rank."""
+        """Raise UserError unless every micro-batch's loss and the gradient norm are finite.
+
+        losses: this rank's [(loss, record ids)]."""
         bad = [i for loss, ids in losses if not torch.isfinite(loss) for i in ids]
         everyone = [None] * self.world
         if all_sum([len(bad)])[0] == 0 and math.isfinite(grad_norm):
@@ -1013,8 +1006,7 @@ class Run:
     # -- checkpoints
 
     def save(self, step, model, optimizer):
-        """Write OUTPUT/checkpoints/step-N: under a temporary name, then renamed, then `latest` changes, then old ones
-        go."""
+        """Write OUTPUT/checkpoints/step-N under a temporary name, rename it, change `latest`, drop old ones."""
         folder = self.output / "checkpoints" / f"step-{step:08d}"
         part = folder.with_name(f"part-{step:08d}")
         on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
