@@ -13,7 +13,8 @@ OMP_NUM_THREADS=1 on a CPU seconds are those that the thread computed, so that f
                 against each other one, n - 1 pairs (the fewest that name every response, so the cheapest for it)
     flash_pref  flash_pref.shared_prefix around the padded step, where it and flash-attn are installed (CUDA)
 
-ideal = n (P + R) / (P + n R): tokens that the padded step reads for each one that we read.
+ideal: n (P + R) / (P + n R), tokens that the padded step reads for each one that we read; and FLOPs that it computes
+(the head at every position, attention over whole rows) for each one that must be.
 MFU: the work that must be done (each token once through the layers, the head at response positions, forward and
 backward) for each second, over the device's peak: dense bf16 on a known GPU, else a matrix product measured here.
 
@@ -227,7 +228,8 @@ ATTENTION["flash_pref"] = "flash_attention_2"
 
 
 def step_flops(model, shape, prompts):
-    """FLOPs that the step needs: 6 a parameter and token, each token once; the head at response positions only."""
+    """-> (FLOPs that the step needs, FLOPs of the padded step): 6 a parameter and token. Needed: each token once, the
+    head at response positions only, attention to what a token sees."""
     P, n, R = shape
     config = model.config.get_text_config()
     head = config.vocab_size * config.hidden_size
@@ -236,8 +238,9 @@ def step_flops(model, shape, prompts):
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
     pairs = P * P / 2 + n * (R * P + R * R / 2)  # query-key pairs; 2 products of 2 FLOPs, and twice that backward
-    attention = 12 * config.num_hidden_layers * width * pairs
-    return prompts * (6 * body * (P + n * R) + 6 * head * n * R + attention)
+    attention = 12 * config.num_hidden_layers * width
+    needed = 6 * body * (P + n * R) + 6 * head * n * R + attention * pairs
+    return prompts * needed, prompts * n * (6 * (body + head) * (P + R) + attention * (P + R) ** 2)
 
 
 def peak_flops(device):
@@ -271,8 +274,8 @@ def ratios(row, name, base="ours"):
 def table(report):
     """The results as a Markdown table."""
     lines = [
-        "| workload | prompt / n x R | step | seconds, median of | times ours | ideal | peak GB (step's own) | "
-        "ours / its peak (step's own) | unique tokens/s | MFU |",
+        "| workload | prompt / n x R | step | seconds, median of | times ours | ideal, tokens and FLOPs | "
+        "peak GB (step's own) | ours / its peak (step's own) | unique tokens/s | MFU |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
@@ -280,9 +283,10 @@ def table(report):
         for name, c in row["contenders"].items():
             seconds, peak, own = (statistics.median(c[k]) for k in ("seconds", "peak_bytes", "step_bytes"))
             times, memory, own_memory = ratios(row, name)
-            ideal = n * (P + R) / (P + n * R) if name == "padded" else None
+            ideal = (n * (P + R) / (P + n * R), row["padded_flops"] / row["flops"]) if name == "padded" else None
             cells = [row["workload"], f"{P} / {n} x {R}", name, f"{seconds:.2f} ({len(c['seconds'])})"]
-            cells += [f"{x:.2f}" if x else "" for x in (times, ideal)] + [f"{peak / 1e9:.2f} ({own / 1e9:.2f})"]
+            cells += [f"{times:.2f}" if times else "", "{:.2f}, {:.2f}".format(*ideal) if ideal else ""]
+            cells += [f"{peak / 1e9:.2f} ({own / 1e9:.2f})"]
             cells += [f"{memory:.2f} ({own_memory:.2f})" if memory else ""]
             cells += [f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
             cells += [f"{row['flops'] / seconds / report['peak_flops'][0]:.0%}" if report["peak_flops"][0] else ""]
@@ -429,7 +433,8 @@ def run(args, report, output, device):
         for shape in WORKLOADS[workload]:
             result = measure(contenders, model, optimizer, shape, args, device)
             row = {"workload": workload, "shape": shape, "prompts": args.prompts}
-            row |= {"flops": step_flops(model, shape, args.prompts), "contenders": result}
+            row |= dict(zip(("flops", "padded_flops"), step_flops(model, shape, args.prompts)))
+            row |= {"contenders": result}
             same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
             rows = json.loads(output.read_text())["rows"] if output.exists() else []
             report["rows"] = [r for r in rows if not same(r)] + [row]

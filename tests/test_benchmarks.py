@@ -26,12 +26,13 @@ def test_contenders_score_and_learn_alike():
 
 
 def test_flops_by_hand():
-    """2 layers, hidden 32, head tied (400 x 32): the work of P 10, n 2, R 3."""
+    """2 layers, hidden 32, head tied (400 x 32): the work of P 10, n 2, R 3; padded, 2 rows of 13 as a whole."""
     model = make_model()
     body = sum(p.numel() for p in model.parameters()) - 400 * 32
     pairs = 10 * 10 / 2 + 2 * (3 * 10 + 3 * 3 / 2)
     want = 6 * body * 16 + 6 * 400 * 32 * 6 + 12 * 2 * 32 * pairs
-    assert bench.step_flops(model, (10, 2, 3), prompts=1) == want
+    padded = 2 * (6 * (body + 400 * 32) * 13 + 12 * 2 * 32 * 13 * 13)
+    assert bench.step_flops(model, (10, 2, 3), prompts=1) == (want, padded)
 
 
 def test_ratios_are_taken_turn_by_turn():
