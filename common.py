@@ -974,7 +974,8 @@ class Run:
 
     def stop(self, step, model, optimizer):
         """Save after an interruption, say how to go on, and leave with exit code 0."""
-        self.save(step, model, optimizer)
+        if step > 0:  # before the first step there is nothing to save, and AdamW's state is empty: DCP cannot load that
+            self.save(step, model, optimizer)
         torchrun = f"torchrun --nproc_per_node {self.world} " if "RANK" in os.environ else "python "
         argv = [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
         say(f"stopped after step {step}; continue with: {torchrun}{shlex.join(argv)}")

@@ -167,9 +167,10 @@ class TestTraining:
         command("torchrun", "--nproc_per_node", 2, "rescue.py", "--model", tiny, *flags.split())
         assert difference(tmp_path / "one", tmp_path / "two") < 2e-6
 
-    def test_resumed_is_uninterrupted_bit_for_bit(self, cli, tiny, data, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("steps", [0, 3])
+    def test_resumed_is_uninterrupted_bit_for_bit(self, cli, tiny, data, tmp_path, monkeypatch, steps):
         train(cli, tiny, data, tmp_path / "whole", "--epochs", 2)
-        stopped = interrupt_after(monkeypatch, 3)
+        stopped = interrupt_after(monkeypatch, steps)
         result = train(cli, tiny, data, tmp_path / "parts", "--epochs", 2)
         assert "--resume" in result.out and not (tmp_path / "parts/model").exists()
         stopped.undo()
