@@ -420,6 +420,8 @@ def main():
 def run(args, report, output, device):
     model, tokenizer = load(args, device)
     names = args.contenders or ["ours", "padded"]
+    if device.type == "cpu":
+        say("no CUDA device: FlexAttention, flash-pref and bf16 are left out; the same command measures them on one")
     if device.type == "cuda" and not args.contenders:
         names = ["ours", "ours_flex", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
         names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
