@@ -23,6 +23,7 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
@@ -110,29 +111,27 @@ def torch_reports(shape, world):
     """The same quantities, as far as a step of torch shows them on rank 0 of `world` fake ranks (CPU, bf16 policy)."""
     dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
     traffic = {"gather": 0, "reduce": 0}
+    larger = {"_allgather_base_": ("gather", 0), "_reduce_scatter_base_": ("reduce", 1)}  # output, input
 
-    def counted(name, collective, larger):
-        def call(output, input, **options):
-            traffic[name] += (output, input)[larger].nbytes * (world - 1) // world
-            return collective(output, input, **options)
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            name, which = larger.get(function._schema.name.partition("::")[2], (None, None))
+            if name:
+                traffic[name] += args[which].nbytes * (world - 1) // world
+            return function(*args, **(kwargs or {}))
 
-        return call
-
-    before = dist.all_gather_single, dist.reduce_scatter_single
-    dist.all_gather_single = counted("gather", before[0], larger=0)
-    dist.reduce_scatter_single = counted("reduce", before[1], larger=1)
     try:
         model = common.shard(build(shape, "cpu").train(), torch.device("cpu"), common.BF16)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.zeros(1, 16, dtype=torch.long)
-        model(input_ids=ids, logits_to_keep=torch.arange(8)).logits.float().mean().backward()
+        with Counted():
+            model(input_ids=ids, logits_to_keep=torch.arange(8)).logits.float().mean().backward()
         optimizer.step()
         local = [p.to_local() for p in model.parameters()]
         adam = [s for p in model.parameters() for s in optimizer.state[p].values() if s.numel() > 1]
         state = local + [p.grad.to_local() for p in model.parameters()] + [getattr(s, "_local_tensor", s) for s in adam]
         return {"state": sum(x.nbytes for x in state)} | {f"{k} traffic": v for k, v in traffic.items()}
     finally:
-        dist.all_gather_single, dist.reduce_scatter_single = before
         dist.destroy_process_group()
 
 
