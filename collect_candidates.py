@@ -83,7 +83,7 @@ def prepare_esnli(row, where, index, template):
     return {
         "id": str(row.get("id", f"esnli-{index}")),
         "task": "esnli",
-        "prompt": rankers.fill(template, fields, where),
+        "prompt": generation.fill(template, fields, where),
         "label": fields["label"],
         "answers": None,
         "candidates": [human],
@@ -113,7 +113,7 @@ def alpaca_prompt(template, fields, where):
     """Fill the template's part before a line --- where there is an input, else the part after it."""
     with_input, mark, without_input = template.partition("\n---\n")
     part = with_input if fields["input"] or not mark else without_input
-    return rankers.fill(part.strip() + "\n", fields, where)
+    return generation.fill(part.strip() + "\n", fields, where)
 
 
 def prepare_alpaca(row, where, index, template):
@@ -196,7 +196,7 @@ def check_passages(row, where):
 
 def qa_prompt(template, question, documents, where):
     texts = [f"Document {i} ({d['title']}): {d['text']}" for i, d in enumerate(documents, 1)]
-    return rankers.fill(template, {"documents": "\n".join(texts), "question": question}, where)
+    return generation.fill(template, {"documents": "\n".join(texts), "question": question}, where)
 
 
 def prepare_multidoc_qa(row, where, index, template):
@@ -246,7 +246,7 @@ def prepare_hh(row, where, index, template):
         "id": f"{row['subset']}-{index}",
         "task": "hh",
         "subset": row["subset"],
-        "prompt": rankers.fill(template, {"dialogue": dialogue}, where),
+        "prompt": generation.fill(template, {"dialogue": dialogue}, where),
         "messages": context,
         "label": None,
         "answers": None,
@@ -306,7 +306,7 @@ def prepare_flags(add):
 
 def prepare(args):
     convert, template = TASKS[args.task]
-    template = rankers.read_template(args, template)
+    template = generation.read_template(args, template)
     if args.task == "hh":
         rows = hh_rows(args)
     elif args.input:
@@ -560,7 +560,7 @@ def flip(args):
     args.label_base_url = args.label_base_url if args.label_model else args.base_url
     args.label_model = args.label_model or args.model
     records, journal = generation.open_collected(args, "train", "flipped")
-    template = rankers.read_template(args, FLIP_TEMPLATE)
+    template = generation.read_template(args, FLIP_TEMPLATE)
     labeler = argparse.Namespace(**vars(args) | {"model": args.label_model, "base_url": args.label_base_url})
     provenance = {"explanation_by": pathlib.Path(args.model).name, "label_by": pathlib.Path(labeler.model).name}
     source = "flip-{explanation_by}-{label_by}".format(**provenance)
@@ -574,7 +574,7 @@ def flip(args):
         journal.write(r for r in chunk if explanations[r["id"]] is None)
         jobs = [r for r in chunk if explanations[r["id"]] is not None]
         flipped = {}
-        prompts = [rankers.fill(template, {"explanation": explanations[r["id"]]}, "--prompt_file") for r in jobs]
+        prompts = [generation.fill(template, {"explanation": explanations[r["id"]]}, "--prompt_file") for r in jobs]
 
         def unlike(i, text):
             return None if clean_sentence(text, explanations[jobs[i]["id"]]) else FLIP_AGAIN
@@ -591,7 +591,7 @@ def flip(args):
                 journal.write([jobs[i]])
         jobs = [r for r in jobs if r["id"] in flipped]
         contexts = [{"prompt": r["prompt"].rstrip(), "explanation": flipped[r["id"]]} for r in jobs]
-        prompts = [rankers.fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
+        prompts = [generation.fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
 
         def labeled(i, text):
             return None if rankers.one_label(text) else LABEL_AGAIN
@@ -646,7 +646,7 @@ def anchor(args):
     rank, world, device = common.init_distributed()
     args.input = args.input or f"data/{args.task}/train.jsonl"
     args.source = args.source or pathlib.Path(args.model).name
-    records, template = list(generation.read_records(args.input)), rankers.read_template(args, QA_TEMPLATE)
+    records, template = list(generation.read_records(args.input)), generation.read_template(args, QA_TEMPLATE)
     for r in records:
         if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
             raise UserError(f"{args.input}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
@@ -711,14 +711,14 @@ def hindsight(args):
     """Chain of hindsight: one response that names a better and a worse answer, for pro.py --no_ranking; the templates
     take turns. What stands before a template's first field ends the prompt: prompt such a model with it too."""
     records = common.load_candidates(args.input)
-    templates = rankers.read_template(args, HINDSIGHT_TEMPLATE).strip().split("\n---\n")
+    templates = generation.read_template(args, HINDSIGHT_TEMPLATE).strip().split("\n---\n")
     heads = [t.partition("{")[0].rstrip() for t in templates]
     journal = generation.Journal(args.output, [r["id"] for r in records], generation.settings_of(args))
     for number, record in enumerate(records):
         best, *_, worst = best_first(record, args.input) * 2  # a lone response is better and worse
         template, head = templates[number % len(templates)], heads[number % len(heads)]
         fields = {"better": best["text"], "worse": worst["text"]}
-        text = rankers.fill(template.removeprefix(head), fields, args.prompt_file or "the template").strip()
+        text = generation.fill(template.removeprefix(head), fields, args.prompt_file or "the template").strip()
         if record["id"] not in journal.done:
             candidates = [{"text": text, "source": "hindsight", "rank": 0}]
             journal.write([record | {"prompt": f"{record['prompt']} {head}".rstrip(), "candidates": candidates}])

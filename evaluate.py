@@ -745,7 +745,7 @@ def vicuna_flags(add):
 def vicuna(args):
     """Answer the questions' first turns, greedily."""
     rank, world, device = common.init_distributed()
-    template, records = rankers.read_template(args, collect_candidates.ALPACA_TEMPLATE), []
+    template, records = generation.read_template(args, collect_candidates.ALPACA_TEMPLATE), []
     for where, row in itertools.islice(common.read_rows(args.input), args.limit):
         if not (isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str)):
             raise UserError(f"{where}: field 'turns' must be a list of strings")
@@ -901,13 +901,13 @@ def judge(args):
         raise UserError(f"--answers {' '.join(args.answers)}: no question has an answer in both")
     args.name = args.name or "-vs-".join(pathlib.Path(p).resolve().parent.name for p in args.answers)
     args.output = args.output or str(EVAL_FOLDER / args.name / "judge.jsonl")
-    template = rankers.read_template(args, JUDGE_TEMPLATE)
+    template = generation.read_template(args, JUDGE_TEMPLATE)
     prompts = {}
     for i in ids:
         for order in ((0, 1), (1, 0)):
             a, b = (systems[k][i]["text"] for k in order)
             fields = {"question": systems[0][i]["question"], "a": a, "b": b}
-            prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = rankers.fill(
+            prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = generation.fill(
                 template, fields, args.prompt_file or "the template"
             )
     journal = generation.Journal(args.output, prompts, generation.settings_of(args))

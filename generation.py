@@ -1,6 +1,7 @@
 """Text from a model, on this machine or behind an OpenAI-compatible server, and output that survives a kill.
 
     Journal    finished records, a line each, from which a second run goes on
+    fill       a prompt template's {names}; read_template: the user's own template
     generate   responses of a local model with their log-probabilities
     complete   answers of a model that takes instructions: a server's, or a local one's
 
@@ -18,6 +19,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import time
 import urllib.parse
 import zlib
@@ -189,6 +191,28 @@ def open_collected(args, before, after, read=read_records):
     records = list(read(args.input))
     output = args.output or f"data/{args.task}/{after}.jsonl"
     return records, Journal(output, [r["id"] for r in records], settings_of(args))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prompt templates
+
+
+def fill(template, fields, where):
+    """Put fields into a template's {names}, once: text that holds braces itself is left alone."""
+    names = set(re.findall(r"{(\w+)}", template))
+    if names - fields.keys():
+        raise UserError(f"{where}: the template asks for {sorted(names - fields.keys())}; there are {sorted(fields)}")
+    return re.sub(r"{(\w+)}", lambda m: fields[m[1]], template)
+
+
+def read_template(args, default):
+    """The text of --prompt_file, or the built-in template."""
+    if not args.prompt_file:
+        return default
+    try:
+        return pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
 
 
 # ----------------------------------------------------------------------------------------------------------------------

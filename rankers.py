@@ -1,8 +1,7 @@
 """Annotations for candidates: the verb `rank` of collect_candidates.py, and a ranker for each --by.
 
 A ranker takes (records, args) and yields the records, annotated; RANKERS names them all. evaluate.py reads answers with
-the same functions (parse_nli, has_answer); it and PRO's bootstrapping take rewards from reward_logits. Prompt templates
-(fill, read_template) stand here, on the lowest floor that needs them.
+the same functions (parse_nli, has_answer); it and PRO's bootstrapping take rewards from reward_logits.
 """
 
 import contextlib
@@ -33,28 +32,6 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import common
 import generation
 from common import UserError, in_range, say
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Prompt templates
-
-
-def fill(template, fields, where):
-    """Put fields into a template's {names}, once: text that holds braces itself is left alone."""
-    names = set(re.findall(r"{(\w+)}", template))
-    if names - fields.keys():
-        raise UserError(f"{where}: the template asks for {sorted(names - fields.keys())}; there are {sorted(fields)}")
-    return re.sub(r"{(\w+)}", lambda m: fields[m[1]], template)
-
-
-def read_template(args, default):
-    """The text of --prompt_file, or the built-in template."""
-    if not args.prompt_file:
-        return default
-    try:
-        return pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # By label: what an answer says, and whether that is right
@@ -186,14 +163,14 @@ def rank_by_gpt(records, args):
 
     The responses are shown in a seeded random order: models prefer some places.
     """
-    records, template = list(records), read_template(args, GPT_TEMPLATE)
+    records, template = list(records), generation.read_template(args, GPT_TEMPLATE)
     orders, prompts, count = [], [], Counter()
     for r in records:
         n = len(r["candidates"])
         orders.append(random.Random(f"{args.seed}-{r['id']}").sample(range(n), n))
         shown = [f"Response {k}: {r['candidates'][i]['text']}" for k, i in enumerate(orders[-1], 1)]
         fields = {"n": str(n), "example": example_ranking(n), "prompt": r["prompt"], "responses": "\n\n".join(shown)}
-        prompts.append(fill(template, fields, "--prompt_file"))
+        prompts.append(generation.fill(template, fields, "--prompt_file"))
 
     def unranked(i, text):
         n = len(orders[i])
@@ -306,7 +283,7 @@ def rank_by_contextual(records, args):
     The original response is shown only with --rank_original; repetitions get rank null. A reply that cannot be parsed
     leaves every rank null and stays in the record as `unparsed_reply`; a request that failed is made again next time.
     """
-    template, count, asked, prompts = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
+    template, count, asked, prompts = generation.read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
     for record in records:
         texts = {}  # text -> its first candidate
         for i, c in enumerate(record["candidates"]):
@@ -321,7 +298,7 @@ def rank_by_contextual(records, args):
         fields = {"count": str(len(shown)), "responses": "\n\n".join(responses)}
         fields["task"] = record.get("instruction") or record["prompt"]
         asked.append((record, shown))
-        prompts.append(fill(template, fields, args.prompt_file or "the template"))
+        prompts.append(generation.fill(template, fields, args.prompt_file or "the template"))
     for number, replies, error in generation.complete(args, prompts):
         (record, shown), verdict = asked[number], None
         if replies is None:
