@@ -41,7 +41,9 @@ from tqdm import tqdm
 import common
 import generation
 import rankers
-from common import UserError, in_range, say
+import runtime
+from common import UserError, in_range
+from runtime import say
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare
@@ -428,7 +430,7 @@ def similar_pairs(responses, limit):
 
 
 def sample(args):
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     args.input = args.input or f"data/{args.task}/train.jsonl"
     records = list(generation.read_records(args.input))
     args.source = args.source or pathlib.Path(args.model).name
@@ -467,13 +469,13 @@ def sample(args):
             )
         journal.write(r for r in batch if r["id"] not in journal.done)
     journal.finish()
-    totals = common.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
+    totals = runtime.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
     say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
     if args.max_rouge_l is not None:
         trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
         kinds = ["kept at once", "too similar", *trials, "least similar kept"]
         kinds += ["pairs", "similar pairs before", "similar pairs after"]
-        totals = common.all_sum([diversity[k] for k in kinds])
+        totals = runtime.all_sum([diversity[k] for k in kinds])
         say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds, totals)))
 
 
@@ -643,7 +645,7 @@ def anchor_flags(add):
 
 def anchor(args):
     """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     args.input = args.input or f"data/{args.task}/train.jsonl"
     args.source = args.source or pathlib.Path(args.model).name
     records, template = list(generation.read_records(args.input)), generation.read_template(args, QA_TEMPLATE)
@@ -790,4 +792,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

@@ -11,52 +11,23 @@ prompt and itself; positions restart after the prompt; logits are computed only 
 """
 
 import argparse
-import contextlib
 import dataclasses
-import errno
-import fcntl
 import gzip
-import hashlib
 import json
 import math
-import os
 import pathlib
-import random
-import shlex
-import shutil
-import signal
-import sys
-from concurrent.futures import ThreadPoolExecutor
 
-import tokenizers
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.utils import logging as transformers_logging
 
-transformers_logging.disable_progress_bar()  # a bar a rank for loading and saving weights says nothing
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
+
+
 MAX_ARRAY = 2**30  # bytes of a .json file, the one format that cannot be streamed line by line
+
+
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
-FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
-FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
-BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU of the log line
 
 
 class UserError(Exception):
@@ -71,28 +42,6 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def run_cli(main):
-    """Call `main` as a command: UserError becomes one line and exit code 2, on rank 0 alone."""
-    try:
-        main()
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        where = f" ({e.filename})" if e.filename else ""
-        print(f"error: {e.strerror}{where}: free some space and run the same command again", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: what is written stays; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-
 def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
     """An argparse type: a finite number with low <= x <= high and x > above."""
 
@@ -104,10 +53,6 @@ def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
 
     parse.__name__ = kind.__name__
     return parse
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Records
 
 
 def read_rows(path):
@@ -243,10 +188,6 @@ def check_record(record, where):
                 raise UserError(f"{where}: candidates[{i}].{field} must be {expected}")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Tokens, rows, scores
-
-
 @dataclasses.dataclass
 class Encoded:
     """One record as token ids. Candidate i is `prompt_ids + responses[i]`; every response ends with EOS."""
@@ -323,8 +264,17 @@ class PackedBatch:
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-def pack(encoded_records, flex_device=None):
-    """Pack encoded records into one row -> PackedBatch; with `flex_device` its mask is FlexAttention's BlockMask."""
+def dense_mask(spans):
+    """The spans of a row -> attention mask [1, 1, T, T] bool: what every attention takes."""
+    segment, home = segments(spans)
+    mask = visible(segment[:, None], home[:, None], segment).tril()[None, None]
+    mask.spans = spans  # for runtime.attend_spans; any other attention reads the mask itself
+    return mask
+
+
+def pack(encoded_records, mask_of=dense_mask, block=1):
+    """Pack encoded records into one row -> PackedBatch. `mask_of` makes its mask from the row's spans, (tokens, number
+    of the prompt's span) each; the row is filled up to a multiple of `block` with a span that nobody looks at."""
     ids, positions, logit_positions, targets, candidate_index, sizes = [], [], [], [], [], []
     spans = []  # a span is a prompt or a response: (its tokens, the span of its prompt)
     for e in encoded_records:
@@ -343,73 +293,21 @@ def pack(encoded_records, flex_device=None):
         sizes.append(len(e.responses))
     tensors = [torch.tensor(x)[None] for x in (ids, positions)]
     tensors += [torch.tensor(x) for x in (logit_positions, targets, candidate_index)]
-    if flex_device is None:
-        segment, home = _segments(spans)
-        mask = _visible(segment[:, None], home[:, None], segment).tril()[None, None]
-        mask.spans = spans  # for attend_spans; any other attention reads the mask itself
-    else:
-        fill = -len(ids) % FLEX_BLOCK  # whole blocks: the row is filled up with a span that nobody looks at
-        mask = _block_mask(spans + [(fill, len(spans))] * (fill > 0), flex_device)
-        tensors[:2] = [F.pad(x, (0, fill)) for x in tensors[:2]]
+    fill = -len(ids) % block
+    mask = mask_of(spans + [(fill, len(spans))] * (fill > 0))
+    tensors[:2] = [F.pad(x, (0, fill)) for x in tensors[:2]]
     return PackedBatch(*tensors[:2], mask, *tensors[2:], sizes, sum(sizes))
 
 
-def _segments(spans):
+def segments(spans):
     """-> (segment [T], home [T]): each token's span, and the span of its prompt."""
     lengths, home = torch.tensor(spans).unbind(1)
     return torch.arange(len(spans)).repeat_interleave(lengths), home.repeat_interleave(lengths)
 
 
-def _visible(segment, home, other):
+def visible(segment, home, other):
     """Whether a token of span `segment` with the prompt `home` sees an earlier token of span `other`."""
     return (other == segment) | (other == home)
-
-
-def attend_spans(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention over a packed row, span by span: a prompt over itself, a response over its prompt and itself, so that
-    what no token sees is not computed; FlexAttention does so on CUDA but has no backward on CPU. query [1, H, T, D],
-    key and value [1, KV, T, D] -> ([1, T, H, D], None), as transformers' AttentionInterface asks; SDPA elsewhere."""
-    spans = getattr(attention_mask, "spans", None)
-    if spans is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    q, k, v = (x.split([length for length, _ in spans], dim=2) for x in (query, key, value))
-    out = []
-    for i, (length, home) in enumerate(spans):
-        if home == i:
-            out.append(F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, **options))
-        else:
-            keys, values = torch.cat([k[home], k[i]], dim=2), torch.cat([v[home], v[i]], dim=2)
-            mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=q[i].device).tril(spans[home][0])
-            out.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, **options))
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
-
-
-AttentionInterface.register("spans", attend_spans)
-AttentionMaskInterface.register("spans", sdpa_mask)  # of padded rows
-
-
-def _block_mask(spans, device):
-    """The mask of a row of whole blocks as a BlockMask on `device`, from the few spans: nothing of size T x T."""
-    from torch.nn.attention.flex_attention import BlockMask
-
-    segment, home = _segments(spans)
-    inside = torch.zeros(len(segment) // FLEX_BLOCK, len(spans))  # [blocks, spans]: 1 where they overlap
-    inside[torch.arange(len(segment)) // FLEX_BLOCK, segment] = 1
-    number, prompt = torch.arange(len(spans)), torch.tensor(spans)[:, 1]
-    visible = _visible(number[:, None], prompt[:, None], number).float()  # [spans, spans]
-    seen = (inside @ visible @ inside.T > 0).tril()  # [blocks, blocks]: some pair is visible; in an earlier block
-    whole = (seen & ~(inside @ (1 - visible) @ inside.T > 0)).tril(-1)  # every key precedes every query, so exactly
-    segment, home = segment.to(device), home.to(device)
-
-    def token_mask(b, h, q, k):
-        return (q >= k) & _visible(segment[q], home[q], segment[k])
-
-    ordered = []
-    for blocks in (seen & ~whole, whole):
-        order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
-        ordered += [x.int()[None, None].to(device) for x in (blocks.sum(-1), order)]
-    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=token_mask)
 
 
 def pack_padded(encoded_records, pad_id=0):
@@ -481,50 +379,6 @@ def length_normalized(logprobs, lengths, exponent):
     """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Eq. 3, beta
     of Tuna Eq. 3)."""
     return logprobs / lengths**exponent
-
-
-def row_budget(args, device):
-    """The tokens that a row may hold: --max_tokens_per_row, else what the device takes well; padded, one prompt."""
-    return 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
-
-
-def plan_rows(lengths, max_tokens, world):
-    """Share out prompts of `lengths` tokens over the rows of `world` ranks -> rows[rank], a list of (indices, weight).
-
-    Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest
-    multiple of `world` with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get
-    equally many rows, since each forward is a collective under FSDP: one that runs out repeats a row with weight 0.
-    """
-    k = min(len(lengths), max(1, math.ceil(sum(lengths) / max_tokens)))
-    k = min(len(lengths), math.ceil(k / world) * world)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while True:
-        rows, load = [[] for _ in range(k)], [0] * k
-        for i in order:
-            r = load.index(min(load))
-            rows[r].append(i)
-            load[r] += lengths[i]
-        if k == len(lengths) or all(n <= max_tokens or len(row) == 1 for n, row in zip(load, rows)):
-            break
-        k = min(len(lengths), k + world)
-    rows = [row for _, row in sorted(zip(load, rows), reverse=True)]
-    plan = [[(sorted(row), 1.0) for row in rows[rank::world]] for rank in range(world)]
-    for rank in range(world):
-        plan[rank] += [(rows[-1], 0.0)] * (len(plan[0]) - len(plan[rank]))
-    return plan
-
-
-def describe_plan(plan, lengths, max_tokens):
-    """-> "7 rows a rank, 93% full, the slowest rank 2% over the mean": ranks wait for each other at every row."""
-    loads = [[sum(lengths[i] for i in row) for row, _ in rows] for rows in plan]  # [world][rows]
-    steps, total = list(zip(*loads)), sum(map(sum, loads))
-    full = total / (len(plan) * len(steps) * max(max_tokens, *map(max, steps)))
-    over = sum(map(max, steps)) * len(plan) / total - 1
-    return f"{len(steps)} rows a rank, {full:.0%} full, the slowest rank {over:.0%} over the mean"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Flags
 
 
 def add_training_flags(
@@ -607,526 +461,3 @@ def add_training_flags(
         action="store_true",
         help="load weights from .bin files too: they can run code, so trust their author",
     )
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes and models
-
-
-def init_distributed():
-    """-> (rank, world, device): nccl on CUDA, gloo on CPU, a group of one without torchrun."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo also on CUDA: flags and objects travel without a GPU sync
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def on_rank0(fn):
-    """Call fn on rank 0 and give every rank its result, or its UserError."""
-    box = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = fn()
-        except UserError as e:
-            box[1] = str(e)
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
-
-
-def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
-    """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; errors name `flag`."""
-    safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
-    try:
-        return auto_class.from_pretrained(name, **safe, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
-        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-        if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
-            reason = (
-                "its weights are pickles, which can run code: convert them to safetensors, or train with --allow_pickle"
-            )
-        raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from e
-
-
-def load_tokenizer(name, flag="--model"):
-    tokenizer = load_pretrained(AutoTokenizer, name, flag)
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{flag} {name}: the tokenizer has no EOS token, which must end every response")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
-    return tokenizer
-
-
-def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
-    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all ranks, layer by
-    layer, then the root. Rank 0 alone reads the checkpoint and gives the others their shards."""
-    tokenizer = load_tokenizer(args.model)
-    if args.attn == "auto":
-        args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "spans"
-    attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
-    loaded = []
-
-    def load():
-        options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32} | attn | kwargs
-        loaded.append(load_pretrained(auto_class, args.model, **options))
-        return loaded[0].config, getattr(loaded[0], "generation_config", None)
-
-    config, generation_config = on_rank0(load)
-    model = loaded[0] if loaded else unfilled(auto_class, config, generation_config)
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
-    if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
-        raise UserError(
-            f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded"
-        )
-    model.config.use_cache = False
-    if args.attn == "spans" and model.config._attn_implementation == "sdpa":  # some models need their own
-        model.set_attn_implementation("spans")
-    if args.activation_checkpointing:
-        options = {"use_reentrant": False}  # before fully_shard
-        model.activation_checkpointing_enable(options, every_n_layers=args.activation_checkpointing)
-    weights = model.state_dict() if loaded else {}
-    model = shard(model.train(), device)
-    if dist.get_world_size() > 1:
-        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-        for buffer in model.buffers():  # rotary frequencies and their like are in no state dict
-            dist.broadcast(buffer, src=0)
-    return model, tokenizer
-
-
-def unfilled(auto_class, config, generation_config):
-    """A model whose weights are memory that nobody has touched, so that it takes none: rank 0 fills it after sharding.
-    Were each of 8 ranks to read a 7B checkpoint, the machine would hold 216 GB of fp32 weights."""
-    with torch.device("meta"):
-        model = auto_class.from_config(config, dtype=torch.float32)
-    model.to_empty(device="cpu")
-    model.tie_weights()
-    model.generation_config = generation_config
-    return model
-
-
-def shard(model, device, policy=None):
-    """FSDP2 over all ranks, layer by layer, then the root, with its mixed precision `policy` (BF16 on CUDA); alone on
-    a CPU the model stays as it is."""
-    if dist.get_world_size() > 1 or device.type == "cuda":
-        policy = policy or (BF16 if device.type == "cuda" else MixedPrecisionPolicy())
-        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding and head stay with the root: they may be tied
-    return model
-
-
-@contextlib.contextmanager
-def gathered(model):
-    """Within it every rank holds all weights, in the computing dtype: each may generate on its own, without the
-    others. Under no_grad alone: inference mode would leave weights behind that cannot be trained."""
-    parts = [m for m in model.modules() if hasattr(m, "unshard")]
-    for m in parts:
-        m.set_reshard_after_forward(False, recurse=False)
-        m.unshard()
-    try:
-        yield model
-    finally:
-        for m in parts:
-            m.set_reshard_after_forward(m is not model, recurse=False)  # as fully_shard sets them up
-            m.reshard()
-
-
-def decoder_layers(model):
-    """The transformer's blocks: the longest ModuleList of the model, whatever the architecture calls it."""
-    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[])
-
-
-def encode_all(tokenizer, records, args):
-    """encode() for every record; prints how much the two length limits cut. Rank 0 keeps the result beside --data,
-    under the digest of all that it depends on: other ranks, and other runs on the same texts, read it there."""
-    rank, tokens_of = dist.get_rank(), getattr(tokenizer, "backend_tokenizer", None)
-    key = [tokens_of and tokens_of.to_str(), repr(tokenizer), transformers.__version__, tokenizers.__version__]
-    digest = hashlib.sha256(repr(key + [args.max_length, args.max_response_length]).encode())
-    for r in records:
-        digest.update(json.dumps([r["id"], r["prompt"], *(c["text"] for c in r["candidates"])]).encode())
-    file = pathlib.Path(args.data).parent / ".tokens" / f"{digest.hexdigest()[:32]}.json"
-    if rank > 0:
-        dist.barrier()
-    try:
-        encoded = [Encoded(*row) for row in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError):
-        bar = tqdm(records, desc="tokenising", leave=False, disable=rank != 0)
-        encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
-        if rank == 0 and tokens_of:
-            with contextlib.suppress(OSError):  # a folder that cannot be written: tokenise anew each time
-                file.parent.mkdir(exist_ok=True)
-                write_atomically(file, json.dumps([list(vars(e).values()) for e in encoded]))
-    if rank == 0:
-        dist.barrier()
-    prompts, responses = sum(e.prompt_cut > 0 for e in encoded), sum(e.responses_cut for e in encoded)
-    candidates, tokens = sum(len(e.responses) for e in encoded), sum(e.num_tokens for e in encoded)
-    say(
-        f"{len(encoded)} prompts, {candidates} candidates, {tokens} tokens; "
-        f"cut to fit: {prompts} prompts (left), {responses} responses (right)"
-    )
-    return encoded
-
-
-def make_batch(encoded_records, args, tokenizer, device):
-    """pack() or, with --padded, pack_padded(), on `device`."""
-    if args.padded:
-        return pack_padded(encoded_records, tokenizer.pad_token_id).to(device)
-    return pack(encoded_records, device if args.attn == "flex" else None).to(device)
-
-
-def row_batches(plan, prompts, encoded, args, tokenizer, device):
-    """Yield (indices of its prompts, weight, PackedBatch) for each row of a rank's plan over the step's `prompts`;
-    a thread packs the next row meanwhile."""
-    rows = [([prompts[i] for i in row], weight) for row, weight in plan]
-    with ThreadPoolExecutor(1) as thread:
-
-        def start(n):
-            return thread.submit(make_batch, [encoded[i] for i in rows[n][0]], args, tokenizer, device)
-
-        packed = start(0)
-        for n, (row, weight) in enumerate(rows, 1):
-            batch = packed.result()
-            packed = start(n) if n < len(rows) else None
-            yield row, weight, batch
-
-
-@torch.no_grad()
-def check_packing(model, encoded, args, tokenizer, device):
-    """Score one prompt packed and padded: a forward that ignores the mask or the positions shows here and not in a
-    spoilt run. Also finds out, for candidate_logprobs, whether the model's logits are what its head gives."""
-    shortest = min(encoded, key=lambda e: e.num_tokens)
-    batch = make_batch([shortest] * 2, args, tokenizer, device)
-    model.eval()
-    packed, lengths = candidate_logprobs(model, batch)
-    plain, _ = candidate_logprobs(model, pack_padded([shortest] * 2, tokenizer.pad_token_id).to(device))
-    _, model.plain_head = chunked_logprobs(model, batch, len(batch.targets))
-    model.train()
-    if hasattr(model, "reshard"):
-        model.reshard()  # a forward leaves the root gathered: an optimizer made now would hold the gathered weights
-    gap = ((packed - plain).abs() / lengths).max().item()
-    if not gap <= (1e-3 if device.type == "cpu" else 0.1):  # bf16 rounding on CUDA; NaN is no pass
-        raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g} a token; add --padded")
-
-
-def say(*text):
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
-        sys.stdout.flush()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A training run: its folder, its steps, its end
-
-
-def learning_rate(step, total, args):
-    """Linear warm-up, then constant or a cosine to 0. `step` counts from 0; the first step already learns."""
-    warmup = args.warmup if args.warmup >= 1 else math.ceil(args.warmup * total)
-    if step < warmup:
-        return args.lr * (step + 1) / (warmup + 1)
-    if args.schedule == "constant":
-        return args.lr
-    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
-
-
-def epoch_batches(num_prompts, args, epoch):
-    """The prompts of each step of an epoch: a seeded shuffle in slices of --batch_size, the last one shorter."""
-    order = list(range(num_prompts))
-    random.Random(f"{args.seed}-{epoch}").shuffle(order)
-    return [order[i : i + args.batch_size] for i in range(0, num_prompts, args.batch_size)]
-
-
-def all_sum(values):
-    """Sum a list of tensors or numbers over all ranks, each by itself -> list of floats. One collective, one sync."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
-    dist.all_reduce(total)
-    return total.tolist()
-
-
-def clip_grad_norm(model, max_norm):
-    """Clip to `max_norm` -> the norm before clipping, a float that every rank agrees on."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
-
-
-def speed(model, tokens, seconds, device):
-    """-> {"tok/s": unique tokens a second over all ranks}, and on a known GPU "MFU": 6 FLOPs a parameter and token
-    against the dense bf16 peak."""
-    peak = next(
-        (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
-    )
-    flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds / dist.get_world_size()
-    return {"tok/s": tokens / seconds} | ({"MFU": flops / peak} if peak else {})
-
-
-def require_data(path, how):
-    """Raise UserError with `how`, the commands that make `path`, where it is missing."""
-    if not pathlib.Path(path).exists():
-        raise UserError(f"--data {path} is not there. Make it with:\n{how}")
-
-
-def file_digest(path):
-    with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(f.read()).hexdigest()
-        )
-
-
-class Run:
-    """A training run's folder and its place in time.
-
-    OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
-    OUTPUT/log.jsonl      one line a logged step
-    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last
-    OUTPUT/latest         names the newest checkpoint
-    OUTPUT/model/         the trained model, a Hugging Face folder
-
-    The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole
-    data and RNG state.
-    """
-
-    def __init__(self, args, rank, world, device):
-        self.args, self.rank, self.world, self.device = args, rank, world, device
-        self.output = pathlib.Path(args.output)
-        self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
-        self.settings["data_sha256"] = on_rank0(lambda: file_digest(args.data))
-        self.signal = None
-        on_rank0(self._claim_folder)
-        if self.finished:
-            say(f"{self.output} is finished: its model is in {self.model_folder}")
-            return
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._on_signal)
-
-    @property
-    def model_folder(self):
-        return self.output / "model"
-
-    @property
-    def finished(self):
-        return (self.model_folder / "config.json").exists()
-
-    def _claim_folder(self):
-        out, args_file = self.output, self.output / "args.json"
-        content = {p.name for p in out.iterdir()} if out.is_dir() else {"a file"} if out.exists() else set()
-        if content and "args.json" not in content:
-            raise UserError(f"--output {out} holds something else than a run (no args.json): name another folder")
-        begun = content > {"args.json"}  # a run that failed before its first step left nothing to lose
-        if begun and not (self.args.resume or self.args.overwrite):
-            raise UserError(
-                f"--output {out} is not empty: continue it with --resume, replace it with --overwrite, "
-                "or name another folder"
-            )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(args_file, "a+")  # noqa: SIM115, it stays open, locked
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output {out}: another run is writing there") from None
-        except OSError as e:
-            raise UserError(f"--output {out}: cannot be written ({e.strerror})") from e
-        if self.args.overwrite:
-            for name in ("checkpoints", "model", "model.part", "bootstrap"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in ("log.jsonl", "latest"):
-                (out / name).unlink(missing_ok=True)
-        self._lock.seek(0)
-        before = read_json(self._lock.read())
-        if begun and before and not self.args.overwrite:
-            self._compare(before["settings"])
-            if before["settings"] == self.settings:
-                return
-        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")} | {
-            "python": sys.version.split()[0]
-        }
-        self._lock.truncate(0)
-        about = {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world}
-        json.dump(about, self._lock, indent=1)
-        self._lock.flush()
-
-    def _compare(self, before):
-        changed = [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
-        if changed and not self.args.allow_changed:
-            raise UserError(
-                f"--resume {self.output}: arguments differ from the run's: {', '.join(changed)} "
-                "(--allow_changed accepts them)"
-            )
-
-    def _on_signal(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)  # asked twice: leave at once
-        self.signal = number
-
-    def interrupted(self):
-        """Whether any rank was told to stop (SIGTERM, SIGINT); all ranks learn it together, so call it on all."""
-        flag = torch.tensor([float(self.signal is not None)])
-        dist.all_reduce(flag)
-        return flag.item() > 0
-
-    def stop(self, step, model, optimizer):
-        """Save after an interruption, say how to go on, and leave with exit code 0."""
-        if step > 0:  # before the first step there is nothing to save, and AdamW's state is empty: DCP cannot load that
-            self.save(step, model, optimizer)
-        torchrun = f"torchrun --nproc_per_node {self.world} " if "RANK" in os.environ else "python "
-        argv = [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
-        say(f"stopped after step {step}; continue with: {torchrun}{shlex.join(argv)}")
-        sys.exit(0)
-
-    def check_finite(self, step, losses, grad_norm):
-        """Raise UserError unless every micro-batch's loss and the gradient norm are finite.
-
-        losses: this rank's [(loss, record ids)]."""
-        bad = [i for loss, ids in losses if not torch.isfinite(loss) for i in ids]
-        everyone = [None] * self.world
-        if all_sum([len(bad)])[0] == 0 and math.isfinite(grad_norm):
-            return
-        dist.all_gather_object(everyone, (bad, [i for _, ids in losses for i in ids]))
-        names = sorted({i for b, _ in everyone for i in b} or {i for _, ids in everyone for i in ids})
-        raise UserError(
-            f"step {step + 1}: the loss or the gradient is not finite (records {', '.join(names)}); "
-            f"the last checkpoint ({self.latest() or 'none yet'}) is good: look at these records, or lower --lr"
-        )
-
-    def log(self, step, values):
-        """Append a line to log.jsonl and print it, on rank 0."""
-        if self.rank == 0:
-            line = {"step": step} | values
-            with open(self.output / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-
-    # -- checkpoints
-
-    def save(self, step, model, optimizer):
-        """Write OUTPUT/checkpoints/step-N under a temporary name, rename it, change `latest`, drop old ones."""
-        folder = self.output / "checkpoints" / f"step-{step:08d}"
-        part = folder.with_name(f"part-{step:08d}")
-        on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
-        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        try:
-            if not on_rank0(folder.exists):  # it does after a kill between the renaming and the next step
-                dcp.save(state, checkpoint_id=part)
-            on_rank0(lambda: self._publish(part, folder, step))
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
-            # torch's zip writer says "unexpected pos" when a write came back short
-            full = any(x in str(e) for x in ("No space left", "File too large", "Disk quota", "unexpected pos"))
-            reason = "the disk is full" if full else str(e).strip().splitlines()[-1]
-            latest = self.latest()
-            whole = f"the one before, {latest}, is whole" if latest else "there is no older one"
-            raise UserError(f"the checkpoint of step {step} could not be saved ({reason}); {whole}") from e
-
-    def _publish(self, part, folder, step):
-        try:
-            if not folder.exists():
-                write_atomically(part / "meta.json", json.dumps({"step": step, "world": self.world}))
-                sync_folder(part)
-                os.replace(part, folder)
-            write_atomically(self.output / "latest", folder.name + "\n")
-        except OSError as e:
-            raise UserError(f"the checkpoint of step {step} could not be saved ({e.strerror})") from e
-        for old in self._whole()[: -self.args.keep_checkpoints]:
-            os.replace(old, doomed := old.with_name(f"part-{old.name}"))  # never half deleted under a whole one's name
-            shutil.rmtree(doomed)
-
-    def _whole(self):
-        folders = (self.output / "checkpoints").glob("step-*")
-        return sorted(p for p in folders if (p / "meta.json").exists() and (p / ".metadata").exists())
-
-    def latest(self):
-        """The newest whole checkpoint's folder, or None; an incomplete one is passed over with a word."""
-        for part in (self.output / "checkpoints").glob("part-*"):
-            say(f"{part} is incomplete: passed over")
-        return (self._whole() or [None])[-1]
-
-    def restore(self, model, optimizer):
-        """Load the newest whole checkpoint, on any number of ranks -> the step to go on from (0 when there is none)."""
-        folder = on_rank0(self.latest)
-        if folder is None:
-            on_rank0(lambda: self._cut_log(0))
-            return 0
-        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=folder)
-        set_model_state_dict(model, state["model"])
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
-        step = json.loads((folder / "meta.json").read_text())["step"]
-        on_rank0(lambda: self._cut_log(step))
-        say(f"resuming after step {step} from {folder}")
-        return step
-
-    def _cut_log(self, step):
-        """Drop the log's lines after `step`: these steps are about to be taken again."""
-        log = self.output / "log.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
-        if len(kept) < len(lines):
-            write_atomically(log, "".join(kept))
-
-    def finish(self, model, tokenizer):
-        """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation
-        config; then drop the checkpoints."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone, one tensor at a time
-        state = get_model_state_dict(model, options=options)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        on_rank0(
-            lambda: save_model(model, {k: v.to(dtype) for k, v in state.items()}, tokenizer, self.model_folder, dtype)
-        )
-        on_rank0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
-        on_rank0(lambda: (self.output / "latest").unlink(missing_ok=True))
-        say(f"model saved in {self.model_folder}")
-
-
-def save_model(model, state, tokenizer, folder, dtype):
-    """Write a Hugging Face folder from a full state dict, under a temporary name, then renamed."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
-    plain_class = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
-    with torch.device("meta"):
-        blank = plain_class(config).to(dtype)  # the architecture without FSDP's wrapping
-    tied = blank.all_tied_weights_keys  # {name: the weight it shares}: a full state dict holds both
-    if blank.can_generate():  # reward models cannot
-        blank.generation_config = model.generation_config
-    try:
-        blank.save_pretrained(part, state_dict={k: v for k, v in state.items() if k not in tied})
-        tokenizer.save_pretrained(part)
-        os.replace(part, folder)
-    except (OSError, RuntimeError) as e:
-        raise UserError(
-            f"the model could not be saved in {folder} ({str(e).splitlines()[-1]}); "
-            "the checkpoint is whole: --resume tries again"
-        ) from e
-
-
-def read_json(text):
-    """The value of a JSON text, or None where it is empty or torn."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def write_atomically(path, text):
-    """Replace a file's content so that a crash leaves the old or the new text, never a part."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-
-
-def sync_folder(folder):
-    """fsync every file of a folder: after a rename it must hold whole files even when the power goes."""
-    for file in folder.iterdir():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)

@@ -51,7 +51,9 @@ import collect_candidates
 import common
 import generation
 import rankers
-from common import UserError, in_range, say
+import runtime
+from common import UserError, in_range
+from runtime import say
 
 EVAL_FOLDER = pathlib.Path("runs/eval")
 
@@ -134,7 +136,7 @@ def write_metrics(args, verb, metrics):
         "device": device,
         "versions": versions,
     }
-    common.write_atomically(metrics_file(args.output), json.dumps(document, indent=1, ensure_ascii=False))
+    runtime.write_atomically(metrics_file(args.output), json.dumps(document, indent=1, ensure_ascii=False))
     say(f"{args.name}:", "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if common.is_number(v)))
 
 
@@ -199,7 +201,7 @@ def scoring_flags(add):
 
 def ranking(args):
     """Score every candidate by its length-normalised log-likelihood and compare the order with the annotation's."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     field = {"label": "correct", "human": "source"}.get(args.by, args.by)
     records = [annotated(r, field, args) for r in common.load_candidates(args.input)]
     records = [r for r in records if r["candidates"]]
@@ -299,7 +301,7 @@ def nli_flags(add):
 
 def nli(args):
     """Generate an answer to every prompt and compare its label with the record's (RESCUE, Tables 2 and 3, Fig. 6)."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     records = list(generation.read_records(args.input))
     for record in records:
         if record.get("label") not in rankers.NLI_LABELS:
@@ -404,7 +406,7 @@ def multidoc_qa(args):
     An answer counts if any gold answer, normalised, is a substring of it so normalised. Both readings are reported:
     the whole answer (as the RESCUE authors do) and its first non-empty line (as Liu et al. do).
     """
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     records = list(generation.read_records(args.input))
     for r in records:
         if not isinstance(r.get("answers"), list) or not isinstance(r.get("gold_position"), int):
@@ -467,7 +469,7 @@ def nll_flags(add):
 
 def nll(args):
     """Token NLL of the reference responses under a model, EOS included."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     records = []
     for record in common.load_candidates(args.input):
         references = [c for c in record["candidates"] if c["source"] in common.HUMAN]
@@ -514,7 +516,7 @@ def superni_flags(add):
 
 def superni(args):
     """Greedy answers to the benchmark's test tasks: ROUGE-L and exact match against the best reference, x 100."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     args.max_prompt_length = args.max_prompt_length or 1024
     root = pathlib.Path(args.superni_dir)
     args.input = str(root / "splits/default/test_tasks.txt")
@@ -525,7 +527,7 @@ def superni(args):
     listed = pathlib.Path(args.input).read_text().split()
     if unknown := set(args.tasks or ()) - set(listed):
         raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
-    tokenizer = common.load_tokenizer(args.model)
+    tokenizer = runtime.load_tokenizer(args.model)
     records = [
         r for name in args.tasks or listed for r in superni_records(root / f"tasks/{name}.json", tokenizer, args)
     ]
@@ -595,8 +597,8 @@ def bert_f1(texts, references, name, layer):
     """BERTScore F1 of each text, the best over its references: every token is matched with the most similar one of the
     other text, by the cosine of their states in `layer`; no idf weights, special tokens left out, no rescaling."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = common.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
-    tokenizer = common.load_pretrained(AutoTokenizer, name, "--bertscore")
+    model = runtime.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
+    tokenizer = runtime.load_pretrained(AutoTokenizer, name, "--bertscore")
 
     @functools.cache
     def states(text):  # -> [tokens, d] unit vectors
@@ -644,7 +646,7 @@ def lmentry_flags(add):
 def lmentry(args):
     """Greedy answers to LMentry, written in its layout (predictions/TASK/NAME.json beside the output) and scored by
     the clone's own scorers."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     root = pathlib.Path(args.lmentry_dir)
     files = {p.stem: p for p in sorted((root / "data").glob("*.json"))}
     if unknown := set(args.tasks or ()) - files.keys() or (not files and {"data/*.json"}):
@@ -696,7 +698,7 @@ def write_lmentry_layout(rows, folder, name):
             for row in rows
             if row["task"] == task
         }
-        common.write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
+        runtime.write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
 
 
 def lmentry_metrics(rows, complete):
@@ -744,7 +746,7 @@ def vicuna_flags(add):
 
 def vicuna(args):
     """Answer the questions' first turns, greedily."""
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     template, records = generation.read_template(args, collect_candidates.ALPACA_TEMPLATE), []
     for where, row in itertools.islice(common.read_rows(args.input), args.limit):
         if not (isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str)):
@@ -783,7 +785,7 @@ def hh(args):
 
     Defaults as in PRO: 128 new tokens, prompts cut to their last 384, answers cut where a new turn begins.
     """
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     args.max_prompt_length, args.stop = args.max_prompt_length or 384, args.stop or list(generation.TURNS)
     records = common.load_candidates(args.input, limit=args.limit)
     trained_with = reward_models_of_training(args.model)
@@ -1063,8 +1065,8 @@ def sheet(args):
     if output.exists():
         raise UserError(f"--output {output} is there already: name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
-    common.write_atomically(key_file(output), json.dumps(key))
-    common.write_atomically(output, SHEET.replace("@DATA@", data))
+    runtime.write_atomically(key_file(output), json.dumps(key))
+    runtime.write_atomically(output, SHEET.replace("@DATA@", data))
     say(f"{len(records)} prompts, {len(names)} systems: {output} (do not give {key_file(output)} to the judges)")
     return None
 
@@ -1102,7 +1104,7 @@ def score_sheet(args):
             every = [points for scores in judged for points in scores[s]]
             row |= {k: every.count(v) / len(every) for k, v in (("win", 1), ("tie", 0.5), ("lose", 0))}
         table[name] = row
-    common.write_atomically(pathlib.Path(f"{args.output}.score.json"), json.dumps(table, indent=1))
+    runtime.write_atomically(pathlib.Path(f"{args.output}.score.json"), json.dumps(table, indent=1))
     say(markdown(table))
 
 
@@ -1252,7 +1254,7 @@ def report(args):
     text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
     say(text)
     if args.output:
-        common.write_atomically(pathlib.Path(args.output), text + "\n")
+        runtime.write_atomically(pathlib.Path(args.output), text + "\n")
     for plot in args.plot:
         PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
 
@@ -1285,4 +1287,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

@@ -30,7 +30,9 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import common
-from common import UserError, in_range, say
+import runtime
+from common import UserError, in_range
+from runtime import say
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Files that survive a kill
@@ -47,7 +49,7 @@ class Journal:
     def __init__(self, path, ids, settings, rank=0, world=1):
         self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
         if world > 1:
-            common.on_rank0(lambda: self._claim(settings))
+            runtime.on_rank0(lambda: self._claim(settings))
         else:
             self._claim(settings)
         wanted = set(self.ids)
@@ -78,7 +80,7 @@ class Journal:
         except OSError as e:
             raise UserError(f"--output {self.path}: cannot be written ({e.strerror})") from e
         self._lock.seek(0)
-        before = common.read_json(self._lock.read())
+        before = runtime.read_json(self._lock.read())
         if self._files():
             if before is None:
                 raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
@@ -112,7 +114,7 @@ class Journal:
         with open(file, "rb") as f:
             offset = 0
             for line in f:
-                record = common.read_json(line)
+                record = runtime.read_json(line)
                 if not isinstance(record, dict) or "id" not in record:
                     raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
                 yield offset, record
@@ -165,7 +167,7 @@ def settings_of(args):
     # how a server is asked, not what
     free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
     inputs = args.input if isinstance(args.input, list) else [args.input]
-    digests = {f"sha256 of {p}": common.file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
+    digests = {f"sha256 of {p}": runtime.file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
     return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
 
 
@@ -228,8 +230,8 @@ def load_generator(name, device, flag="--model", auto_class=AutoModelForCausalLM
     Loaded at the first call: what is all done loads none.
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = common.load_pretrained(auto_class, name, flag, dtype=dtype)
-    return model.to(device).eval(), common.load_tokenizer(name, flag)
+    model = runtime.load_pretrained(auto_class, name, flag, dtype=dtype)
+    return model.to(device).eval(), runtime.load_tokenizer(name, flag)
 
 
 class ChosenLogprobs:
@@ -304,7 +306,7 @@ def generate(
         num_return_sequences=1 if cache is not None else num_samples,
         repetition_penalty=1.0,  # a model's generation_config may ask for one: candidates come from the model itself
         logits_processor=[chosen] * (num_beams == 1),
-        synced_gpus=False,  # under FSDP the weights are gathered (common.gathered): ranks do not wait for each other
+        synced_gpus=False,  # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
         stop_strings=list(stop) or None,
         tokenizer=tokenizer,
     )

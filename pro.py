@@ -43,7 +43,9 @@ import torch
 from tqdm import tqdm, trange
 
 import common
-from common import UserError, candidate_logprobs, in_range, length_normalized, say
+import runtime
+from common import UserError, candidate_logprobs, in_range, length_normalized
+from runtime import say
 
 RANK_BY = "python collect_candidates.py rank --by reward --input {} --output NEW.jsonl"
 COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-base
@@ -153,7 +155,7 @@ def parse_args():
 
 def load_data(args):
     """-> records, each with its candidates best first, at most --ranking_length of them; BoN keeps the first."""
-    common.require_data(args.data, COLLECT)
+    runtime.require_data(args.data, COLLECT)
     needs_reward = bool(args.bootstrap_splits) or not (args.no_temperature or args.no_ranking)
     records = common.load_candidates(args.data, limit=args.max_train_samples)
     if args.ranking_length:
@@ -184,7 +186,7 @@ def plan_steps(num_prompts, args):
     steps = []
     for k, split in enumerate(splits):
         for epoch in range(args.epochs):
-            steps += [(k, [split[i] for i in batch]) for batch in common.epoch_batches(len(split), args, epoch)]
+            steps += [(k, [split[i] for i in batch]) for batch in runtime.epoch_batches(len(split), args, epoch)]
     return splits, steps
 
 
@@ -204,7 +206,7 @@ def bootstrap(model, tokenizer, records, split, args, run):
     options["max_prompt_length"] = max(2, args.max_length - args.max_response_length)
     batches = generation.batches_by_length(records, 16)[run.rank :: run.world]
     model.eval()
-    with common.gathered(model), torch.no_grad():  # each rank generates on its own, however long its answers are
+    with runtime.gathered(model), torch.no_grad():  # each rank generates on its own, however long its answers are
         for batch in tqdm(batches, desc=f"bootstrap {split + 1}", disable=run.rank != 0):
             batch = [records[i] for i in batch if records[i]["id"] not in journal.done]
             if not batch or run.signal:
@@ -228,24 +230,24 @@ def bootstrap(model, tokenizer, records, split, args, run):
 
 def main():
     args = parse_args()
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     if args.batch_size < world:
         raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
     records = load_data(args)
     splits, steps = plan_steps(len(records), args)
-    run = common.Run(args, rank, world, device)
+    run = runtime.Run(args, rank, world, device)
     if run.finished:
         return
     if args.no_sft or args.beta == 0:
         say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
-    model, tokenizer = common.load_for_training(args, device)
-    encoded = common.encode_all(tokenizer, records, args)
+    model, tokenizer = runtime.load_for_training(args, device)
+    encoded = runtime.encode_all(tokenizer, records, args)
     if not args.padded:
-        common.check_packing(model, encoded, args, tokenizer, device)
+        runtime.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    row_budget = common.row_budget(args, device)
+    row_budget = runtime.row_budget(args, device)
     first = [encoded[i].num_tokens for i in steps[0][1]]
-    rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)
+    rows = runtime.describe_plan(runtime.plan_rows(first, row_budget, world), first, row_budget)
     say(f"{len(steps)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
     start = run.restore(model, optimizer)
@@ -259,14 +261,14 @@ def main():
             new = bootstrap(model, tokenizer, [records[i] for i in splits[split]], split, args, run)
             if new is None:
                 run.stop(step, model, optimizer)
-            for i, record, e in zip(splits[split], new, common.encode_all(tokenizer, new, args)):
+            for i, record, e in zip(splits[split], new, runtime.encode_all(tokenizer, new, args)):
                 records[i], encoded[i] = record, e
             current = split
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = common.plan_rows([encoded[i].num_tokens for i in prompts], row_budget, world)[rank]
+        plan = runtime.plan_rows([encoded[i].num_tokens for i in prompts], row_budget, world)[rank]
         sums = torch.zeros(6, device=device)  # loss, PRO loss, SFT loss, pairs in order, pairs, sum of margins
         losses = []
-        for row, weight, batch in common.row_batches(plan, prompts, encoded, args, tokenizer, device):
+        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
             scores = length_normalized(logprobs, lengths, 1.0)  # Eq. 6: the length normalisation
             loss = scores.new_zeros(())
@@ -286,25 +288,25 @@ def main():
             losses.append((loss.detach(), [records[i]["id"] for i in row]))
             if run.interrupted():
                 run.stop(step, model, optimizer)
-        grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
+        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
         run.check_finite(step, losses, grad_norm)
-        lr = common.learning_rate(step, len(steps), args)
+        lr = runtime.learning_rate(step, len(steps), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.log_every == 0 or step + 1 == len(steps):
-            loss_sum, pro_sum, sft_sum, in_order, pairs, margin = common.all_sum(sums)
+            loss_sum, pro_sum, sft_sum, in_order, pairs, margin = runtime.all_sum(sums)
             tokens = sum(encoded[i].num_tokens for i in prompts)
             figures = {"loss": loss_sum, "pro_loss": pro_sum, "sft_loss": sft_sum}
             figures = {k: v / len(prompts) for k, v in figures.items()}
             figures |= {"pair_accuracy": in_order / max(pairs, 1), "margin": margin / max(pairs, 1)}
             figures |= {"grad_norm": grad_norm, "lr": lr}
-            run.log(step + 1, figures | common.speed(model, tokens, time.perf_counter() - began, device))
+            run.log(step + 1, figures | runtime.speed(model, tokens, time.perf_counter() - began, device))
         if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(steps):
             run.save(step + 1, model, optimizer)
     run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

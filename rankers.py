@@ -31,7 +31,9 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import common
 import generation
-from common import UserError, in_range, say
+import runtime
+from common import UserError, in_range
+from runtime import say
 
 # ----------------------------------------------------------------------------------------------------------------------
 # By label: what an answer says, and whether that is right
@@ -113,8 +115,8 @@ def rank_by_answer(record, count, where):
 def rank_by_similarity(records, args):
     """Set every candidate's `similarity`: the cosine of its sentence embedding to that of the human response."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = common.load_pretrained(AutoModel, args.encoder, "--encoder").to(device).eval()
-    tokenizer = common.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
+    model = runtime.load_pretrained(AutoModel, args.encoder, "--encoder").to(device).eval()
+    tokenizer = runtime.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
     records = iter(records)
     while batch := list(itertools.islice(records, args.batch_size)):
         for record in batch:
@@ -392,7 +394,7 @@ def rank_by_prm(records, args):
 
 def prm_scores(records, args):
     """Yield (record, scores [n]) under --model."""
-    architectures = common.load_pretrained(AutoConfig, args.model).architectures or []
+    architectures = runtime.load_pretrained(AutoConfig, args.model).architectures or []
     if not any("SequenceClassification" in name or name == "RewardModel" for name in architectures):
         yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args))
         return
@@ -452,12 +454,12 @@ DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
 def load_reward_model(name, device, flag, allow_pickle):
     """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model, info = common.load_pretrained(
+    model, info = runtime.load_pretrained(
         AutoModelForSequenceClassification, name, flag, allow_pickle, dtype=dtype, output_loading_info=True
     )
     if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
         raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
-    tokenizer = common.load_tokenizer(name, flag)
+    tokenizer = runtime.load_tokenizer(name, flag)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     form = "oasst" if isinstance(model, RewardModel) else "chat_template" if tokenizer.chat_template else "plain"

@@ -39,7 +39,9 @@ import torch
 from tqdm import trange
 
 import common
-from common import UserError, candidate_logprobs, in_range, length_normalized, say
+import runtime
+from common import UserError, candidate_logprobs, in_range, length_normalized
+from runtime import say
 
 RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
 NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
@@ -139,7 +141,7 @@ def load_data(args):
     """-> (records with their selected candidates, their preference levels as tensors [n]); prints what can be
     compared."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
-    common.require_data(args.data, COLLECT.format(by))
+    runtime.require_data(args.data, COLLECT.format(by))
     need = {NEEDS[args.ordering]} if args.ordering in NEEDS else set()
     records = common.load_candidates(args.data, limit=args.max_train_samples)
     for record in records:
@@ -169,29 +171,29 @@ def load_data(args):
 
 def main():
     args = parse_args()
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     if args.batch_size < world:
         raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
     records, ranks = load_data(args)
-    run = common.Run(args, rank, world, device)
+    run = runtime.Run(args, rank, world, device)
     if run.finished:
         return
     if args.no_sft:
         say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
-    model, tokenizer = common.load_for_training(args, device)
-    encoded = common.encode_all(tokenizer, records, args)
+    model, tokenizer = runtime.load_for_training(args, device)
+    encoded = runtime.encode_all(tokenizer, records, args)
     if not args.padded:
-        common.check_packing(model, encoded, args, tokenizer, device)
+        runtime.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
     exponents = [
         [args.human_length_scaling if c["source"] in common.HUMAN else args.length_scaling for c in r["candidates"]]
         for r in records
     ]
     lengths_in_tokens = [e.num_tokens for e in encoded]
-    row_budget = common.row_budget(args, device)
-    batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
+    row_budget = runtime.row_budget(args, device)
+    batches = [b for epoch in range(args.epochs) for b in runtime.epoch_batches(len(records), args, epoch)]
     first = [lengths_in_tokens[i] for i in batches[0]]
-    rows = common.describe_plan(common.plan_rows(first, row_budget, world), first, row_budget)
+    rows = runtime.describe_plan(runtime.plan_rows(first, row_budget, world), first, row_budget)
     say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
     start = run.restore(model, optimizer)
@@ -199,10 +201,10 @@ def main():
         began = time.perf_counter()
         prompts = batches[step]
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = common.plan_rows([lengths_in_tokens[i] for i in prompts], row_budget, world)[rank]
+        plan = runtime.plan_rows([lengths_in_tokens[i] for i in prompts], row_budget, world)[rank]
         sums = torch.zeros(5, device=device)  # rank loss, SFT loss, pairs in order, pairs, sum of margins
         losses = []
-        for row, weight, batch in common.row_batches(plan, prompts, encoded, args, tokenizer, device):
+        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
             lambdas = torch.tensor([x for i in row for x in exponents[i]], device=device)  # [N]
             scores = length_normalized(logprobs, lengths, lambdas)  # Eq. 3
@@ -219,15 +221,15 @@ def main():
             losses.append((loss.detach(), [records[i]["id"] for i in row]))
             if run.interrupted():
                 run.stop(step, model, optimizer)
-        grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
+        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
         run.check_finite(step, losses, grad_norm)
-        lr = common.learning_rate(step, len(batches), args)
+        lr = runtime.learning_rate(step, len(batches), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
-            rank_sum, sft_sum, in_order, pairs, margin = common.all_sum(sums)
+            rank_sum, sft_sum, in_order, pairs, margin = runtime.all_sum(sums)
             tokens = sum(lengths_in_tokens[i] for i in prompts)
             run.log(
                 step + 1,
@@ -239,7 +241,7 @@ def main():
                     "margin": margin / max(pairs, 1),
                     "grad_norm": grad_norm,
                     "lr": lr,
-                    **common.speed(model, tokens, time.perf_counter() - began, device),
+                    **runtime.speed(model, tokens, time.perf_counter() - began, device),
                 },
             )
         if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
@@ -248,4 +250,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

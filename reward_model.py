@@ -32,7 +32,9 @@ from tqdm import tqdm, trange
 from transformers import AutoModelForSequenceClassification
 
 import common
-from common import UserError, say
+import runtime
+from common import UserError
+from runtime import say
 
 LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better
     "rank": ("rank", lambda c: -c["rank"]),
@@ -102,12 +104,12 @@ def candidate_rewards(model, encoded, batch):
 
 @torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
-    """Score one prompt packed and padded, as common.check_packing does for log-likelihoods."""
+    """Score one prompt packed and padded, as runtime.check_packing does for log-likelihoods."""
     shortest = [min(encoded, key=lambda e: e.num_tokens)] * 2
     model.eval()
     score = torch.randn(model.config.hidden_size, device=device)  # the head may still be zero: compare states instead
     head, model.score.forward = model.score.forward, lambda states: (states.float() @ score)[:, None]
-    packed = candidate_rewards(model, shortest, common.make_batch(shortest, args, tokenizer, device))
+    packed = candidate_rewards(model, shortest, runtime.make_batch(shortest, args, tokenizer, device))
     plain = candidate_rewards(model, shortest, common.pack_padded(shortest, tokenizer.pad_token_id).to(device))
     model.score.forward = head
     model.train()
@@ -138,17 +140,17 @@ def load_levels(path, args, limit=None):
 def evaluate(model, tokenizer, args, rank, world, device):
     """Pair accuracy on --eval_data -> {pair_accuracy, low, high, margin, pairs}; every rank scores its share."""
     records, levels = load_levels(args.eval_data, args)
-    encoded = common.encode_all(tokenizer, records, args)
-    plan = common.plan_rows([e.num_tokens for e in encoded], args.row_budget, world)[rank]
+    encoded = runtime.encode_all(tokenizer, records, args)
+    plan = runtime.plan_rows([e.num_tokens for e in encoded], args.row_budget, world)[rank]
     sums = torch.zeros(3, device=device)
     model.eval()
     for row, weight in tqdm(plan, desc="held out", disable=rank != 0):
         some = [encoded[i] for i in row]
-        rewards = candidate_rewards(model, some, common.make_batch(some, args, tokenizer, device))
+        rewards = candidate_rewards(model, some, runtime.make_batch(some, args, tokenizer, device))
         for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
             sums += weight * torch.stack(pair_statistics(r, levels[i].to(device)))
     model.train()
-    right, pairs, margin = common.all_sum(sums)
+    right, pairs, margin = runtime.all_sum(sums)
     low, high = interval(right, pairs)
     return {"pair_accuracy": right / pairs, "low": low, "high": high, "margin": margin / pairs, "pairs": int(pairs)}
 
@@ -169,7 +171,7 @@ def parse_args():
 def load_model(args, device):
     """-> (model, tokenizer): a sequence classifier with one output, whose new head starts at zero."""
     auto_class = AutoModelForSequenceClassification
-    model, tokenizer = common.load_for_training(args, device, auto_class, num_labels=1)
+    model, tokenizer = runtime.load_for_training(args, device, auto_class, num_labels=1)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(f"--model {args.model}: {type(model).__name__} has no linear `score` head; use a causal LM")
     if not any("ForSequenceClassification" in name for name in model.config.architectures or ()):
@@ -185,25 +187,25 @@ def load_model(args, device):
 
 def main():
     args = parse_args()
-    rank, world, device = common.init_distributed()
+    rank, world, device = runtime.init_distributed()
     if args.batch_size < world:
         raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
-    common.require_data(args.data, COLLECT)
+    runtime.require_data(args.data, COLLECT)
     if args.eval_data:
-        common.require_data(args.eval_data, COLLECT)
-    args.row_budget = common.row_budget(args, device)
+        runtime.require_data(args.eval_data, COLLECT)
+    args.row_budget = runtime.row_budget(args, device)
     records, levels = load_levels(args.data, args, args.max_train_samples)
-    run = common.Run(args, rank, world, device)
+    run = runtime.Run(args, rank, world, device)
     if run.finished:
         return
     model, tokenizer = load_model(args, device)
-    encoded = common.encode_all(tokenizer, records, args)
+    encoded = runtime.encode_all(tokenizer, records, args)
     if not args.padded:
         check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    batches = [b for epoch in range(args.epochs) for b in common.epoch_batches(len(records), args, epoch)]
+    batches = [b for epoch in range(args.epochs) for b in runtime.epoch_batches(len(records), args, epoch)]
     first = [encoded[i].num_tokens for i in batches[0]]
-    rows = common.describe_plan(common.plan_rows(first, args.row_budget, world), first, args.row_budget)
+    rows = runtime.describe_plan(runtime.plan_rows(first, args.row_budget, world), first, args.row_budget)
     say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
     start = run.restore(model, optimizer)
@@ -211,10 +213,10 @@ def main():
         began = time.perf_counter()
         prompts = batches[step]
         torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = common.plan_rows([encoded[i].num_tokens for i in prompts], args.row_budget, world)[rank]
+        plan = runtime.plan_rows([encoded[i].num_tokens for i in prompts], args.row_budget, world)[rank]
         sums = torch.zeros(4, device=device)  # loss, pairs in order, pairs, sum of margins
         losses = []
-        for row, weight, batch in common.row_batches(plan, prompts, encoded, args, tokenizer, device):
+        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
             some = [encoded[i] for i in row]
             rewards = candidate_rewards(model, some, batch)  # [N]
             loss = rewards.new_zeros(())
@@ -228,27 +230,27 @@ def main():
             losses.append((loss.detach(), [records[i]["id"] for i in row]))
             if run.interrupted():
                 run.stop(step, model, optimizer)
-        grad_norm = common.clip_grad_norm(model, args.max_grad_norm)
+        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
         run.check_finite(step, losses, grad_norm)
-        lr = common.learning_rate(step, len(batches), args)
+        lr = runtime.learning_rate(step, len(batches), args)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
         optimizer.zero_grad()
         if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
-            loss_sum, right, pairs, margin = common.all_sum(sums)
+            loss_sum, right, pairs, margin = runtime.all_sum(sums)
             figures = {"loss": loss_sum / len(prompts), "pair_accuracy": right / max(pairs, 1)}
             figures |= {"margin": margin / max(pairs, 1), "grad_norm": grad_norm, "lr": lr}
             tokens = sum(encoded[i].num_tokens for i in prompts)
-            run.log(step + 1, figures | common.speed(model, tokens, time.perf_counter() - began, device))
+            run.log(step + 1, figures | runtime.speed(model, tokens, time.perf_counter() - began, device))
         if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
             run.save(step + 1, model, optimizer)
     if args.eval_data:
         figures = evaluate(model, tokenizer, args, rank, world, device)
-        common.on_rank0(lambda: common.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
+        runtime.on_rank0(lambda: runtime.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
         say("held out: pair accuracy {pair_accuracy:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs".format(**figures))
     run.finish(model, tokenizer)
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

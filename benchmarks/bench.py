@@ -43,7 +43,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
-from common import in_range, say  # noqa: E402
+import runtime  # noqa: E402
+from common import in_range  # noqa: E402
+from runtime import say  # noqa: E402
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
     "e-SNLI": [(250, 5, 40)],
@@ -81,7 +83,7 @@ def preference_loss(scores):
 
 
 def ours(model, encoded, device, attn="sdpa"):
-    batch = common.pack(encoded, device if attn == "flex" else None).to(device)
+    batch = (runtime.pack_flex(encoded, device) if attn == "flex" else common.pack(encoded)).to(device)
     scores = common.length_normalized(*common.candidate_logprobs(model, batch), 0.85)
     return sum(map(preference_loss, scores.split(batch.sizes))), scores
 
@@ -247,7 +249,7 @@ def peak_flops(device):
     """-> (FLOP/s, what it is)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [f for k, f in common.PEAK_FLOPS.items() if k in name]
+        known = [f for k, f in runtime.PEAK_FLOPS.items() if k in name]
         return (known[0], f"{name}, dense bf16") if known else (None, None)
     a = torch.randn(2048, 2048)
     times = []
@@ -371,10 +373,10 @@ def load(args, device):
         with device:
             model, tokenizer = AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
     else:
-        model = common.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
-        tokenizer = common.load_tokenizer(args.model)
+        model = runtime.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
+        tokenizer = runtime.load_tokenizer(args.model)
     model.config.use_cache = False
-    return common.shard(model.train(), device), tokenizer
+    return runtime.shard(model.train(), device), tokenizer
 
 
 def device_name(device):
@@ -394,7 +396,7 @@ def installed(name):
 
 def main():
     args = parse_args()
-    _, _, device = common.init_distributed()
+    _, _, device = runtime.init_distributed()
     model_name = pathlib.Path(args.model).name
     model_name = "SmolLM2-135M" if args.model == str(ROOT / "demo/model") else model_name
     output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
@@ -440,10 +442,10 @@ def run(args, report, output, device):
             same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
             rows = json.loads(output.read_text())["rows"] if output.exists() else []
             report["rows"] = [r for r in rows if not same(r)] + [row]
-            common.write_atomically(output, json.dumps(report, indent=1) + "\n")
+            runtime.write_atomically(output, json.dumps(report, indent=1) + "\n")
             medians = {name: round(statistics.median(c["seconds"]), 2) for name, c in result.items()}
             say(workload, shape, medians)
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

@@ -20,7 +20,9 @@ from bench import clock  # noqa: E402
 
 import common  # noqa: E402
 import generation  # noqa: E402
-from common import in_range, say  # noqa: E402
+import runtime  # noqa: E402
+from common import in_range  # noqa: E402
+from runtime import say  # noqa: E402
 
 
 def plain(model, tokenizer, text, samples, new_tokens):
@@ -42,7 +44,7 @@ def main():
     add("--new_tokens", type=in_range(int, 1), nargs="+", default=[40, 128])
     add("--repeats", type=in_range(int, 1), default=5)
     args = parser.parse_args()
-    _, _, device = common.init_distributed()
+    _, _, device = runtime.init_distributed()
     model, tokenizer = generation.load_generator(args.model, device)
     model.generation_config.eos_token_id = None
     word = tokenizer(" the", add_special_tokens=False).input_ids[:1]
@@ -64,8 +66,8 @@ def main():
         say(sizes, "new tokens", new_tokens, {k: round(statistics.median(v), 2) for k, v in seconds.items()}, ratio)
     output = ROOT / f"benchmarks/results/{device.type}-sample.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    common.write_atomically(output, json.dumps(report, indent=1) + "\n")
+    runtime.write_atomically(output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    common.run_cli(main)
+    runtime.run_cli(main)

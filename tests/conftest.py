@@ -137,7 +137,7 @@ def cli(capfd, monkeypatch):
         capfd.readouterr()
         code = 0
         try:
-            importlib.import_module("common").run_cli(module.main)
+            importlib.import_module("runtime").run_cli(module.main)
         except SystemExit as e:
             code = e.code or 0
         finally:
@@ -170,7 +170,7 @@ def command(*args, check=True, **kwargs):
 def run(monkeypatch, *argv):
     """collect_candidates.py with these arguments, in this process; what it prints goes to the caller's capture."""
     monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, argv)])
-    importlib.import_module("common").run_cli(importlib.import_module("collect_candidates").main)
+    importlib.import_module("runtime").run_cli(importlib.import_module("collect_candidates").main)
 
 
 def pair(chosen, rejected):

@@ -14,14 +14,15 @@ from conftest import ROOT, command, make_records, write_jsonl
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
 FLOORS = {
     "common": set(),
-    "generation": {"common"},
-    "rankers": {"common", "generation"},
-    "collect_candidates": {"common", "generation", "rankers"},
-    "rescue": {"common"},
-    "tuna": {"common"},
-    "reward_model": {"common"},
-    "pro": {"common", "generation", "rankers"},
-    "evaluate": {"common", "generation", "rankers", "collect_candidates"},
+    "runtime": {"common"},
+    "generation": {"common", "runtime"},
+    "rankers": {"common", "runtime", "generation"},
+    "collect_candidates": {"common", "runtime", "generation", "rankers"},
+    "rescue": {"common", "runtime"},
+    "tuna": {"common", "runtime"},
+    "reward_model": {"common", "runtime"},
+    "pro": {"common", "runtime", "generation", "rankers"},
+    "evaluate": {"common", "runtime", "generation", "rankers", "collect_candidates"},
 }
 
 
@@ -66,7 +67,7 @@ def test_imports_never_turn_back(path):
 
 
 def test_a_method_script_with_common_is_a_working_copy(tiny, tmp_path):
-    for name in ("rescue.py", "common.py"):
+    for name in ("rescue.py", "common.py", "runtime.py"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     data = write_jsonl(tmp_path / "d.jsonl", make_records(4))
     flags = f"--ordering hybrid --data {data} --model {tiny} --output {tmp_path / 'out'}"

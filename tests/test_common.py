@@ -8,9 +8,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_model, make_records, make_tokenizer, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import common
-from common import UserError, candidate_logprobs, encode, pack, pack_padded, plan_rows
+import runtime
+from common import UserError, candidate_logprobs, encode, pack, pack_padded
+from runtime import plan_rows
 
 
 class TestEncode:
@@ -112,11 +115,11 @@ class TestPacking:
     def test_flex_scores(self, tokenizer, tmp_path):
         make_model().save_pretrained(tmp_path)
         encoded = [encode(tokenizer, r) for r in make_records(2)]
-        load = common.AutoModelForCausalLM.from_pretrained
+        load = AutoModelForCausalLM.from_pretrained
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             want, _ = candidate_logprobs(load(tmp_path), pack(encoded))
             model = load(tmp_path, attn_implementation="flex_attention").eval()
-            got, _ = candidate_logprobs(model, pack(encoded, torch.device("cpu")))
+            got, _ = candidate_logprobs(model, runtime.pack_flex(encoded, torch.device("cpu")))
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
     def test_length_normalisation_ignores_padding(self, tokenizer):
@@ -147,11 +150,11 @@ class TestPlan:
 
 def test_learning_rate():
     args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
-    rates = [common.learning_rate(s, 10, args) for s in range(10)]
+    rates = [runtime.learning_rate(s, 10, args) for s in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[6] == pytest.approx(0.5)
     assert 0 < rates[-1] < 0.05
     args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
-    assert [common.learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert [runtime.learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
 class TestReaders:
@@ -246,5 +249,5 @@ def test_in_range(value, low, ok):
 
 
 def test_atomic_write(tmp_path):
-    common.write_atomically(tmp_path / "x", "new")
+    runtime.write_atomically(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1

@@ -13,6 +13,7 @@ from conftest import make_records, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
 import common
+import runtime
 from common import Encoded, candidate_logprobs, pack, pack_padded
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -91,7 +92,7 @@ class TestFlex:
     def test_blocks_are_those_of_the_dense_mask(self, shapes):
         """Block by block: partly visible, wholly visible, or absent, as the T x T mask says; nothing is left out."""
         encoded = make_encoded(*shapes)
-        T, flex = pack(encoded).input_ids.shape[1], pack(encoded, torch.device("cpu"))
+        T, flex = pack(encoded).input_ids.shape[1], runtime.pack_flex(encoded, torch.device("cpu"))
         filled, mask = flex.input_ids.shape[1], flex.attention_mask
         index = torch.arange(filled)
         dense = mask.mask_mod(0, 0, index[:, None], index[None])
@@ -113,7 +114,7 @@ class TestFlex:
         flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend="aot_eager")
         for n in range(1, 6):
             encoded = make_encoded(*[(60 + 40 * n, [20 * n, 30])] * n)
-            plain, flex = pack(encoded), pack(encoded, torch.device("cpu"))
+            plain, flex = pack(encoded), runtime.pack_flex(encoded, torch.device("cpu"))
             T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
             q, k, v = torch.randn(3, 1, 2, filled, 16)
             with torch.no_grad():
@@ -131,7 +132,7 @@ class TestChunks:
         model, batch = make("llama", tie_word_embeddings=True), pack(ENCODED)
         want, want_grads = gradients(model, batch)
         if sharded:
-            common.init_distributed()
+            runtime.init_distributed()
             fully_shard(model.model.layers[0])
             fully_shard(model)
         seen, head = [], type(model.lm_head)
@@ -150,7 +151,7 @@ class TestChunks:
     def test_models_that_change_their_logits_are_found_out(self, kind, plain):
         model = make(kind, **({"final_logit_softcapping": 0.5} if kind == "gemma3_text" else {}))
         args = argparse.Namespace(padded=False, attn="sdpa", model=kind)
-        common.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
+        runtime.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
         assert model.plain_head is plain
         want, _ = gradients(model, pack(ENCODED))
         got, _ = gradients(model, pack(ENCODED), max_logits=1)  # a scaled or capped model's stay whole
@@ -160,12 +161,12 @@ class TestChunks:
 @pytest.mark.parametrize("every, twice", [(1, [2, 2, 2, 2]), (2, [2, 1, 2, 1])])
 def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkeypatch):
     make("llama", num_hidden_layers=4).save_pretrained(tmp_path)
-    monkeypatch.setattr(common, "load_tokenizer", lambda name: None)
-    common.init_distributed()
+    monkeypatch.setattr(runtime, "load_tokenizer", lambda name: None)
+    runtime.init_distributed()
     args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
     found = []
     for args.activation_checkpointing in (0, every):
-        model, _ = common.load_for_training(args, torch.device("cpu"))
+        model, _ = runtime.load_for_training(args, torch.device("cpu"))
         count = [0] * 4
         for i, layer in enumerate(model.model.layers):
             layer.input_layernorm.register_forward_hook(lambda m, x, y, i=i: count.__setitem__(i, count[i] + 1))
@@ -178,7 +179,7 @@ def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkey
 
 def test_an_unfilled_model_is_the_loaded_one_without_its_weights():
     model = make("llama", tie_word_embeddings=True)
-    empty = common.unfilled(transformers.AutoModelForCausalLM, model.config, model.generation_config)
+    empty = runtime.unfilled(transformers.AutoModelForCausalLM, model.config, model.generation_config)
     assert empty.lm_head.weight is empty.model.embed_tokens.weight and empty.device.type == "cpu"
     assert empty.generation_config is model.generation_config
     empty.load_state_dict(model.state_dict())
@@ -190,7 +191,7 @@ def test_an_unfilled_model_is_the_loaded_one_without_its_weights():
 class TestTokens:
     @pytest.fixture
     def args(self, tmp_path):
-        common.init_distributed()
+        runtime.init_distributed()
         yield types.SimpleNamespace(data=str(tmp_path / "d.jsonl"), max_length=64, max_response_length=None)
         torch.distributed.destroy_process_group()
 
@@ -198,14 +199,14 @@ class TestTokens:
     def encoded_texts(self, monkeypatch):
         """The ids of the records that were really tokenised."""
         seen, encode = [], common.encode
-        monkeypatch.setattr(common, "encode", lambda t, r, *limits: seen.append(r["id"]) or encode(t, r, *limits))
+        monkeypatch.setattr(runtime, "encode", lambda t, r, *limits: seen.append(r["id"]) or encode(t, r, *limits))
         return seen
 
     def test_tokenised_once(self, args, encoded_texts):
         tokenizer, records = make_tokenizer(), make_records(3)
-        first = common.encode_all(tokenizer, records, args)
+        first = runtime.encode_all(tokenizer, records, args)
         annotated = [r | {"candidates": [c | {"reward": 1.0} for c in r["candidates"]]} for r in records]
-        assert common.encode_all(make_tokenizer(), annotated, args) == first  # another ordering of the same texts
+        assert runtime.encode_all(make_tokenizer(), annotated, args) == first  # another ordering of the same texts
         assert len(encoded_texts) == 3
 
     def test_what_changes_the_tokens_is_in_the_key(self, args, encoded_texts):
@@ -216,23 +217,23 @@ class TestTokens:
         cut = types.SimpleNamespace(**vars(args) | {"max_response_length": 4})
         cases = [(tokenizer, records, args), (tokenizer, changed, args), (tokenizer, records, shorter)]
         cases += [(tokenizer, records, cut), (make_tokenizer(bos=False), records, args), (tokenizer, records[:1], args)]
-        results = [common.encode_all(*case) for case in cases]
+        results = [runtime.encode_all(*case) for case in cases]
         assert len(encoded_texts) == 11
         assert all(a != b for a, b in itertools.combinations(results, 2))
 
     def test_a_broken_file_is_made_again_and_an_unwritable_folder_is_no_error(self, args, encoded_texts, tmp_path):
-        want = common.encode_all(make_tokenizer(), make_records(2), args)
+        want = runtime.encode_all(make_tokenizer(), make_records(2), args)
         (file,) = (tmp_path / ".tokens").iterdir()
         file.write_text(file.read_text()[:50])
-        assert common.encode_all(make_tokenizer(), make_records(2), args) == want
+        assert runtime.encode_all(make_tokenizer(), make_records(2), args) == want
         args.data = "/proc/none/d.jsonl"
-        assert common.encode_all(make_tokenizer(), make_records(2), args) == want and len(encoded_texts) == 6
+        assert runtime.encode_all(make_tokenizer(), make_records(2), args) == want and len(encoded_texts) == 6
 
 
 def test_row_batches_are_the_plan_in_order():
     args = argparse.Namespace(padded=False, attn="sdpa")
     plan, prompts = [([0, 1], 1.0), ([2], 1.0), ([2], 0.0)], [1, 0, 1]
-    rows = list(common.row_batches(plan, prompts, ENCODED, args, None, torch.device("cpu")))
+    rows = list(runtime.row_batches(plan, prompts, ENCODED, args, None, torch.device("cpu")))
     assert [(row, weight) for row, weight, _ in rows] == [([1, 0], 1.0), ([1], 1.0), ([1], 0.0)]
     for row, _, batch in rows:
         assert torch.equal(batch.input_ids, pack([ENCODED[i] for i in row]).input_ids)
@@ -241,5 +242,5 @@ def test_row_batches_are_the_plan_in_order():
 def test_describe_plan():
     """Two ranks: rows of 80 and 60 tokens, then 50 and 70; the wait is for 80 + 70 = 150, the mean is 130."""
     plan = [[([0], 1.0), ([1, 2], 1.0)], [([3], 1.0), ([4], 1.0)]]
-    text = common.describe_plan(plan, [80, 20, 30, 60, 70], 100)
+    text = runtime.describe_plan(plan, [80, 20, 30, 60, 70], 100)
     assert text == "2 rows a rank, 65% full, the slowest rank 15% over the mean"

@@ -5,8 +5,10 @@ import math
 
 import pytest
 from conftest import make_records, read_jsonl, refused, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import evaluate
+import runtime
 
 
 class TestMetrics:
@@ -103,8 +105,8 @@ def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
         "--length_scaling",
         0.85,
     )
-    tokenizer = common.load_tokenizer(str(tiny))
-    model = common.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = runtime.load_tokenizer(str(tiny))
+    model = AutoModelForCausalLM.from_pretrained(tiny)
     for record, row in zip(make_records(5), read_jsonl(here / "runs/eval/a/ranking.jsonl")):
         with torch.no_grad():
             logp, n = common.candidate_logprobs(model, common.pack_padded([common.encode(tokenizer, record)]))

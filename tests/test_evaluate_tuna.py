@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 from conftest import make_records, make_tokenizer, read_jsonl, refused, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import common
 import evaluate
 import generation
+import runtime
 
 
 def metrics_of(folder, verb, name="tiny"):
@@ -29,8 +31,8 @@ def test_nll_against_one_by_one(cli, tiny, here):
     records = make_records(5)
     write_jsonl(here / "d.jsonl", records)
     assert cli("evaluate", "nll", "--model", tiny, "--name", "tiny", "--input", "d.jsonl").code == 0
-    model = common.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = common.load_tokenizer(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = runtime.load_tokenizer(tiny)
     values = []
     for record in records:
         prompt = common.prompt_ids(tokenizer, record["prompt"])

@@ -11,6 +11,7 @@ from conftest import command, read_jsonl
 
 import common
 import pro
+import runtime
 
 
 def naive_loss(scores, rewards=None, first_only=False):
@@ -157,7 +158,7 @@ def write_data(path, num_records=6, rewards=(0.5, 2.0, -1.0), **more):
 
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["pro.py", *map(str, argv)])
-    common.run_cli(pro.main)
+    runtime.run_cli(pro.main)
 
 
 def read_log(output):
@@ -213,7 +214,7 @@ def test_the_logged_loss_is_the_loss_of_the_records(first_steps, tiny, tmp_path)
     """The first step's figures again, one candidate a forward and the printed equations."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), runtime.load_tokenizer(tiny)
     losses, nlls = [], []
     for record in common.load_candidates(write_data(tmp_path / "d.jsonl")):
         ranking = sorted(record["candidates"], key=lambda c: -c["reward"])
@@ -357,7 +358,7 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
         assert len(read_jsonl(tmp_path / "run" / "bootstrap" / "split-2.jsonl.part0")) == 16
         monkeypatch.setattr(generation, "generate", generate)
     else:
-        clip = common.clip_grad_norm
+        clip = runtime.clip_grad_norm
 
         def die_at_fourth(*args):
             calls.append(1)
@@ -365,10 +366,10 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
                 raise ConnectionError("the machine went away")
             return clip(*args)
 
-        monkeypatch.setattr(common, "clip_grad_norm", die_at_fourth)
+        monkeypatch.setattr(runtime, "clip_grad_norm", die_at_fourth)
         with pytest.raises(ConnectionError):
             cli("pro", *argv)
-        monkeypatch.setattr(common, "clip_grad_norm", clip)
+        monkeypatch.setattr(runtime, "clip_grad_norm", clip)
         monkeypatch.setattr(generation, "generate", None)  # the second split is sampled: nothing to generate
     result = cli("pro", *argv, "--resume")
     assert result.code == 0, result.err

@@ -8,6 +8,7 @@ from conftest import read_jsonl, run, write_jsonl
 
 import common
 import rankers
+import runtime
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_causal_lm_is_no_reward_model(monkeypatch, capsys, tiny, prepared, tmp
 
 @pytest.mark.parametrize("form", ["plain", "chat_template"])
 def test_dialogue_forms(tiny, form):
-    tokenizer = common.load_tokenizer(tiny)
+    tokenizer = runtime.load_tokenizer(tiny)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
     record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
     text = tokenizer.decode(rankers.dialogue_ids(tokenizer, record, "Yes", form))

@@ -4,10 +4,12 @@ import re
 
 import pytest
 from conftest import make_model, make_tokenizer, read_jsonl, run, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import common
 import generation
 import rankers
+import runtime
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contextual ranking: the strict parser, and the whole way through a server
@@ -187,8 +189,8 @@ def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
     records = [RANKABLE, RANKABLE | {"id": "r2", "prompt": "Another, longer prompt"}]
     flags = ["--model", tiny, "--batch_size", 2]
     scored = rank(monkeypatch, tmp_path, records, "--by", "logprob", *flags)
-    model = common.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = common.load_tokenizer(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = runtime.load_tokenizer(tiny)
     for record in scored:
         for c in record["candidates"]:
             prompt = common.prompt_ids(tokenizer, record["prompt"])

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
+import runtime
 from rescue import pair_statistics, preference, ranking_loss, select_candidates, sft_loss
 
 
@@ -181,9 +182,9 @@ class TestTraining:
 
     def test_saved_folder_gives_the_same_logits(self, cli, tiny, data, tmp_path, monkeypatch):
         seen = {}
-        save = common.Run.finish
+        save = runtime.Run.finish
         monkeypatch.setattr(
-            common.Run, "finish", lambda run, model, tok: (seen.update(model=model), save(run, model, tok))
+            runtime.Run, "finish", lambda run, model, tok: (seen.update(model=model), save(run, model, tok))
         )
         train(cli, tiny, data, tmp_path / "run", "--ordering", "none")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
@@ -215,15 +216,15 @@ class TestTraining:
 def interrupt_after(monkeypatch, steps):
     """Make Run.interrupted say yes after that many optimizer steps' micro-batches; undo() takes it back."""
     context = pytest.MonkeyPatch()
-    original = common.Run.log
+    original = runtime.Run.log
     state = {"steps": 0}
 
     def log(run, step, values, *rest):
         state["steps"] = step
         original(run, step, values, *rest)
 
-    context.setattr(common.Run, "log", log)
-    context.setattr(common.Run, "interrupted", lambda run: state["steps"] >= steps)
+    context.setattr(runtime.Run, "log", log)
+    context.setattr(runtime.Run, "interrupted", lambda run: state["steps"] >= steps)
     return context
 
 

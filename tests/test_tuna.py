@@ -8,9 +8,11 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, command
+from transformers import AutoModelForCausalLM
 
 import common
 import generation
+import runtime
 import tuna
 
 
@@ -115,7 +117,7 @@ def write_data(path, num_records=6, annotate=True, reference=True):
 
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["tuna.py", *map(str, argv)])
-    common.run_cli(tuna.main)
+    runtime.run_cli(tuna.main)
 
 
 def read_log(output):
@@ -155,8 +157,8 @@ def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
     write_data(tmp_path / "d.jsonl", num_records=2)
     flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 2, "--output", tmp_path / "out"]
     run(monkeypatch, "--stage", "probabilistic", *flags)
-    model = common.AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = common.load_tokenizer(tiny)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    tokenizer = runtime.load_tokenizer(tiny)
     rank_loss = mle = 0.0
     for record in common.load_candidates(tmp_path / "d.jsonl"):
         e = common.encode(tokenizer, record)
@@ -201,14 +203,14 @@ def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cl
     flags += ["--batch_size", 4, "--epochs", 2, "--checkpoint_every", 2]
     cli("tuna", *flags, "--output", tmp_path / "one")
     cli("tuna", *flags, "--output", tmp_path / "rows", "--max_tokens_per_row", 1)
-    save = common.Run.save
+    save = runtime.Run.save
 
     def save_and_die(self, step, *args):
         save(self, step, *args)
         raise ZeroDivisionError  # as good a crash as any
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(common.Run, "save", save_and_die)
+        patch.setattr(runtime.Run, "save", save_and_die)
         cli("tuna", *flags, "--output", tmp_path / "halves")
     gc.collect()  # the dead run's lock goes with it
     assert len(read_log(tmp_path / "halves")) == 2

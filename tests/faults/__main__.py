@@ -34,7 +34,7 @@ from conftest import make_model, make_records, make_tokenizer, read_jsonl, write
 from faults.malformed import corpus  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import common  # noqa: E402
+import runtime  # noqa: E402
 
 
 class Child:
@@ -57,7 +57,7 @@ class Child:
             if file_limit:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-            common.run_cli(importlib.import_module(script).main)
+            runtime.run_cli(importlib.import_module(script).main)
             code = 0
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
