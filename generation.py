@@ -49,7 +49,7 @@ class Journal:
     def __init__(self, path, ids, settings, rank=0, world=1):
         self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
         if world > 1:
-            runtime.on_rank0(lambda: self._claim(settings))
+            runtime.on_process0(lambda: self._claim(settings))
         else:
             self._claim(settings)
         wanted = set(self.ids)

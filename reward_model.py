@@ -247,7 +247,7 @@ def main():
             run.save(step + 1, model, optimizer)
     if args.eval_data:
         figures = evaluate(model, tokenizer, args, rank, world, device)
-        runtime.on_rank0(lambda: runtime.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
+        runtime.on_process0(lambda: runtime.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
         say("held out: pair accuracy {pair_accuracy:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs".format(**figures))
     run.finish(model, tokenizer)
 

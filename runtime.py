@@ -193,7 +193,7 @@ def init_distributed():
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def on_rank0(fn):
+def on_process0(fn):
     """Call fn on rank 0 and give every rank its result, or its UserError."""
     box = [None, None]
     if dist.get_rank() == 0:
@@ -244,7 +244,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         loaded.append(load_pretrained(auto_class, args.model, **options))
         return loaded[0].config, getattr(loaded[0], "generation_config", None)
 
-    config, generation_config = on_rank0(load)
+    config, generation_config = on_process0(load)
     model = loaded[0] if loaded else unfilled(auto_class, config, generation_config)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
@@ -460,9 +460,9 @@ class Run:
         self.args, self.rank, self.world, self.device = args, rank, world, device
         self.output = pathlib.Path(args.output)
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
-        self.settings["data_sha256"] = on_rank0(lambda: file_digest(args.data))
+        self.settings["data_sha256"] = on_process0(lambda: file_digest(args.data))
         self.signal = None
-        on_rank0(self._claim_folder)
+        on_process0(self._claim_folder)
         if self.finished:
             say(f"{self.output} is finished: its model is in {self.model_folder}")
             return
@@ -572,12 +572,12 @@ class Run:
         """Write OUTPUT/checkpoints/step-N under a temporary name, rename it, change `latest`, drop old ones."""
         folder = self.output / "checkpoints" / f"step-{step:08d}"
         part = folder.with_name(f"part-{step:08d}")
-        on_rank0(lambda: shutil.rmtree(part, ignore_errors=True))
+        on_process0(lambda: shutil.rmtree(part, ignore_errors=True))
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         try:
-            if not on_rank0(folder.exists):  # it does after a kill between the renaming and the next step
+            if not on_process0(folder.exists):  # it does after a kill between the renaming and the next step
                 dcp.save(state, checkpoint_id=part)
-            on_rank0(lambda: self._publish(part, folder, step))
+            on_process0(lambda: self._publish(part, folder, step))
         except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
             # torch's zip writer says "unexpected pos" when a write came back short
             full = any(x in str(e) for x in ("No space left", "File too large", "Disk quota", "unexpected pos"))
@@ -611,16 +611,16 @@ class Run:
 
     def restore(self, model, optimizer):
         """Load the newest whole checkpoint, on any number of ranks -> the step to go on from (0 when there is none)."""
-        folder = on_rank0(self.latest)
+        folder = on_process0(self.latest)
         if folder is None:
-            on_rank0(lambda: self._cut_log(0))
+            on_process0(lambda: self._cut_log(0))
             return 0
         state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
         dcp.load(state, checkpoint_id=folder)
         set_model_state_dict(model, state["model"])
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         step = json.loads((folder / "meta.json").read_text())["step"]
-        on_rank0(lambda: self._cut_log(step))
+        on_process0(lambda: self._cut_log(step))
         say(f"resuming after step {step} from {folder}")
         return step
 
@@ -638,11 +638,11 @@ class Run:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone, one tensor at a time
         state = get_model_state_dict(model, options=options)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        on_rank0(
+        on_process0(
             lambda: save_model(model, {k: v.to(dtype) for k, v in state.items()}, tokenizer, self.model_folder, dtype)
         )
-        on_rank0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
-        on_rank0(lambda: (self.output / "latest").unlink(missing_ok=True))
+        on_process0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
+        on_process0(lambda: (self.output / "latest").unlink(missing_ok=True))
         say(f"model saved in {self.model_folder}")
 
 
