@@ -47,11 +47,14 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
-import collect_candidates
 import common
-import generation
-import rankers
 import runtime
+from collecting import asking, generation, reward_models
+from collecting.answers import NLI_LABELS, has_answer, parse_nli
+from collecting.flags import api_flags, generation_flags, run_verb, unescape
+from collecting.journal import Journal, read_records, settings_of
+from collecting.prompts import ALPACA_TEMPLATE, alpaca_prompt, fill, read_template
+from collecting.sample import rouge_scorer
 from common import UserError, in_range
 from runtime import say
 
@@ -81,7 +84,7 @@ def system_name(args):
 def open_journal(args, verb, records, rank, world):
     args.name = system_name(args)
     args.output = args.output or str(EVAL_FOLDER / args.name / f"{verb}.jsonl")
-    return generation.Journal(args.output, [r["id"] for r in records], generation.settings_of(args), rank, world)
+    return Journal(args.output, [r["id"] for r in records], settings_of(args), rank, world)
 
 
 def predict(args, verb, records, compute, rank, world):
@@ -108,7 +111,7 @@ def answer(args, verb, records, rank, world, device):
     def compute(batch):
         model, tokenizer = generation.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
-        answers = generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
+        answers = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
         return [r | a for r, [a] in zip(batch, answers)]
 
     return predict(args, verb, records, compute, rank, world)
@@ -132,7 +135,7 @@ def write_metrics(args, verb, metrics):
         "name": args.name,
         "verb": verb,
         "metrics": metrics,
-        "settings": generation.settings_of(args),
+        "settings": settings_of(args),
         "device": device,
         "versions": versions,
     }
@@ -296,25 +299,25 @@ def kendall_tau(a, b):
 def nli_flags(add):
     model_flags(add, "nli")
     add("--num_beams", type=in_range(int, 1), default=1, help="1: greedy")
-    generation.generation_flags(add, 64)
+    generation_flags(add, 64)
 
 
 def nli(args):
     """Generate an answer to every prompt and compare its label with the record's (RESCUE, Tables 2 and 3, Fig. 6)."""
     rank, world, device = runtime.init_distributed()
-    records = list(generation.read_records(args.input))
+    records = list(read_records(args.input))
     for record in records:
-        if record.get("label") not in rankers.NLI_LABELS:
-            raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(rankers.NLI_LABELS)}")
+        if record.get("label") not in NLI_LABELS:
+            raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
     options = {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length", "num_beams")}
 
     def compute(batch):
         model, tokenizer = generation.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
         for record, [answer] in zip(
-            batch, generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
+            batch, generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
         ):
-            label, well_formed = rankers.parse_nli(answer["text"])
+            label, well_formed = parse_nli(answer["text"])
             yield {"label": record["label"], "prediction": label, "well_formed": well_formed} | answer
 
     rows = predict(args, "nli", records, compute, rank, world)
@@ -328,12 +331,12 @@ def nli(args):
 def nli_metrics(rows):
     """Accuracy (an unparsed answer is wrong), shares, and per class: precision, recall, confusion row (gold ->
     predicted or unparsed)."""
-    confusion = {gold: dict.fromkeys((*rankers.NLI_LABELS, "unparsed"), 0) for gold in rankers.NLI_LABELS}
+    confusion = {gold: dict.fromkeys((*NLI_LABELS, "unparsed"), 0) for gold in NLI_LABELS}
     for row in rows:
         confusion[row["label"]][row["prediction"] or "unparsed"] += 1
     n = len(rows)
-    right = {k: confusion[k][k] for k in rankers.NLI_LABELS}
-    predicted = {k: sum(row[k] for row in confusion.values()) for k in (*rankers.NLI_LABELS, "unparsed")}
+    right = {k: confusion[k][k] for k in NLI_LABELS}
+    predicted = {k: sum(row[k] for row in confusion.values()) for k in (*NLI_LABELS, "unparsed")}
     return {
         "accuracy": sum(right.values()) / n,
         "well_formed": sum(row["well_formed"] for row in rows) / n,
@@ -349,7 +352,7 @@ def nli_metrics(rows):
 
 
 def print_confusion(metrics):
-    columns = (*rankers.NLI_LABELS, "unparsed")
+    columns = (*NLI_LABELS, "unparsed")
     say(
         "gold \\ predicted".ljust(18)
         + "".join(c.rjust(15) for c in columns)
@@ -365,8 +368,8 @@ def plot_nli(metrics, name, path):
     """The confusion matrix, and the share of each label among answers and gold: a model that leans to the middle
     answers 'neutral'."""
     figure, (left, right) = new_figure(10, 4, 2)
-    columns = (*rankers.NLI_LABELS, "unparsed")
-    counts = [[metrics["confusion"][g][c] for c in columns] for g in rankers.NLI_LABELS]
+    columns = (*NLI_LABELS, "unparsed")
+    counts = [[metrics["confusion"][g][c] for c in columns] for g in NLI_LABELS]
     left.imshow(counts, cmap="Blues")
     for y, row in enumerate(counts):
         for x, value in enumerate(row):
@@ -374,12 +377,7 @@ def plot_nli(metrics, name, path):
                 x, y, value, ha="center", va="center", color="white" if value > max(map(max, counts)) / 2 else "black"
             )
     left.set(
-        xticks=range(4),
-        xticklabels=columns,
-        yticks=range(3),
-        yticklabels=rankers.NLI_LABELS,
-        xlabel="predicted",
-        ylabel="gold",
+        xticks=range(4), xticklabels=columns, yticks=range(3), yticklabels=NLI_LABELS, xlabel="predicted", ylabel="gold"
     )
     left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f}")
     for offset, key, colour in ((-0.2, "gold_share", "0.75"), (0.2, "predicted_share", "tab:blue")):
@@ -397,7 +395,7 @@ def plot_nli(metrics, name, path):
 def multidoc_qa_flags(add):
     model_flags(add, "multidoc-qa")
     add("--num_beams", type=in_range(int, 1), default=1, help="1: greedy; more: beam search")
-    generation.generation_flags(add, 64)
+    generation_flags(add, 64)
 
 
 def multidoc_qa(args):
@@ -407,7 +405,7 @@ def multidoc_qa(args):
     the whole answer (as the RESCUE authors do) and its first non-empty line (as Liu et al. do).
     """
     rank, world, device = runtime.init_distributed()
-    records = list(generation.read_records(args.input))
+    records = list(read_records(args.input))
     for r in records:
         if not isinstance(r.get("answers"), list) or not isinstance(r.get("gold_position"), int):
             raise UserError(
@@ -430,7 +428,7 @@ def multidoc_qa_metrics(rows):
         texts = {
             p: [(r["text"].split(cut)[0] if cut else r["text"], r["answers"]) for r in positions[p]] for p in positions
         }
-        at = {p: mean(rankers.has_answer(*pair) for pair in texts[p]) for p in sorted(positions)}
+        at = {p: mean(has_answer(*pair) for pair in texts[p]) for p in sorted(positions)}
         metrics |= {kind: mean(at.values())} | {f"{kind}_at_{p}": x for p, x in at.items()}
     return metrics | {"positions": {p: len(positions[p]) for p in sorted(positions)}}
 
@@ -511,7 +509,7 @@ def superni_flags(add):
     add("--tasks", nargs="+", help="only these of the 119 test tasks")
     add("--bertscore", metavar="MODEL", help="also BERTScore F1 under this encoder, a hub id or folder: roberta-large")
     add("--bertscore_layer", type=int, default=17, help="whose states are compared (roberta-large: 17); -1 the last")
-    generation.generation_flags(add, 128)
+    generation_flags(add, 128)
 
 
 def superni(args):
@@ -575,7 +573,7 @@ def exact_form(text):
 
 def superni_metrics(rows, bertscore=None, layer=-1):
     """Mean over instances x 100 of the maximum over references; the same by task."""
-    score = collect_candidates.rouge_scorer(use_stemmer=True).score
+    score = rouge_scorer(use_stemmer=True).score
     for row in rows:
         row["rouge_l"] = 100 * max(score(a, row["text"])["rougeL"].fmeasure for a in row["answers"])
         row["exact_match"] = 100.0 * any(exact_form(a) == exact_form(row["text"]) for a in row["answers"])
@@ -640,7 +638,7 @@ def lmentry_flags(add):
     add("--lmentry_dir", required=True, help="clone of aviaefrat/lmentry: data/ and its scorers")
     add("--tasks", nargs="+", help="only these of the 41 files in data/ (no LMentry score then)")
     add("--max_examples", type=in_range(int, 1), help="only so many of each file, equally many a template")
-    generation.generation_flags(add, 50)
+    generation_flags(add, 50)
 
 
 def lmentry(args):
@@ -741,17 +739,17 @@ def vicuna_flags(add):
     model_flags(add, "vicuna", "FastChat's question.jsonl: question_id, category, turns")
     add("--prompt_file", help="a template of your own with {instruction} (default: Alpaca's of `prepare`)")
     add("--limit", type=in_range(int, 1), help="only the first questions")
-    generation.generation_flags(add, 512)
+    generation_flags(add, 512)
 
 
 def vicuna(args):
     """Answer the questions' first turns, greedily."""
     rank, world, device = runtime.init_distributed()
-    template, records = generation.read_template(args, collect_candidates.ALPACA_TEMPLATE), []
+    template, records = read_template(args, ALPACA_TEMPLATE), []
     for where, row in itertools.islice(common.read_rows(args.input), args.limit):
         if not (isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str)):
             raise UserError(f"{where}: field 'turns' must be a list of strings")
-        prompt = collect_candidates.alpaca_prompt(template, {"instruction": row["turns"][0], "input": ""}, where)
+        prompt = alpaca_prompt(template, {"instruction": row["turns"][0], "input": ""}, where)
         record = {"id": str(row.get("question_id")), "category": row.get("category"), "question": row["turns"][0]}
         records.append(record | {"prompt": prompt})
     rows = answer(args, "vicuna", records, rank, world, device)
@@ -774,10 +772,10 @@ def hh_flags(add):
         default=EVALUATION_REWARD_MODEL,
         help="hub id or folder, another one than trained with; or none",
     )
-    add("--dialogue", choices=["auto", *rankers.DIALOGUE_FORMS], default="auto", help="how it reads dialogues")
+    add("--dialogue", choices=["auto", *reward_models.DIALOGUE_FORMS], default="auto", help="how it reads dialogues")
     add("--allow_pickle", action="store_true", help="load the reward model's .bin weights too: they can run code")
     add("--limit", type=in_range(int, 1), help="only the first records")
-    generation.generation_flags(add, 128)
+    generation_flags(add, 128)
 
 
 def hh(args):
@@ -796,7 +794,7 @@ def hh(args):
     def compute(batch):
         model, tokenizer = generation.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
-        answers = generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
+        answers = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
         rows = [
             {"subset": r.get("subset"), "question": r["prompt"], "reference": chosen_text(r)} | a
             for r, [a] in zip(batch, answers)
@@ -804,7 +802,7 @@ def hh(args):
         if args.reward_model != "none":
             pairs = [(r, row["text"]) for r, row in zip(batch, rows)]
             load = {"form": args.dialogue, "allow_pickle": args.allow_pickle}
-            for row, logit in zip(rows, rankers.reward_logits(args.reward_model, device, pairs, **load)):
+            for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
                 row |= {"reward_logit": logit, "reward": 1 / (1 + math.exp(-logit))}
         return rows
 
@@ -891,7 +889,7 @@ def judge_flags(add):
     add("--output", help=f"verdicts (default: {EVAL_FOLDER}/NAME/judge.jsonl)")
     add("--prompt_file", help="a template of your own with {question}, {a}, {b}")
     add("--limit", type=in_range(int, 1), help="only the first questions")
-    generation.api_flags(add, 512)
+    api_flags(add, 512)
 
 
 def judge(args):
@@ -903,18 +901,16 @@ def judge(args):
         raise UserError(f"--answers {' '.join(args.answers)}: no question has an answer in both")
     args.name = args.name or "-vs-".join(pathlib.Path(p).resolve().parent.name for p in args.answers)
     args.output = args.output or str(EVAL_FOLDER / args.name / "judge.jsonl")
-    template = generation.read_template(args, JUDGE_TEMPLATE)
+    template = read_template(args, JUDGE_TEMPLATE)
     prompts = {}
     for i in ids:
         for order in ((0, 1), (1, 0)):
             a, b = (systems[k][i]["text"] for k in order)
             fields = {"question": systems[0][i]["question"], "a": a, "b": b}
-            prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = generation.fill(
-                template, fields, args.prompt_file or "the template"
-            )
-    journal = generation.Journal(args.output, prompts, generation.settings_of(args))
+            prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = fill(template, fields, args.prompt_file or "the template")
+    journal = Journal(args.output, prompts, settings_of(args))
     todo = [key for key in prompts if key not in journal.done]
-    for number, replies, error in generation.complete(args, [prompts[key] for key in todo]):
+    for number, replies, error in asking.complete(args, [prompts[key] for key in todo]):
         if replies is None:
             say(f"question {todo[number]}: {error}")
             continue
@@ -1051,7 +1047,7 @@ def sheet(args):
     if len(set(names)) < len(args.systems) or len(names) > len(args.systems):
         raise UserError(f"--names: {len(args.systems)} different names are needed, not {', '.join(names)}")
     texts = [{row.get("id"): row.get("text") for _, row in common.read_rows(path)} for path in args.systems]
-    records = [r for r in generation.read_records(args.input) if all(isinstance(t.get(r["id"]), str) for t in texts)]
+    records = [r for r in read_records(args.input) if all(isinstance(t.get(r["id"]), str) for t in texts)]
     if not records:
         raise UserError(f"{args.input}: no record has a text in each of {', '.join(args.systems)}")
     draw = random.Random(args.seed)
@@ -1283,7 +1279,7 @@ VERBS = {
 
 
 def main():
-    collect_candidates.run_verb(VERBS, __doc__)
+    run_verb(VERBS, __doc__)
 
 
 if __name__ == "__main__":

@@ -197,11 +197,11 @@ def bootstrap(model, tokenizer, records, split, args, run):
     Finished prompts go to OUTPUT/bootstrap/split-K.jsonl, so a killed run goes on where it was, and one that comes
     back into the middle of a split trains on the answers that the split began with.
     """
-    import generation  # only here: without Algorithm 1 this script needs common.py alone
-    import rankers
+    from collecting import generation, reward_models
+    from collecting.journal import Journal
 
     path = run.output / "bootstrap" / f"split-{split + 1}.jsonl"
-    journal = generation.Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
+    journal = Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
     options = {"max_new_tokens": args.max_response_length - 1, "temperature": args.sampling_temperature}
     options["max_prompt_length"] = max(2, args.max_length - args.max_response_length)
     batches = generation.batches_by_length(records, 16)[run.rank :: run.world]
@@ -215,7 +215,7 @@ def bootstrap(model, tokenizer, records, split, args, run):
             prompts = [r["prompt"] for r in batch]
             answers = generation.generate(model, tokenizer, prompts, stop=generation.TURNS, **options)
             texts = [a["text"] for [a] in answers]
-            rewards = rankers.reward_logits(
+            rewards = reward_models.reward_logits(
                 args.reward_model, run.device, list(zip(batch, texts)), allow_pickle=args.allow_pickle
             )
             new = [{"text": t, "source": "bootstrap", "reward": x} for t, x in zip(texts, rewards)]

@@ -19,8 +19,8 @@ sys.path.insert(0, str(ROOT))
 from bench import clock  # noqa: E402
 
 import common  # noqa: E402
-import generation  # noqa: E402
 import runtime  # noqa: E402
+from collecting import generation  # noqa: E402
 from common import in_range  # noqa: E402
 from runtime import say  # noqa: E402
 

@@ -2,6 +2,7 @@
 
 import ast
 import csv
+import graphlib
 import json
 import pathlib
 import re
@@ -12,17 +13,16 @@ import pytest
 from conftest import ROOT, command, make_records, write_jsonl
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
-FLOORS = {
+FLOORS = {  # a script, or a package as a whole: what it may import; inside a package no import goes round
     "common": set(),
     "runtime": {"common"},
-    "generation": {"common", "runtime"},
-    "rankers": {"common", "runtime", "generation"},
-    "collect_candidates": {"common", "runtime", "generation", "rankers"},
+    "collecting": {"common", "runtime"},
+    "collect_candidates": {"runtime", "collecting"},
     "rescue": {"common", "runtime"},
     "tuna": {"common", "runtime"},
     "reward_model": {"common", "runtime"},
-    "pro": {"common", "runtime", "generation", "rankers"},
-    "evaluate": {"common", "runtime", "generation", "rankers", "collect_candidates"},
+    "pro": {"common", "runtime", "collecting"},
+    "evaluate": {"common", "runtime", "collecting"},
 }
 
 
@@ -34,7 +34,7 @@ def test_help_shows_the_contract(script):
 
 
 def test_every_flag_is_read():
-    sources = {p: p.read_text() for p in ROOT.glob("*.py")}
+    sources = {p: p.read_text() for p in MODULES}
     everything = "\n".join(sources.values())
     unread = []
     for path, text in sources.items():
@@ -56,14 +56,30 @@ def test_every_flag_is_read():
     assert not unread
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda p: p.stem)
-def test_imports_never_turn_back(path):
-    own = {p.stem for p in ROOT.glob("*.py")}
-    imported = set()
+def own_imports(path):
+    """-> the project's modules that a file imports, at its top or inside a function; a package's as package.module."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [getattr(node, "module", "") or ""]
-        imported |= {n.split(".")[0] for n in names if isinstance(node, (ast.Import, ast.ImportFrom))}
-    assert imported & own <= FLOORS[path.stem]
+        if isinstance(node, ast.Import):
+            names |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
+    return {n for n in names if (ROOT / f"{n.replace('.', '/')}.py").exists()}
+
+
+MODULES = sorted(ROOT.glob("*.py")) + sorted(p for floor in FLOORS for p in (ROOT / floor).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_never_turn_back(path):
+    floor = path.relative_to(ROOT).with_suffix("").parts[0]
+    assert {name.split(".")[0] for name in own_imports(path)} - {floor} <= FLOORS[floor]
+
+
+@pytest.mark.parametrize("package", [name for name in FLOORS if (ROOT / name).is_dir()])
+def test_no_import_goes_round_in_a_package(package):
+    graph = {f"{package}.{p.stem}": own_imports(p) for p in (ROOT / package).glob("*.py")}
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the round
 
 
 def test_a_method_script_with_common_is_a_working_copy(tiny, tmp_path):

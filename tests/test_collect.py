@@ -8,7 +8,7 @@ import torch
 from conftest import command, make_records, read_jsonl, refused, write_jsonl
 
 import common
-import generation
+from collecting import generation
 
 
 class TestPrepareESNLI:

@@ -9,9 +9,9 @@ import torch
 from api_server import Server
 from conftest import nli, read_jsonl, write_jsonl
 
-import collect_candidates as collect
-import generation
 import rescue
+from collecting import generation
+from collecting.flip import clean_sentence
 from common import UserError
 
 
@@ -22,7 +22,9 @@ def run(monkeypatch, *words):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(generation.random, "uniform", lambda a, b: 0.02)  # of the pauses between repeated requests
+    monkeypatch.setattr(
+        "collecting.server.random.uniform", lambda a, b: 0.02
+    )  # of the pauses between repeated requests
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -131,7 +133,7 @@ def test_flip_requests_share_one_budget(tmp_path, monkeypatch, capsys):
     [("No.", "No."), ('"No."', "No."), ("", None), ("A b", None), ("a, B!", None), ("x\ny", None), ("x #### y", None)],
 )
 def test_clean_sentence(text, want):
-    assert collect.clean_sentence(text, "a b") == want
+    assert clean_sentence(text, "a b") == want
 
 
 # -- multi-document QA

@@ -8,7 +8,7 @@ import pytest
 from api_server import Server
 from conftest import read_jsonl, refused, run, write_jsonl
 
-import collect_candidates as collect
+from collecting.sample import keep_diverse, max_similarity
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare
@@ -66,9 +66,9 @@ def test_prepare_alpaca_with_a_template_of_ones_own(tmp_path, monkeypatch):
 
 def test_rouge_l_by_hand():
     # longest common subsequence "the cat sat": precision 3/4, recall 3/5, F1 2/3
-    assert collect.max_similarity("the cat sat down", ["the old cat sat there", "nothing"]) == pytest.approx(2 / 3)
-    assert collect.max_similarity("a b", []) == 0
-    assert collect.max_similarity("你好", ["你好"]) == 1 and collect.max_similarity("", [""]) == 1
+    assert max_similarity("the cat sat down", ["the old cat sat there", "nothing"]) == pytest.approx(2 / 3)
+    assert max_similarity("a b", []) == 0
+    assert max_similarity("你好", ["你好"]) == 1 and max_similarity("", [""]) == 1
 
 
 def diverse(first, later, **changes):
@@ -80,7 +80,7 @@ def diverse(first, later, **changes):
         asked.append((list(numbers), n, temperature))
         return [[{"text": text} for text in next(trials)[:n]] for _ in numbers]
 
-    [kept] = collect.keep_diverse([[{"text": t} for t in first]], draw, argparse.Namespace(**settings), count)
+    [kept] = keep_diverse([[{"text": t} for t in first]], draw, argparse.Namespace(**settings), count)
     return [r["text"] for r in kept], asked, count
 
 
@@ -124,7 +124,7 @@ def test_each_prompt_gets_what_it_lacks():
 
     responses = [[{"text": t} for t in texts] for texts in (["a b", "c d", "e f"], ["a", "a", "a"], ["a", "b", "b"])]
     args = argparse.Namespace(max_rouge_l=0.8, temperature=0.5, temperature_step=0.25, max_trials=3)
-    kept = collect.keep_diverse(responses, draw, args, count)
+    kept = keep_diverse(responses, draw, args, count)
     assert asked[0] == ([1, 2], 2)
     assert [[r["text"] for r in k] for k in kept] == [
         ["a b", "c d", "e f"],

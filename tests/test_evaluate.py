@@ -81,7 +81,7 @@ def test_verbs_and_report(cli, tiny, here):
 def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
     args = ("evaluate", "nli", "--model", tiny, "--name", "a", "--input", "d.jsonl", "--max_new_tokens", 4)
     first = cli(*args).out
-    monkeypatch.setattr(evaluate.generation, "load_generator", lambda *a: pytest.fail("loaded a model for nothing"))
+    monkeypatch.setattr("collecting.generation.load_generator", lambda *a: pytest.fail("loaded a model for nothing"))
     assert cli(*args).out.splitlines()[-2] == first.splitlines()[-2]
     refused(cli(*args[:-1], 5), "max_new_tokens")
 

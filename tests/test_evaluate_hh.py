@@ -51,7 +51,7 @@ def dialogues(path, n=5):
 
 
 def test_hh(cli, tiny, reward_folder, tmp_path):
-    import rankers
+    from collecting import reward_models
 
     data, output = dialogues(tmp_path / "d.jsonl"), tmp_path / "out" / "hh.jsonl"
     argv = ["hh", "--model", tiny, "--input", data, "--reward_model", reward_folder, "--max_new_tokens", 8]
@@ -59,7 +59,7 @@ def test_hh(cli, tiny, reward_folder, tmp_path):
     assert result.code == 0, result.err
     rows, records = read_jsonl(output), read_jsonl(data)
     assert [r["reference"] for r in rows] == [f"chosen {i}" for i in range(5)]
-    logits = rankers.reward_logits(
+    logits = reward_models.reward_logits(
         str(reward_folder), torch.device("cpu"), [(r, row["text"]) for r, row in zip(records, rows)]
     )
     assert [r["reward"] for r in rows] == pytest.approx([1 / (1 + math.exp(-x)) for x in logits], abs=1e-4)

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 import common
 import evaluate
-import generation
 import runtime
 
 
@@ -287,7 +286,7 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
             b = prompt.partition("[B's answer]\n")[2].partition("\n[End of B")[0]
             yield i, [{"text": f"So [[{'A' if len(a) >= len(b) else 'B'}]]"}], None
 
-    monkeypatch.setattr(generation, "complete", longest)
+    monkeypatch.setattr("collecting.asking.complete", longest)
     result = cli("evaluate", "judge", *answers, "--model", "x")
     assert "question 0/21: HTTP 500" in result.out and "1 missing" in result.out
     assert not (here / "runs/eval/long-vs-short/judge.metrics.json").exists()

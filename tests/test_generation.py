@@ -7,7 +7,8 @@ import torch
 from conftest import read_jsonl
 
 import common
-import generation
+from collecting import generation
+from collecting.journal import Journal
 from common import UserError
 
 
@@ -78,30 +79,30 @@ class TestJournal:
         with open(tmp_path / "o.jsonl.args.json", "a+") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             with pytest.raises(UserError, match="another run"):
-                generation.Journal(tmp_path / "o.jsonl", ["a"], {})
+                Journal(tmp_path / "o.jsonl", ["a"], {})
 
     def test_ids_of_another_input(self, tmp_path):
-        generation.Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
+        Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
         with pytest.raises(UserError, match="'a' is not in the input"):
-            generation.Journal(tmp_path / "o.jsonl", ["b"], {})
+            Journal(tmp_path / "o.jsonl", ["b"], {})
 
     def test_a_broken_line_in_the_middle(self, tmp_path):
-        generation.Journal(tmp_path / "o.jsonl", ["a"], {})
+        Journal(tmp_path / "o.jsonl", ["a"], {})
         (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
         with pytest.raises(UserError, match="no record"):
-            generation.Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+            Journal(tmp_path / "o.jsonl", ["a", "b"], {})
 
     def test_a_file_of_unknown_origin(self, tmp_path):
         (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
         with pytest.raises(UserError, match="not written by this script"):
-            generation.Journal(tmp_path / "o.jsonl", ["a"], {})
+            Journal(tmp_path / "o.jsonl", ["a"], {})
 
     def test_order_and_what_is_missing(self, tmp_path, capfd):
-        journal = generation.Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
+        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
         journal.write([{"id": "c"}, {"id": "a"}])
         assert journal.finish() == 2 and not (tmp_path / "o.jsonl").exists() and "1 missing" in capfd.readouterr().out
         del journal
-        journal = generation.Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
+        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
         assert journal.done == {"a", "c"}
         journal.write([{"id": "b"}])
         journal.finish()

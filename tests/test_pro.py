@@ -337,7 +337,7 @@ def same_run(one, other):
 @pytest.mark.parametrize("where", ["while sampling", "while training"])
 def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_folder, whole_run, tmp_path, where):
     """Told to stop between two batches of split 2's samples, or killed in its last step: the same run in the end."""
-    import generation
+    from collecting import generation
 
     data, whole = whole_run
     argv = bootstrap_flags(tiny, reward_folder, data, tmp_path / "run")

@@ -7,8 +7,9 @@ import torch
 from api_server import Server
 from conftest import make_records, nli, read_jsonl, refused, run, write_jsonl
 
-import rankers
 import rescue
+from collecting.answers import has_answer, normalize_answer, parse_nli
+from collecting.rank_asked import parse_ranking
 
 # ----------------------------------------------------------------------------------------------------------------------
 # By label
@@ -31,17 +32,17 @@ import rescue
     ],
 )
 def test_parse_nli(text, label, well_formed):
-    assert rankers.parse_nli(text) == (label, well_formed)
+    assert parse_nli(text) == (label, well_formed)
 
 
 def test_normalize_answer():
-    assert rankers.normalize_answer("The  U.S.A., an island!") == "usa island"
+    assert normalize_answer("The  U.S.A., an island!") == "usa island"
 
 
 def test_has_answer_is_the_best_subspan_rule():
-    assert rankers.has_answer("It was the WILLIAM-Shakespeare!", ["x", "a williamshakespeare"])
-    assert not rankers.has_answer("Will Shakespeare", ["William Shakespeare"])
-    assert not rankers.has_answer("anything", ["The"])  # nothing left of it: it must not match every text
+    assert has_answer("It was the WILLIAM-Shakespeare!", ["x", "a williamshakespeare"])
+    assert not has_answer("Will Shakespeare", ["William Shakespeare"])
+    assert not has_answer("anything", ["The"])  # nothing left of it: it must not match every text
 
 
 class TestRank:
@@ -97,7 +98,7 @@ class TestRank:
     ],
 )
 def test_parse_ranking_is_strict(text, want):
-    assert rankers.parse_ranking(text, 3) == want
+    assert parse_ranking(text, 3) == want
 
 
 def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, monkeypatch, capsys):

@@ -7,8 +7,9 @@ import torch
 from conftest import read_jsonl, run, write_jsonl
 
 import common
-import rankers
 import runtime
+from collecting import reward_models
+from collecting.rank import expand_ranking, rank_flags
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +23,7 @@ def oasst(tiny, tmp_path_factory):
     tokenizer.save_pretrained(folder)
     torch.manual_seed(1)
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    model = rankers.RewardModel(rankers.RewardModelConfig(vocab_size=len(tokenizer), **sizes))
+    model = reward_models.RewardModel(reward_models.RewardModelConfig(vocab_size=len(tokenizer), **sizes))
     torch.nn.init.normal_(model.out_proj.weight)
     model.save_pretrained(folder)
     return folder
@@ -31,7 +32,7 @@ def oasst(tiny, tmp_path_factory):
 def test_the_oasst_class_is_saved_and_loaded(oasst):
     config = json.loads((oasst / "config.json").read_text())
     assert config["model_type"] == "gpt_neox_reward_model" and config["pooling"] == "last"
-    _, tokenizer, form = rankers.load_reward_model(str(oasst), torch.device("cpu"), "--reward_model", False)
+    _, tokenizer, form = reward_models.load_reward_model(str(oasst), torch.device("cpu"), "--reward_model", False)
     assert form == "oasst"
 
 
@@ -51,7 +52,7 @@ def test_oasst_logits_are_the_direct_computation(oasst, tmp_path, pooling):
         {"prompt": "no messages: one turn of the user"},
     ]
     pairs = [(records[0], "Because of that."), (records[1], "Ok"), (records[0], "")]
-    got = rankers.reward_logits(str(tmp_path), torch.device("cpu"), pairs)
+    got = reward_models.reward_logits(str(tmp_path), torch.device("cpu"), pairs)
     weights, tokenizer = load_file(tmp_path / "model.safetensors"), AutoTokenizer.from_pretrained(tmp_path)
     known = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     body = GPTNeoXModel(GPTNeoXConfig(**{k: config[k] for k in known})).eval()
@@ -79,7 +80,7 @@ def test_a_reward_that_is_not_finite_is_refused(oasst, tmp_path):
     weights["out_proj.bias"].fill_(float("inf"))
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(common.UserError, match="record 'a' is not finite"):
-        rankers.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, "Ok")])
+        reward_models.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, "Ok")])
 
 
 def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
@@ -101,14 +102,14 @@ def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
         assert rewards == sorted(rewards, reverse=True) and new["reward_model"] == str(oasst)
         assert [c["rank"] for c in new["candidates"]] == [0, 1]
         assert sorted(c["text"] for c in new["candidates"]) == sorted(c["text"] for c in old["candidates"])
-        alone = rankers.reward_logits(str(oasst), torch.device("cpu"), [(old, new["candidates"][1]["text"])])
+        alone = reward_models.reward_logits(str(oasst), torch.device("cpu"), [(old, new["candidates"][1]["text"])])
         assert rewards[1] == pytest.approx(alone[0], abs=1e-4)
     agree = sum(r["candidates"][0]["source"] == "chosen" for r in after)
     assert f"in {agree} of 3 pairs" in capsys.readouterr().out
 
 
 def test_equal_rewards_share_a_rank(monkeypatch, tmp_path):
-    monkeypatch.setattr(rankers, "reward_logits", lambda name, device, pairs, **_: [len(t) for _, t in pairs])
+    monkeypatch.setattr(reward_models, "reward_logits", lambda name, device, pairs, **_: [len(t) for _, t in pairs])
     candidates = [{"text": t, "source": "m"} for t in ("a", "ccc", "bb", "dd")]
     source = write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "p", "candidates": candidates}])
     run(monkeypatch, "rank", "--by", "reward", "--input", source, "--output", tmp_path / "r.jsonl")
@@ -132,17 +133,17 @@ def test_dialogue_forms(tiny, form):
     tokenizer = runtime.load_tokenizer(tiny)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
     record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
-    text = tokenizer.decode(rankers.dialogue_ids(tokenizer, record, "Yes", form))
+    text = tokenizer.decode(reward_models.dialogue_ids(tokenizer, record, "Yes", form))
     assert text == {"plain": "<s>Human: Hi\n\nAssistant:Yes</s>", "chat_template": "[user]Hi;[assistant]Yes;"}[form]
 
 
 def expanded(**flags):
     parser = common.Parser()
-    rankers.rank_flags(parser.add_argument)
+    rank_flags(parser.add_argument)
     args = parser.parse_args(["--by", "reward", *(x for k, v in flags.items() for x in (f"--{k}", str(v)))])
     sources = ["rejected", "chosen", "alpaca-7b", "gpt-3.5-turbo", "text-curie-001", "alpaca-7b", "alpaca-7b"]
     candidates = [{"text": f"{i}", "source": s} for i, s in enumerate(sources)]
-    return [c["text"] for c in rankers.expand_ranking({"id": "a", "candidates": candidates}, args)["candidates"]]
+    return [c["text"] for c in expand_ranking({"id": "a", "candidates": candidates}, args)["candidates"]]
 
 
 def test_expansions():

@@ -7,9 +7,9 @@ from conftest import make_model, make_tokenizer, read_jsonl, run, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
-import generation
-import rankers
 import runtime
+from collecting.rank_asked import parse_contextual
+from collecting.rank_likelihood import spearman
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contextual ranking: the strict parser, and the whole way through a server
@@ -46,7 +46,7 @@ def without(line):
     ],
 )
 def test_replies_that_parse(reply, ranking, repeated, reference):
-    verdict = rankers.parse_contextual(reply, 3)
+    verdict = parse_contextual(reply, 3)
     assert (verdict["ranking"], verdict["repeated"], verdict["reference"]) == (ranking, repeated, reference)
     assert verdict["type"] == "closed" and verdict["ratings"][1] == [3, 2, 0]
 
@@ -74,7 +74,7 @@ def test_replies_that_parse(reply, ranking, repeated, reference):
 )
 def test_replies_that_do_not_parse(reply, reason):
     with pytest.raises(ValueError, match=reason):
-        rankers.parse_contextual(reply, 3)
+        parse_contextual(reply, 3)
 
 
 RANKABLE = {
@@ -118,7 +118,7 @@ def rank(monkeypatch, tmp_path, records, *flags, output="o.jsonl"):
 
 
 def test_rank_by_contextual(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(generation, "complete", fake_complete(by_length))
+    monkeypatch.setattr("collecting.asking.complete", fake_complete(by_length))
     flags = ["--by", "contextual", "--model", "judge"]
     same = RANKABLE | {"id": "same", "candidates": RANKABLE["candidates"][:3]}
     one, two = rank(monkeypatch, tmp_path, [RANKABLE, same], *flags)
@@ -146,12 +146,12 @@ def test_unparsed_replies_are_kept_and_failures_asked_again(tmp_path, monkeypatc
         reply = replies[prompt.partition("The task:\n")[2].partition("\n")[0]]
         return by_length(prompt) if reply == "ok" else reply
 
-    monkeypatch.setattr(generation, "complete", fake_complete(first))
+    monkeypatch.setattr("collecting.asking.complete", fake_complete(first))
     with pytest.raises(FileNotFoundError):  # one is missing, so the parts are not joined yet
         rank(monkeypatch, tmp_path, records, *flags)
     out = capsys.readouterr().out
     assert "1 failed, 1 open, 1 parsed, 1 unparsed, 1 unparsed (Type: stands there 0 times)" in out
-    monkeypatch.setattr(generation, "complete", fake_complete(by_length))
+    monkeypatch.setattr("collecting.asking.complete", fake_complete(by_length))
     result = rank(monkeypatch, tmp_path, records, *flags)
     assert len(fake_complete.prompts) == 1 and "task 1" in fake_complete.prompts[0]
     assert result[0]["unparsed_reply"] == "2 is best" and {c["rank"] for c in result[0]["candidates"]} == {None}
@@ -163,10 +163,10 @@ def test_unparsed_replies_are_kept_and_failures_asked_again(tmp_path, monkeypatc
 
 
 def test_spearman_by_hand():
-    assert rankers.spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
-    assert rankers.spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)  # 1 - 6 * 4 / (4 * 15)
-    assert rankers.spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)  # places .5 .5 2 against 0 1 2
-    assert rankers.spearman([1, 1], [1, 2]) == 0
+    assert spearman([1, 2, 3], [10, 20, 30]) == pytest.approx(1)
+    assert spearman([1, 2, 3, 4], [2, 1, 4, 3]) == pytest.approx(0.6)  # 1 - 6 * 4 / (4 * 15)
+    assert spearman([1, 1, 2], [1, 2, 3]) == pytest.approx(0.8660254)  # places .5 .5 2 against 0 1 2
+    assert spearman([1, 1], [1, 2]) == 0
 
 
 def test_rank_by_probabilistic(tmp_path, monkeypatch, capsys):

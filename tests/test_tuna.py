@@ -11,7 +11,6 @@ from conftest import ROOT, command
 from transformers import AutoModelForCausalLM
 
 import common
-import generation
 import runtime
 import tuna
 
@@ -244,7 +243,7 @@ def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
             form = f"Type: open\nReference: r\nDuplicates: none\nRatings:\n{ratings}Ranking: {order}"
             yield i, [{"text": form, "finished": True}], None
 
-    monkeypatch.setattr(generation, "complete", ranks)
+    monkeypatch.setattr("collecting.asking.complete", ranks)
     alpaca, sampling = ["--task", "alpaca"], ["--temperature", 1, "--max_new_tokens", 8]
     step("collect_candidates", "prepare", *alpaca, "--input", "alpaca_data.json")
     step("tuna", "--stage", "sft", "--model", tiny)

@@ -1,0 +1,1 @@
+"""What collect_candidates.py is made of."""

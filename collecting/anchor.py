@@ -1,0 +1,66 @@
+"""The verb anchor: multi-document QA, responses from one passage alone (RESCUE Sec. 5.2)."""
+
+import pathlib
+import random
+import zlib
+
+import torch
+from tqdm import tqdm
+
+import runtime
+from collecting import generation
+from collecting.flags import generation_flags, unescape
+from collecting.journal import Journal, read_records, settings_of
+from collecting.prompts import QA_TEMPLATE, qa_prompt, read_template
+from common import UserError, in_range
+
+
+def anchor_flags(add):
+    add("--task", default="multidoc_qa", help="for the default paths: data/TASK/train.jsonl, data/TASK/anchored.jsonl")
+    add("--input", help="records of prepare --task multidoc_qa")
+    add("--output", help="the same records with candidates")
+    add("--model", required=True, help="hub id or folder")
+    add("--source", help="the candidates' source (default: the model's name)")
+    add("--num_distractors", type=in_range(int, 0), default=4, help="responses from distractors (Sec. 5.2: 4)")
+    add("--prompt_file", help="a template of your own with {documents} and {question}")
+    add("--temperature", type=in_range(float, 0), default=0.0, help="0: greedy, one response a passage")
+    add("--seed", type=int, default=0, help="which distractors")
+    generation_flags(add, 128)
+
+
+def anchor(args):
+    """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
+    rank, world, device = runtime.init_distributed()
+    args.input = args.input or f"data/{args.task}/train.jsonl"
+    args.source = args.source or pathlib.Path(args.model).name
+    records, template = list(read_records(args.input)), read_template(args, QA_TEMPLATE)
+    for r in records:
+        if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
+            raise UserError(f"{args.input}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
+    output = args.output or f"data/{args.task}/anchored.jsonl"
+    journal = Journal(output, [r["id"] for r in records], settings_of(args), rank, world)
+    options = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "max_prompt_length")}
+    batches = generation.batches_by_length(records, max(1, args.batch_size // (1 + args.num_distractors)))
+    for batch in tqdm(batches[rank::world], desc="anchor", disable=rank != 0):
+        batch = [records[i] for i in batch]
+        if all(r["id"] in journal.done for r in batch):
+            continue
+        jobs = [(r, number) for r in batch for number in anchors(r, args.num_distractors, args.seed)]
+        prompts = [qa_prompt(template, r["question"], [r["documents"][n]], args.input) for r, n in jobs]
+        model, tokenizer = generation.load_generator(args.model, device)
+        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+        responses = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+        for (record, number), [response] in zip(jobs, responses):
+            kind = "gold" if record["documents"][number]["gold"] else "distractor"
+            response |= {"source": args.source, "anchor": kind, "document": number + 1}
+            record.setdefault("candidates", []).append(response)
+        journal.write(r for r in batch if r["id"] not in journal.done)
+    journal.finish()
+
+
+def anchors(record, num_distractors, seed):
+    """Which documents to answer from: the gold ones first, then a seeded draw of the others -> their indices."""
+    gold = [i for i, d in enumerate(record["documents"]) if d["gold"]]
+    others = [i for i, d in enumerate(record["documents"]) if not d["gold"]]
+    draw = random.Random(f"{seed}-{record['id']}").sample(others, min(num_distractors, len(others)))
+    return gold + draw

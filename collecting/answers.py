@@ -1,0 +1,36 @@
+"""What an answer says, and whether that is right: NLI labels, and answers to questions."""
+
+import re
+import string
+
+NLI_LABELS = ("entailment", "neutral", "contradiction")
+
+
+def one_label(text):
+    """The one NLI label that occurs in a text, or None."""
+    found = {label for label in NLI_LABELS if re.search(rf"\b{label}\b", text.lower())}
+    return found.pop() if len(found) == 1 else None
+
+
+def parse_nli(text):
+    """An answer to an NLI prompt -> (label or None, well-formed). Well-formed: an explanation, ####, one label and
+    nothing else.
+
+    The label stands after the first ####; only an answer without one is searched whole, and then exactly one label
+    must occur in it.
+    """
+    explanation, mark, tail = text.partition("####")
+    label = one_label(tail if mark else text)
+    return label, bool(mark and explanation.strip() and tail.strip(" .\n").lower() in NLI_LABELS)
+
+
+def normalize_answer(text):
+    """Lower case without punctuation, articles, and extra white space (SQuAD's normalisation)."""
+    text = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def has_answer(text, answers):
+    """Whether any of the answers, normalised, is a substring of the text so normalised (Liu et al.'s best subspan)."""
+    text = normalize_answer(text)
+    return any(a and a in text for a in map(normalize_answer, answers))

@@ -1,0 +1,78 @@
+"""Answers of a model that takes instructions: behind a server, or on this machine."""
+
+import functools
+import zlib
+from collections import Counter
+
+import torch
+from tqdm import tqdm
+
+from collecting import generation
+from collecting.flags import unescape
+from collecting.server import ask_server
+
+RE_ASKS = 2  # after an answer that could not be used
+
+
+def complete(
+    args,
+    prompts,
+    *,
+    temperature=0.0,
+    top_p=1.0,
+    num_samples=1,
+    logprobs=False,
+    completions=False,
+    follow_up=None,
+    count=None,
+):
+    """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
+
+    prompts: texts, sent as one user message each (locally: through the chat template where there is one), or, with
+    completions=True, continued as they stand. responses: num_samples of {text, finished, num_tokens and logprob where
+    known} (logprobs=True asks a server for them), or None with `error`, a sentence: such prompts failed and may be
+    asked again another time. follow_up(index, text) -> None, or the message to re-ask with when `text` is no use:
+    RE_ASKS times, the dialogue so far before it. What concerns all prompts (a refused key, an unknown model, no
+    server) is a UserError. count: a Counter that several calls share, so that --max_requests bounds them together.
+    """
+    options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
+    ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else ask_local
+    dialogues = {i: [{"role": "user", "content": prompt}] for i, prompt in enumerate(prompts)}
+    count = Counter() if count is None else count
+    with tqdm(total=len(prompts), desc=f"asking {args.model}", leave=False) as bar:
+        for turn in range(1 + RE_ASKS):
+            again = {}
+            for i, responses, error in ask(args, dialogues, count, **options):
+                bar.set_postfix(count)
+                more = follow_up(i, responses[0]["text"]) if follow_up and responses and turn < RE_ASKS else None
+                if more is None:
+                    bar.update()
+                    yield i, responses, error
+                else:
+                    answer = {"role": "assistant", "content": responses[0]["text"]}
+                    again[i] = [*dialogues[i], answer, {"role": "user", "content": more}]
+            dialogues = again
+            if not again:
+                break
+
+
+def ask_local(args, dialogues, count, *, completions, **options):
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = generation.load_generator(args.model, device)
+    prompts = {
+        i: dialogue[0]["content"]
+        if completions
+        else tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+        if tokenizer.chat_template
+        else "\n\n".join(message["content"] for message in dialogue) + "\n"
+        for i, dialogue in dialogues.items()
+    }
+    options |= {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length")} | {"stop": unescape(args.stop)}
+    order = sorted(prompts, key=lambda i: -len(prompts[i]))
+    for start in range(0, len(order), args.batch_size):
+        batch = order[start : start + args.batch_size]
+        torch.manual_seed(zlib.crc32(f"{args.seed} {prompts[batch[0]]}".encode()))
+        responses = generation.generate(model, tokenizer, [prompts[i] for i in batch], **options)
+        for i, samples in zip(batch, responses):
+            count["tokens"] += sum(r["num_tokens"] for r in samples)
+            yield i, samples, None

@@ -1,0 +1,79 @@
+"""The verbs hindsight and export: ranked records for PRO's baselines, in this project and in others."""
+
+import pathlib
+
+import common
+from collecting.journal import Journal, settings_of
+from collecting.prompts import HINDSIGHT_TEMPLATE, fill, read_template
+from common import UserError
+
+
+def best_first(record, path):
+    """The record's candidates, best first, by `reward`, else by `rank`. UserError where they carry neither."""
+    for field, sign in (("reward", -1), ("rank", 1)):
+        if all(c.get(field) is not None for c in record["candidates"]):
+            return sorted(record["candidates"], key=lambda c: sign * c[field])
+    raise UserError(
+        f"{path}: record {record['id']!r} has neither 'reward' nor 'rank' on all candidates: run rank first"
+    )
+
+
+def conversion_flags(add):
+    add("--input", required=True, help="ranked records, JSONL")
+    add("--output", required=True)
+
+
+def hindsight_flags(add):
+    conversion_flags(add)
+    add("--prompt_file", help="templates of your own with {better} and {worse}, a line --- between them")
+
+
+def hindsight(args):
+    """Chain of hindsight: one response that names a better and a worse answer, for pro.py --no_ranking; the templates
+    take turns. What stands before a template's first field ends the prompt: prompt such a model with it too."""
+    records = common.load_candidates(args.input)
+    templates = read_template(args, HINDSIGHT_TEMPLATE).strip().split("\n---\n")
+    heads = [t.partition("{")[0].rstrip() for t in templates]
+    journal = Journal(args.output, [r["id"] for r in records], settings_of(args))
+    for number, record in enumerate(records):
+        best, *_, worst = best_first(record, args.input) * 2  # a lone response is better and worse
+        template, head = templates[number % len(templates)], heads[number % len(heads)]
+        fields = {"better": best["text"], "worse": worst["text"]}
+        text = fill(template.removeprefix(head), fields, args.prompt_file or "the template").strip()
+        if record["id"] not in journal.done:
+            candidates = [{"text": text, "source": "hindsight", "rank": 0}]
+            journal.write([record | {"prompt": f"{record['prompt']} {head}".rstrip(), "candidates": candidates}])
+    journal.finish()
+
+
+def trl_row(record, path):
+    """-> {id, prompt, chosen, rejected}, the last two where there are two responses.
+
+    TRL tokenises prompt and response as one text, so white space goes between them.
+    """
+    best, *_, worst = best_first(record, path) * 2
+    space = "" if record["prompt"][-1].isspace() else " "
+    texts = {"chosen": space + best["text"], "rejected": space + worst["text"]}
+    return {"id": record["id"], "prompt": record["prompt"]} | (texts if best is not worst else {})
+
+
+EXPORTS = {"trl": trl_row}
+
+
+def export_flags(add):
+    conversion_flags(add)
+    add(
+        "--format", choices=sorted(EXPORTS), required=True, help="trl: prompt, chosen, rejected, and NAME-prompts.jsonl"
+    )
+
+
+def export(args):
+    """Write the best and the worst response of each prompt, and the prompts alone, as another project reads them."""
+    output = pathlib.Path(args.output)
+    rows = [EXPORTS[args.format](record, args.input) for record in common.load_candidates(args.input)]
+    pairs = [r for r in rows if "chosen" in r]
+    prompts = [{k: r[k] for k in ("id", "prompt")} for r in rows]
+    for path, content in ((output, pairs), (output.with_name(f"{output.stem}-prompts.jsonl"), prompts)):
+        journal = Journal(path, [r["id"] for r in content], settings_of(args))
+        journal.write(r for r in content if r["id"] not in journal.done)
+        journal.finish()

@@ -1,0 +1,53 @@
+"""A command of several verbs, and the flags that its verbs share."""
+
+import common
+from common import in_range
+
+
+def run_verb(verbs, description):
+    """Parse `SCRIPT VERB --flags` against {verb: (its flags, its function)} and call the function."""
+    parser = common.Parser(description=description)
+    subparsers = parser.add_subparsers(dest="verb", required=True)
+    for name, (flags, run) in verbs.items():
+        verb = subparsers.add_parser(name, description=run.__doc__)
+        flags(verb.add_argument)
+        verb.set_defaults(run=run)
+    args = parser.parse_args()
+    args.run(args)
+
+
+def collected_flags(add, before, after):
+    add("--task", default="esnli", help=f"for the default paths: data/TASK/{before}.jsonl, data/TASK/{after}.jsonl")
+    add("--input", help="records, JSONL")
+    add("--output", help="the same records with more in them, JSONL")
+
+
+def generation_flags(add, max_new_tokens):
+    add("--max_new_tokens", type=in_range(int, 1), default=max_new_tokens, help="tokens of a response")
+    add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
+    add(
+        "--stop",
+        nargs="*",
+        default=[],
+        help="a response ends before any of these strings, which newline is written \\n",
+    )
+    add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
+
+
+def api_flags(add, max_new_tokens, required=True):
+    add(
+        "--model",
+        required=required,
+        help="a model's name at --base_url; without --base_url: hub id or folder, run here",
+    )
+    add("--base_url", help="OpenAI-compatible server, e.g. https://api.openai.com/v1; its key: OPENAI_API_KEY")
+    add("--concurrency", type=in_range(int, 1), default=8, help="requests under way at once")
+    add("--max_requests", type=in_range(int, 1), help="stop after this many requests, repeated ones counted")
+    add("--retries", type=in_range(int, 0), default=5, help="repeat a failed request this often, with growing pauses")
+    add("--timeout", type=in_range(float, above=0), default=120.0, help="seconds a request may take in all")
+    add("--seed", type=int, default=0, help="of a local model's samples")
+    generation_flags(add, max_new_tokens)
+
+
+def unescape(strings):
+    return tuple(s.replace("\\n", "\n") for s in strings)

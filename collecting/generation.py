@@ -1,0 +1,125 @@
+"""Responses of a model on this machine, with their log-probabilities."""
+
+import functools
+
+import torch
+from transformers import AutoModelForCausalLM
+
+import common
+import runtime
+
+TURNS = ("Human:", "Assistant:")  # a response to a dialogue ends before these
+
+
+@functools.cache
+def load_generator(name, device, flag="--model", auto_class=AutoModelForCausalLM):
+    """-> (model, tokenizer) for inference on `device`, bf16 on CUDA, fp32 on CPU.
+
+    Loaded at the first call: what is all done loads none.
+    """
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model = runtime.load_pretrained(auto_class, name, flag, dtype=dtype)
+    return model.to(device).eval(), runtime.load_tokenizer(name, flag)
+
+
+class ChosenLogprobs:
+    """A logits processor that changes nothing.
+
+    It keeps each chosen token's log-probability, before temperature and top_p, instead of all logits.
+    """
+
+    def __init__(self):
+        self.last, self.chosen = None, []
+
+    def __call__(self, input_ids, logits):
+        """input_ids [B, L + t], logits [B, V] of the next token."""
+        self._keep(input_ids)
+        self.last = logits.float().log_softmax(-1)
+        return logits
+
+    def _keep(self, input_ids):
+        if self.last is not None:
+            self.chosen.append(self.last.gather(1, input_ids[:, -1:]))
+
+    def all(self, sequences):
+        """sequences [B, L + T], all that was generated -> [B, T]."""
+        self._keep(sequences)
+        return torch.cat(self.chosen, 1)
+
+
+@torch.inference_mode()
+def generate(
+    model,
+    tokenizer,
+    prompts,
+    *,
+    max_new_tokens,
+    num_samples=1,
+    temperature=0.0,
+    top_p=1.0,
+    num_beams=1,
+    max_prompt_length=None,
+    stop=(),
+):
+    """Generate `num_samples` responses to each prompt -> a list per prompt of {text, logprob, num_tokens, finished}.
+
+    temperature 0 is greedy (or beam search). The prompt is read once: its cache is repeated for the samples. logprob is
+    the sum of the model's own log-probabilities, before temperature and top_p, of the num_tokens tokens, EOS included
+    where it came; finished: it ended by itself within max_new_tokens. The text ends before the first of the `stop`
+    strings.
+    """
+    ids = [common.cut_left(tokenizer, common.prompt_ids(tokenizer, p), max_prompt_length or 2**30) for p in prompts]
+    L = max(map(len, ids))
+    pad = tokenizer.pad_token_id
+    input_ids = torch.tensor([[pad] * (L - len(x)) + x for x in ids], device=model.device)
+    mask = torch.tensor([[0] * (L - len(x)) + [1] * len(x) for x in ids], device=model.device)
+    chosen, cache = ChosenLogprobs(), None
+    if num_samples > 1 and L > 1 and num_beams == 1:
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
+        inputs = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
+        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(num_samples)
+        input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
+    out = model.generate(
+        input_ids=input_ids,
+        attention_mask=mask,
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=temperature > 0,
+        temperature=temperature or None,
+        top_p=top_p if temperature > 0 else None,
+        top_k=0 if temperature > 0 else None,
+        pad_token_id=pad,
+        num_return_sequences=1 if cache is not None else num_samples,
+        repetition_penalty=1.0,  # a model's generation_config may ask for one: candidates come from the model itself
+        logits_processor=[chosen] * (num_beams == 1),
+        synced_gpus=False,  # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
+        stop_strings=list(stop) or None,
+        tokenizer=tokenizer,
+    )
+    tokens = out[:, L:].tolist()
+    if num_beams == 1:
+        logprobs = chosen.all(out).tolist()
+    responses = []
+    for row, sequence in enumerate(tokens):
+        end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)
+        text = tokenizer.decode(sequence[:end], skip_special_tokens=True)
+        cut = min((text.index(s) for s in stop if s in text), default=None)
+        # after a stop string EOS is padding, not the model's
+        num_tokens = end if cut is not None else min(end + 1, len(sequence))
+        response = {
+            "text": text[:cut].strip(),
+            "num_tokens": num_tokens,
+            "finished": cut is not None or end < len(sequence),
+        }
+        if num_beams == 1:
+            response["logprob"] = sum(logprobs[row][:num_tokens])
+        responses.append(response)
+    return [responses[i : i + num_samples] for i in range(0, len(responses), num_samples)]
+
+
+def batches_by_length(records, batch_size):
+    """Indices in batches of similar prompt length, longest first, so that too little memory shows at once."""
+    order = sorted(range(len(records)), key=lambda i: -len(records[i]["prompt"]))
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]

@@ -1,0 +1,173 @@
+"""Finished records, a line each, in a file from which a second run goes on; records in, and what a second run
+must share with the first."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+from collections import Counter
+
+import torch
+
+import common
+import runtime
+from common import UserError
+from runtime import say
+
+
+class Journal:
+    """Appends finished records, one whole line each, and joins them in the input's order at the end.
+
+    path: the output. ids: the input's ids in order. settings: what must not change between two runs on one output.
+    `done` holds the ids already there. A torn last line is cut off; two runs on one output refuse each other (flock
+    on PATH.args.json).
+    """
+
+    def __init__(self, path, ids, settings, rank=0, world=1):
+        self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
+        if world > 1:
+            runtime.on_process0(lambda: self._claim(settings))
+        else:
+            self._claim(settings)
+        wanted = set(self.ids)
+        if len(wanted) < len(self.ids):
+            raise UserError(f"id {Counter(self.ids).most_common(1)[0][0]!r} occurs twice in the input")
+        self.done = set()
+        for file in self._files():
+            ids = [record["id"] for _, record in self._lines(file)]
+            if strangers := sorted(set(ids) - wanted):
+                raise UserError(f"{file}: id {strangers[0]!r} is not in the input: name another --output")
+            if len(ids) > len(set(ids)):
+                raise UserError(
+                    f"{file}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice: delete one of the lines"
+                )
+            self.done |= set(ids)
+        if world > 1:
+            torch.distributed.barrier()  # nobody writes while another still reads
+        self._part = open(f"{self.path}.part{rank}", "ab")  # noqa: SIM115
+
+    def _claim(self, settings):
+        args_file = pathlib.Path(f"{self.path}.args.json")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = open(args_file, "a+")  # noqa: SIM115
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {self.path}: another run is writing there") from None
+        except OSError as e:
+            raise UserError(f"--output {self.path}: cannot be written ({e.strerror})") from e
+        self._lock.seek(0)
+        before = runtime.read_json(self._lock.read())
+        if self._files():
+            if before is None:
+                raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
+            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
+            if changed:
+                raise UserError(
+                    f"--output {self.path} was begun with other arguments ({', '.join(changed)}): "
+                    "name another file, or delete it"
+                )
+            for file in self._files():
+                self._cut_torn_line(file)
+            return
+        self._lock.truncate(0)
+        json.dump(settings, self._lock, indent=1)
+        self._lock.flush()
+
+    def _files(self):
+        parts = sorted(self.path.parent.glob(self.path.name + ".part*"))
+        return [p for p in [self.path, *parts] if p.exists()]
+
+    def _cut_torn_line(self, file):
+        with open(file, "r+b") as f:
+            size = f.seek(0, os.SEEK_END)
+            f.seek(max(0, size - common.MAX_LINE))
+            end = f.tell() + f.read().rfind(b"\n") + 1
+            if end < size:
+                say(f"{file}: cut off a torn last line of {size - end} bytes")
+                f.truncate(end)
+
+    def _lines(self, file):
+        with open(file, "rb") as f:
+            offset = 0
+            for line in f:
+                record = runtime.read_json(line)
+                if not isinstance(record, dict) or "id" not in record:
+                    raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
+                yield offset, record
+                offset += len(line)
+
+    def write(self, records):
+        """Append records, then flush and sync: from here on they survive a kill."""
+        for record in records:
+            self._part.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        self._part.flush()
+        os.fsync(self._part.fileno())
+
+    def finish(self):
+        """Join everything in the input's order into PATH -> number of records there, on rank 0.
+
+        Parts stay where some are missing.
+        """
+        self._part.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+        if self.rank != 0:
+            return None
+        where = {}
+        for file in self._files():
+            where |= {record["id"]: (file, offset) for offset, record in self._lines(file)}
+        missing = len(self.ids) - len(where)
+        if missing:
+            say(f"{len(where)} of {len(self.ids)} done, {missing} missing: run the same command again")
+            return len(where)
+        whole = self.path.with_name(self.path.name + ".whole")
+        with contextlib.ExitStack() as stack, open(whole, "wb") as out:
+            files = {file: stack.enter_context(open(file, "rb")) for file in self._files()}
+            for i in self.ids:
+                file, offset = where[i]
+                files[file].seek(offset)
+                out.write(files[file].readline())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(whole, self.path)
+        for file in self._files():
+            if file != self.path:
+                file.unlink()
+        say(f"{len(where)} records in {self.path}")
+        return len(where)
+
+
+def settings_of(args):
+    """What a second run on the same output must share: the arguments and the content of the input files."""
+    free = {"output", "verb", "run", "batch_size"}
+    # how a server is asked, not what
+    free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
+    inputs = args.input if isinstance(args.input, list) else [args.input]
+    digests = {f"sha256 of {p}": runtime.file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
+    return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
+
+
+def read_records(path):
+    """Yield records (id and prompt checked, candidates optional) from JSONL; duplicate ids are errors."""
+    seen = {}
+    for where, record in common.read_rows(path):
+        none_yet = record.get("candidates", []) == []
+        common.check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
+        if record["id"] in seen:
+            raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
+        seen[record["id"]] = where
+        yield record
+    if not seen:
+        raise UserError(f"{path}: holds no records")
+
+
+def open_collected(args, before, after, read=read_records):
+    """The records of --input and the journal of --output, both with their default paths -> (records, journal)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"{args.verb} runs in one process: start it with python, not torchrun")
+    args.input = args.input or f"data/{args.task}/{before}.jsonl"
+    records = list(read(args.input))
+    output = args.output or f"data/{args.task}/{after}.jsonl"
+    return records, Journal(output, [r["id"] for r in records], settings_of(args))

@@ -1,0 +1,281 @@
+"""The verb prepare: the rows of a data set as it was downloaded -> records."""
+
+import itertools
+import math
+import pathlib
+import random
+import re
+from collections import Counter
+
+from tqdm import tqdm
+
+import common
+from collecting.answers import NLI_LABELS, has_answer, normalize_answer
+from collecting.journal import Journal, settings_of
+from collecting.prompts import (
+    ALPACA_TEMPLATE,
+    HH_TEMPLATE,
+    NLI_TEMPLATE,
+    QA_TEMPLATE,
+    alpaca_prompt,
+    fill,
+    qa_prompt,
+    read_template,
+)
+from common import UserError, in_range
+from runtime import say
+
+ESNLI_FIELDS = {
+    "Sentence1": "premise",
+    "Sentence2": "hypothesis",
+    "gold_label": "label",
+    "pairID": "id",
+    "Explanation_1": "explanation",
+    "explanation_1": "explanation",
+}
+
+
+def text_field(row, name, where, optional=False):
+    value = row.get(name, "" if optional else None)
+    if not isinstance(value, str) or not (optional or value.strip()):
+        raise UserError(f"{where}: field {name!r} must be a non-empty string")
+    return value.strip()
+
+
+def prepare_esnli(row, where, index, template):
+    """A row of e-SNLI (the CSVs' columns, or premise, hypothesis, label, explanation) -> record.
+
+    The first explanation is the human response.
+    """
+    row = row | {new: row[old] for old, new in ESNLI_FIELDS.items() if old in row}
+    fields = {k: text_field(row, k, where) for k in ("premise", "hypothesis", "label", "explanation")}
+    if fields["label"] not in NLI_LABELS:
+        raise UserError(f"{where}: field 'label' is {fields['label']!r}, not one of {', '.join(NLI_LABELS)}")
+    human = {"text": f"{fields['explanation']} #### {fields['label'].capitalize()}", "source": "human"}
+    return {
+        "id": str(row.get("id", f"esnli-{index}")),
+        "task": "esnli",
+        "prompt": fill(template, fields, where),
+        "label": fields["label"],
+        "answers": None,
+        "candidates": [human],
+    }
+
+
+def prepare_alpaca(row, where, index, template):
+    """A row of Alpaca (instruction, input, output) -> record with the output as reference; None where it is empty."""
+    fields = {"instruction": text_field(row, "instruction", where)}
+    fields |= {k: text_field(row, k, where, optional=True) for k in ("input", "output")}
+    if not fields["output"]:
+        return None
+    return {
+        "id": str(row.get("id", f"alpaca-{index}")),
+        "task": "alpaca",
+        "prompt": alpaca_prompt(template, fields, where),
+        "instruction": "\n\n".join(filter(None, (fields["instruction"], fields["input"]))),
+        "label": None,
+        "answers": None,
+        "candidates": [{"text": fields["output"], "source": "reference"}],
+    }
+
+
+def choose_documents(rows, chosen, args):
+    """Yield (index, (where, row)) for every `chosen` question and --gold_position, row["documents"] in their order.
+
+    rows: all (where, row), whose passages are the pool of distractors where a row brings too few of its own (those
+    come first, in the file's order): the most similar passages by shared words, rare ones weighing more (inverse
+    document frequency). A passage that holds an answer of the question is no distractor.
+    """
+    pool = {}
+    for where, row in rows:
+        for c in check_passages(row, where):
+            pool.setdefault((c["title"], c["text"]), None)
+    pool = list(pool)
+    words = [set(normalize_answer(" ".join(passage)).split()) for passage in pool]
+    holders = {}
+    for i, passage in enumerate(words):
+        for word in passage:
+            holders.setdefault(word, []).append(i)
+    for index, (where, row) in chosen:
+        gold = next((c for c in row["ctxs"] if c.get("isgold")), None)
+        if gold is None:
+            raise UserError(f"{where}: no passage has isgold true")
+        likeness = Counter()
+        for word in set(normalize_answer(f"{row['question']} {gold['text']}").split()) & holders.keys():
+            for i in holders[word]:
+                likeness[i] += math.log(len(pool) / len(holders[word]))
+        own = [(c["title"], c["text"]) for c in row["ctxs"] if c is not gold]
+        others = dict.fromkeys(own + [pool[i] for i, _ in likeness.most_common()] + pool)
+        others = (p for p in others if p[1] != gold["text"] and not has_answer(" ".join(p), row["answers"]))
+        others = list(itertools.islice(others, args.num_documents - 1))
+        if len(others) < args.num_documents - 1:
+            raise UserError(f"{where}: only {len(others)} passages without the answer for --num_documents")
+        for position in args.gold_position or [None]:
+            if position and position > args.num_documents:
+                raise UserError(f"--gold_position {position} is above --num_documents {args.num_documents}")
+            place = position or random.Random(f"{args.seed}-{index}").randint(1, args.num_documents)
+            documents = [{"title": title, "text": text, "gold": False} for title, text in others]
+            documents.insert(place - 1, {"title": gold["title"], "text": gold["text"], "gold": True})
+            name = f"nq-{index}" + (f"-gold{position}" if position else "")
+            yield index, (where, row | {"documents": documents, "gold_position": place, "id": name})
+
+
+def check_passages(row, where):
+    """-> the row's passages; raises UserError unless it has the form of the lost-in-the-middle files."""
+    passages, answers = row.get("ctxs"), row.get("answers")
+    good = isinstance(passages, list) and passages and all(isinstance(c, dict) for c in passages)
+    if not good or not all(isinstance(c.get(k), str) for c in passages for k in ("title", "text")):
+        raise UserError(f"{where}: field 'ctxs' must be a list of passages with title and text")
+    if not (isinstance(answers, list) and answers and all(isinstance(a, str) and a.strip() for a in answers)):
+        raise UserError(f"{where}: field 'answers' must be a list of non-empty strings")
+    text_field(row, "question", where)
+    return passages
+
+
+def prepare_multidoc_qa(row, where, index, template):
+    """A question with its documents -> record without candidates: `anchor` adds them."""
+    question = text_field(row, "question", where)
+    keep = {k: row[k] for k in ("id", "answers", "gold_position", "documents")}
+    prompt = qa_prompt(template, question, row["documents"], where)
+    return keep | {"task": "multidoc_qa", "prompt": prompt, "label": None, "question": question, "candidates": []}
+
+
+HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+HH_RAW = {  # training rows as published (PRO, Table 1)
+    "harmless-base": 42537,
+    "helpful-base": 43835,
+    "helpful-online": 22007,
+    "helpful-rejection-sampled": 52421,
+}
+
+
+def split_dialogue(text):
+    """HH's transcript -> messages; turns of one speaker that follow each other are one, as in PRO's code. That code
+    keeps a turn's first paragraph alone: here the whole turn stays."""
+    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
+    messages = []
+    for role, content in zip(map(HH_ROLES.get, parts[::2]), map(str.strip, parts[1::2])):
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n" + content
+        else:
+            messages.append({"role": role, "content": content})
+    return messages if not before.strip() else []
+
+
+def prepare_hh(row, where, index, template):
+    """A row of HH-RLHF (chosen, rejected) -> record with both as candidates.
+
+    None where the two have not the same context and number of turns (PRO's filter; its code compares the
+    number alone).
+    """
+    *context, chosen = split_dialogue(text_field(row, "chosen", where)) or [None]
+    *other, rejected = split_dialogue(text_field(row, "rejected", where)) or [None]
+    if not context or context != other or not chosen["role"] == rejected["role"] == "assistant":
+        return None
+    names = {v: k for k, v in HH_ROLES.items()}
+    dialogue = "\n\n".join(f"{names[m['role']]}: {m['content']}" for m in context)
+    return {
+        "id": f"{row['subset']}-{index}",
+        "task": "hh",
+        "subset": row["subset"],
+        "prompt": fill(template, {"dialogue": dialogue}, where),
+        "messages": context,
+        "label": None,
+        "answers": None,
+        "candidates": [
+            {"text": message["content"], "source": source, "rank": place}
+            for place, (source, message) in enumerate((("chosen", chosen), ("rejected", rejected)))
+        ],
+    }
+
+
+def hub_rows(name, split, subset=None):
+    """Yield (where, row) of a data set on the hub."""
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(name, data_dir=subset, split=split)
+    except (OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{name} cannot be read from the hub ({e}); give its files by --input") from e
+    yield from ((f"{name}/{subset or ''}{split}:{i}", row) for i, row in enumerate(rows, 1))
+
+
+def hh_rows(args):
+    """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
+    if args.input and len(args.input) != len(args.subset):
+        raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
+    for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
+        rows = common.read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
+        yield from ((where, row | {"subset": subset}) for where, row in rows)
+
+
+TASKS = {
+    "esnli": (prepare_esnli, NLI_TEMPLATE),
+    "multidoc_qa": (prepare_multidoc_qa, QA_TEMPLATE),
+    "hh": (prepare_hh, HH_TEMPLATE),
+    "alpaca": (prepare_alpaca, ALPACA_TEMPLATE),
+}
+
+
+def prepare_flags(add):
+    add("--task", required=True, choices=sorted(TASKS), help="which data set; default output data/TASK/train.jsonl")
+    add(
+        "--input",
+        nargs="+",
+        help="the files as downloaded, .csv, .json, .jsonl, plain or .gz, in this order (hh, alpaca: else the hub)",
+    )
+    add("--subset", nargs="+", choices=HH_RAW, default=["harmless-base"], help="hh: a subset for each file of --input")
+    add("--split", choices=["train", "test"], default="train", help="of the hub's data set")
+    add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
+    add("--output", help="default: data/TASK/train.jsonl")
+    add("--prompt_file", help="a template of your own, {names} as in the built-in one")
+    add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
+    add("--limit", type=in_range(int, 1), help="then take this many rows")
+    add("--num_documents", type=in_range(int, 2), default=10, help="multidoc_qa: documents a prompt (paper: 5 and 10)")
+    add("--gold_position", type=in_range(int, 1), nargs="+", help="multidoc_qa: 1 is first; several: a record for each")
+    add("--seed", type=int, default=0, help="multidoc_qa: where the gold passage stands without --gold_position")
+
+
+def prepare(args):
+    convert, template = TASKS[args.task]
+    template = read_template(args, template)
+    if args.task == "hh":
+        rows = hh_rows(args)
+    elif args.input:
+        rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
+    elif args.task == "alpaca":
+        rows = hub_rows("tatsu-lab/alpaca", args.split)
+    else:
+        raise UserError(f"--task {args.task} needs --input, the files as downloaded")
+    whole = list(rows) if args.task == "multidoc_qa" else None
+    rows = itertools.islice(enumerate(whole or rows), args.skip, args.limit and args.skip + args.limit)
+    rows = rows if whole is None else choose_documents(whole, rows, args)
+    records, left_out = {}, 0
+    for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
+        record = convert(row, where, index, template)
+        if record is None:
+            left_out += 1
+            continue
+        if record["id"] in records:
+            raise UserError(f"{where}: id {record['id']!r} occurs twice")
+        if record["candidates"] or args.task != "multidoc_qa":
+            common.check_record(record, where)
+        records[record["id"]] = record
+    if len(records) <= args.validation:
+        raise UserError(
+            f"--input {' '.join(args.input or ['(hub)'])}: {len(records)} records after --skip {args.skip}, "
+            f"of which --validation wants {args.validation}"
+        )
+    output = pathlib.Path(args.output or f"data/{args.task}/train.jsonl")
+    held_out = set(random.Random(0).sample(sorted(records), args.validation))
+    for path, ids in ((output, records.keys() - held_out), (output.with_name("validation.jsonl"), held_out)):
+        if ids:
+            journal = Journal(path, [i for i in records if i in ids], settings_of(args))
+            journal.write(records[i] for i in records if i in ids and i not in journal.done)
+            journal.finish()
+    say(f"left out: {left_out} rows", "of two different contexts" if args.task == "hh" else "without a response")
+    for field in ("label", "subset"):
+        if count := Counter(r[field] for r in records.values() if r.get(field)):
+            say(f"{field}:", ", ".join(f"{k} {n}" for k, n in count.items()))
+    if args.task == "hh":
+        say("training rows as published (PRO, Table 1):", ", ".join(f"{k} {HH_RAW[k]}" for k in args.subset))

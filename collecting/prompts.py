@@ -1,0 +1,115 @@
+"""Prompt templates: the built-in ones as text, the user's own (--prompt_file), and how a template is filled."""
+
+import pathlib
+import re
+
+from common import UserError
+
+
+def fill(template, fields, where):
+    """Put fields into a template's {names}, once: text that holds braces itself is left alone."""
+    names = set(re.findall(r"{(\w+)}", template))
+    if names - fields.keys():
+        raise UserError(f"{where}: the template asks for {sorted(names - fields.keys())}; there are {sorted(fields)}")
+    return re.sub(r"{(\w+)}", lambda m: fields[m[1]], template)
+
+
+def read_template(args, default):
+    """The text of --prompt_file, or the built-in template."""
+    if not args.prompt_file:
+        return default
+    try:
+        return pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
+
+
+NLI_TEMPLATE = """Does the premise make the hypothesis true (entailment), false (contradiction), or neither (neutral)?
+Explain in one sentence, then write #### and the label.
+
+Premise: {premise}
+Hypothesis: {hypothesis}
+Answer:
+"""
+ALPACA_TEMPLATE = """Carry out the task below, with the input that follows it. Write the response and nothing else.
+
+Task:
+{instruction}
+
+Input:
+{input}
+
+Response:
+---
+Carry out the task below. Write the response and nothing else.
+
+Task:
+{instruction}
+
+Response:
+"""
+
+
+def alpaca_prompt(template, fields, where):
+    """Fill the template's part before a line --- where there is an input, else the part after it."""
+    with_input, mark, without_input = template.partition("\n---\n")
+    part = with_input if fields["input"] or not mark else without_input
+    return fill(part.strip() + "\n", fields, where)
+
+
+QA_TEMPLATE = """Answer the question from the documents below. Some of them are irrelevant.
+
+{documents}
+
+Question: {question}
+Answer:"""
+
+
+def qa_prompt(template, question, documents, where):
+    texts = [f"Document {i} ({d['title']}): {d['text']}" for i, d in enumerate(documents, 1)]
+    return fill(template, {"documents": "\n".join(texts), "question": question}, where)
+
+
+HH_TEMPLATE = "{dialogue}\n\nAssistant:"
+FLIP_TEMPLATE = """Rewrite the sentence so that it says the opposite. Answer with the rewritten sentence alone.
+
+Sentence: {explanation}"""
+LABEL_TEMPLATE = """{prompt}
+{explanation} ####
+
+Finish this answer with the label that its explanation leads to, one word: Entailment, Neutral or Contradiction."""
+HINDSIGHT_TEMPLATE = """A good answer: {better} A bad answer: {worse}
+---
+A bad answer: {worse} A good answer: {better}"""
+GPT_TEMPLATE = """Below are a task and {n} responses to it. Rank the responses from best to worst: a good one is
+correct, and its reasoning is sound and to the point. Answer with one line naming every response once, like: {example}
+
+Task:
+{prompt}
+
+{responses}
+"""
+CONTEXTUAL_TEMPLATE = """Compare {count} responses to one task.
+
+The task:
+{task}
+
+{responses}
+
+Work in this order:
+1. Decide whether the task is closed (one answer is right) or open (many answers can be good).
+2. Write your own response to the task. It is response 0.
+3. Find the responses that repeat an earlier one in the same or nearly the same words.
+4. Rate response 0 and every response that repeats none with three whole numbers from 0 to 5:
+   relevance, detail, accuracy.
+5. Rank these responses, the best first. For a closed task accuracy decides; for an open one all three do.
+
+Reply in exactly this form and with nothing else:
+Type: open or closed
+Reference: your own response
+Duplicates: none, or groups such as 2=4
+Ratings:
+0: relevance detail accuracy
+1: relevance detail accuracy
+Ranking: 0 > 2 > 1
+"""

@@ -1,0 +1,105 @@
+"""The verb rank: annotations by a ranker for each --by. A ranker takes (records, args) and yields the records,
+annotated."""
+
+import random
+
+from tqdm import tqdm
+
+import common
+from collecting.flags import api_flags
+from collecting.journal import open_collected
+from collecting.rank_asked import rank_by_contextual, rank_by_gpt
+from collecting.rank_labels import rank_by_label
+from collecting.rank_likelihood import rank_by_logprob, rank_by_prm, rank_by_probabilistic
+from collecting.rank_similarity import rank_by_similarity
+from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL, rank_by_reward
+from common import UserError, in_range
+from runtime import say
+
+RANKERS = {
+    "label": rank_by_label,
+    "reward": rank_by_reward,
+    "similarity": rank_by_similarity,
+    "gpt": rank_by_gpt,
+    "contextual": rank_by_contextual,
+    "logprob": rank_by_logprob,
+    "probabilistic": rank_by_probabilistic,
+    "prm": rank_by_prm,
+}
+EXPANSIONS = ("alpacas", "chatgpt", "ascending", "descending", "random")
+EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
+
+
+def rank_flags(add):
+    add("--by", required=True, choices=sorted(RANKERS), help="which annotation to add")
+    add("--task", default="esnli", help="for the default paths: data/TASK/sampled.jsonl, data/TASK/ranked.jsonl")
+    add("--input", help="records with candidates, JSONL")
+    add("--output", help="the same records, annotated")
+    add("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
+    add("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
+    add("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
+    add("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
+    add("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
+    add(
+        "--max_length", type=in_range(int, 8), default=512, help="logprob, prm, reward: tokens of prompt + one response"
+    )
+    add("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
+    add("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
+    add("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")
+    add("--expand", choices=EXPANSIONS, help="first lengthen the data's own rankings with sampled ones (PRO Fig. 3)")
+    add("--expand_sources", nargs="+", default=EXPAND_SOURCES, help="for --expand: sources, the weakest first")
+    add("--ranking_length", type=in_range(int, 2), default=3, help="for --expand: candidates a prompt (PRO: 3-5)")
+    api_flags(add, 1024, required=False)
+
+
+def rank(args):
+    """Annotate every candidate; see --by."""
+    if args.by not in ("label", "similarity", "probabilistic", "reward") and not args.model:
+        raise UserError(f"--by {args.by} needs --model")
+    records, journal = open_collected(args, "sampled", "ranked", common.load_candidates)
+    todo = [expand_ranking(r, args) if args.expand else r for r in records if r["id"] not in journal.done]
+    for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False), args):
+        journal.write([record])
+    if journal.finish() == len(records):
+        print_length_by_rank(common.load_candidates(journal.path), args.by)
+
+
+def expand_ranking(record, args):
+    """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Fig. 3)."""
+    candidates = record["candidates"]
+    ranking = [c for c in candidates if c["source"] in ("chosen", "rejected", *common.HUMAN)]
+    sources = list(args.expand_sources)  # the weakest first
+    if args.expand == "descending":
+        sources.reverse()
+    elif args.expand == "random":
+        random.Random(f"{args.seed}-{record['id']}").shuffle(sources)
+    pools = [[c for c in candidates if c["source"] == s] for s in sources]
+    if args.expand in ("alpacas", "chatgpt"):  # several of one source: the last but one, or the strongest
+        ranking += pools[-1] if args.expand == "chatgpt" else pools[-2:][0]
+    else:
+        ranking += [pool[0] for pool in pools if pool]
+    if len(ranking) < args.ranking_length:
+        raise UserError(
+            f"{args.input}: record {record['id']!r} has {len(ranking)} candidates for --expand {args.expand}, fewer "
+            f"than --ranking_length {args.ranking_length}; sources asked for: {', '.join(sources)}"
+        )
+    return record | {"candidates": ranking[: args.ranking_length]}
+
+
+def print_length_by_rank(records, by):
+    """Mean response length in words by rank (Tuna, Table 4), where ranks are known."""
+    lengths = {}
+    for record in records:
+        for c in record["candidates"]:
+            key = c.get("rank") if by != "label" else {True: "correct", False: "incorrect"}[c["correct"]]
+            key = "unranked" if key is None else key
+            lengths.setdefault(key, []).append(len(c["text"].split()))
+    if lengths.keys() == {"unranked"}:
+        return
+    say(
+        "mean words:",
+        ", ".join(
+            f"{key}: {sum(n) / len(n):.1f}"
+            for key, n in sorted(lengths.items(), key=lambda x: (isinstance(x[0], str), x[0]))
+        ),
+    )

@@ -1,0 +1,78 @@
+"""rank --by logprob, probabilistic and prm: a language model's likelihood, a proxy ranking model (Tuna)."""
+
+import contextlib
+import statistics
+
+import torch
+from transformers import AutoConfig
+
+import runtime
+from collecting.reward_models import reward_logits
+from collecting.scoring import log_likelihoods
+from common import UserError
+from runtime import say
+
+
+def rank_by_logprob(records, args):
+    """Set every candidate's `logprob` and `num_tokens` under a local teacher, --model (Tuna Eq. 3 reads them)."""
+    for record, logprobs, lengths in log_likelihoods(records, args):
+        values = zip(record["candidates"], logprobs.tolist(), lengths.tolist())
+        yield record | {"candidates": [c | {"logprob": logp, "num_tokens": int(n)} for c, logp, n in values]}
+
+
+def rank_by_probabilistic(records, args):
+    """Set `rank` by the teacher's likelihood, logprob / num_tokens ** --length_penalty (Tuna Eq. 3).
+
+    It is null where the likelihood is not known. tuna.py --stage probabilistic does this by itself; here it is for
+    Table 4 and for mixtures.
+    """
+    for record in records:
+        known = [c for c in record["candidates"] if "logprob" in c and "num_tokens" in c]
+        if not known:
+            raise UserError(f"{args.input}: record {record['id']!r} has no logprob; add it with rank --by logprob")
+        scores = {id(c): c["logprob"] / c["num_tokens"] ** args.length_penalty for c in known}
+        ranks = {i: sum(other > score for other in scores.values()) for i, score in scores.items()}
+        yield record | {"candidates": [c | {"rank": ranks.get(id(c))} for c in record["candidates"]]}
+
+
+def rank_by_prm(records, args):
+    """Rank by a model trained on ranked records, Tuna's proxy ranking model: a language model by log p / length, a
+    reward model (reward_model.py's) by its logit.
+
+    A record that carries ranks keeps them: there the two rankings are compared (Spearman, averaged over prompts).
+    """
+    agreement = []
+    for record, scores in prm_scores(records, args):
+        candidates = record["candidates"]
+        ranked = [i for i, c in enumerate(candidates) if c.get("rank") is not None]
+        if len(ranked) > 1:
+            agreement.append(spearman([-candidates[i]["rank"] for i in ranked], [scores[i] for i in ranked]))
+        if not ranked:
+            ranks = [sum(other > score for other in scores) for score in scores]
+            candidates = [c | {"rank": k} for c, k in zip(candidates, ranks)]
+            record = record | {"candidates": candidates, "ranked_by": args.model}
+        yield record
+    if agreement:
+        mean = sum(agreement) / len(agreement)
+        say(f"agreement with the ranking of {len(agreement)} records: Spearman {mean:.3f}")
+
+
+def prm_scores(records, args):
+    """Yield (record, scores [n]) under --model."""
+    architectures = runtime.load_pretrained(AutoConfig, args.model).architectures or []
+    if not any("SequenceClassification" in name or name == "RewardModel" for name in architectures):
+        yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args))
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"max_length": args.max_length, "batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
+    for record in records:
+        pairs = [(record, c["text"]) for c in record["candidates"]]
+        yield (record, reward_logits(args.model, device, pairs, flag="--model", form=args.dialogue, **options))
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of two lists of n > 1 numbers, ties at their mean rank; 0 where one is constant."""
+    places = [[sum(y < x for y in values) + sum(y == x for y in values) / 2 for x in values] for values in (a, b)]
+    with contextlib.suppress(statistics.StatisticsError):
+        return statistics.correlation(*places)
+    return 0.0

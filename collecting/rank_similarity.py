@@ -1,0 +1,43 @@
+"""rank --by similarity: how close each candidate is to the human response."""
+
+import itertools
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import common
+import runtime
+from common import UserError
+
+
+def rank_by_similarity(records, args):
+    """Set every candidate's `similarity`: the cosine of its sentence embedding to that of the human response."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = runtime.load_pretrained(AutoModel, args.encoder, "--encoder").to(device).eval()
+    tokenizer = runtime.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
+    records = iter(records)
+    while batch := list(itertools.islice(records, args.batch_size)):
+        for record in batch:
+            if not any(c["source"] in common.HUMAN for c in record["candidates"]):
+                raise UserError(f"{args.input}: record {record['id']!r} has no human response to compare with")
+        texts = [c["text"] for r in batch for c in r["candidates"]]
+        vectors = embed(model, tokenizer, texts).split([len(r["candidates"]) for r in batch])
+        for record, vector in zip(batch, vectors):
+            human = next(i for i, c in enumerate(record["candidates"]) if c["source"] in common.HUMAN)
+            for c, cosine in zip(record["candidates"], (vector @ vector[human]).tolist()):
+                c["similarity"] = round(cosine, 6)
+            yield record
+
+
+@torch.inference_mode()
+def embed(model, tokenizer, texts, max_length=256):
+    """texts -> [len(texts), d] unit vectors: the mean of the last hidden states over each text's tokens.
+
+    256 tokens are what all-MiniLM-L6-v2 was trained with; longer texts are cut, as sentence-transformers does.
+    """
+    inputs = tokenizer(texts, padding=True, truncation=True, max_length=max_length, return_tensors="pt").to(
+        model.device
+    )
+    hidden = model(**inputs).last_hidden_state  # [B, L, d]
+    mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

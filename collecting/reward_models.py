@@ -1,0 +1,133 @@
+"""Reward models, and rank --by reward (PRO)."""
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    GPTNeoXConfig,
+    GPTNeoXModel,
+    GPTNeoXPreTrainedModel,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+import common
+import runtime
+from common import UserError
+from runtime import say
+
+
+class RewardModelConfig(GPTNeoXConfig):
+    """`gpt_neox_reward_model`: OpenAssistant's reward models, the two of PRO. pooling: "last" or "mean"."""
+
+    model_type = "gpt_neox_reward_model"
+    pooling: str = "last"
+
+
+class RewardModel(GPTNeoXPreTrainedModel):
+    """GPT-NeoX with a linear layer on the last token's state, or on the mean of the states."""
+
+    config_class = RewardModelConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.gpt_neox = GPTNeoXModel(config)
+        self.out_proj = torch.nn.Linear(config.hidden_size, 1)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask):
+        states = self.gpt_neox(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # [B, L, H]
+        weights = attention_mask.to(states.dtype)  # padded right
+        if self.config.pooling == "last":
+            weights = F.one_hot(attention_mask.sum(-1) - 1, attention_mask.shape[1]).to(states.dtype)
+        pooled = (states * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
+        return SequenceClassifierOutput(logits=self.out_proj(pooled))  # [B, 1]
+
+
+AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
+AutoModelForSequenceClassification.register(RewardModelConfig, RewardModel)
+TRAIN_REWARD_MODEL = "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"  # of PRO's training data; evaluation: the 6.9B
+DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
+
+
+@functools.cache
+def load_reward_model(name, device, flag, allow_pickle):
+    """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    model, info = runtime.load_pretrained(
+        AutoModelForSequenceClassification, name, flag, allow_pickle, dtype=dtype, output_loading_info=True
+    )
+    if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
+        raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
+    tokenizer = runtime.load_tokenizer(name, flag)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    form = "oasst" if isinstance(model, RewardModel) else "chat_template" if tokenizer.chat_template else "plain"
+    return model.to(device).eval(), tokenizer, getattr(model.config, "dialogue_form", form)
+
+
+def dialogue_ids(tokenizer, record, response, form):
+    """A dialogue and a response as the reward model was trained to read them -> token ids.
+
+    Records without `messages` are one user's turn, the prompt.
+    """
+    if form == "plain":  # as the training scripts encode: prompt, response, EOS
+        response = tokenizer(response, add_special_tokens=False).input_ids
+        return [*common.prompt_ids(tokenizer, record["prompt"]), *response, tokenizer.eos_token_id]
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    messages = [*messages, {"role": "assistant", "content": response}]
+    if form == "chat_template":
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    else:
+        marks = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}
+        text = "".join(marks[m["role"]] + m["content"] + tokenizer.eos_token for m in messages)
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@torch.inference_mode()
+def reward_logits(
+    name, device, pairs, *, flag="--reward_model", form="auto", max_length=1024, batch_size=16, allow_pickle=False
+):
+    """Raw logits of the reward model `name` for pairs (record, response text) -> floats.
+
+    Dialogues longer than max_length lose their beginning.
+    """
+    model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
+    form = own_form if form == "auto" else form
+    ids = [common.cut_left(tokenizer, dialogue_ids(tokenizer, r, text, form), max_length) for r, text in pairs]
+    rewards = [0.0] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
+    for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
+        L, pad = len(ids[batch[0]]), model.config.pad_token_id
+        input_ids = torch.tensor([ids[i] + [pad] * (L - len(ids[i])) for i in batch], device=device)
+        mask = torch.tensor([[1] * len(ids[i]) + [0] * (L - len(ids[i])) for i in batch], device=device)
+        for i, logit in zip(batch, model(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()):
+            rewards[i] = logit
+    if not all(map(math.isfinite, rewards)):
+        record = pairs[next(i for i, r in enumerate(rewards) if not math.isfinite(r))][0]
+        raise UserError(f"{flag} {name}: its reward of a response to record {record.get('id')!r} is not finite")
+    return rewards
+
+
+def rank_by_reward(records, args):
+    """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.1)."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    options = {"form": args.dialogue, "max_length": args.max_length, "allow_pickle": args.allow_pickle}
+    agree, pairs, records = 0, 0, iter(records)
+    while batch := list(itertools.islice(records, args.batch_size)):
+        dialogues = [(r, c["text"]) for r in batch for c in r["candidates"]]
+        rewards = iter(reward_logits(args.reward_model, device, dialogues, batch_size=args.batch_size, **options))
+        for record in batch:
+            candidates = [c | {"reward": next(rewards)} for c in record["candidates"]]
+            own = {c["source"]: c["reward"] for c in candidates if c["source"] in ("chosen", "rejected")}
+            pairs += len(own) == 2
+            agree += len(own) == 2 and own["chosen"] > own["rejected"]
+            candidates.sort(key=lambda c: -c["reward"])
+            candidates = [c | {"rank": sum(x["reward"] > c["reward"] for x in candidates)} for c in candidates]
+            yield record | {"candidates": candidates, "reward_model": args.reward_model}
+    if pairs:
+        say(f"{args.reward_model} prefers the chosen response to the rejected one in {agree} of {pairs} pairs")

@@ -1,0 +1,141 @@
+"""The verb sample: responses of a local model, and Tuna's diversity rule."""
+
+import functools
+import itertools
+import pathlib
+import zlib
+from collections import Counter
+
+import torch
+from tqdm import tqdm
+
+import runtime
+from collecting import generation
+from collecting.flags import generation_flags, unescape
+from collecting.journal import Journal, read_records, settings_of
+from common import in_range
+from runtime import say
+
+
+def sample_flags(add):
+    add("--task", default="esnli", help="for the default paths: data/TASK/train.jsonl, data/TASK/sampled.jsonl")
+    add("--input", help="records, JSONL")
+    add("--output", help="records with the new candidates, JSONL")
+    add("--model", required=True, help="hub id or folder")
+    add("--source", help="the candidates' source (default: the model's name)")
+    add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE Sec. 5, Tuna Sec. 2.3)")
+    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
+    add("--top_p", type=in_range(float, 0, 1), default=1.0)
+    add("--seed", type=int, default=0)
+    add("--max_rouge_l", type=in_range(float, 0, 1), help="resample responses more similar than this (Tuna: tau 0.8)")
+    add("--temperature_step", type=in_range(float, 0), default=0.1, help="added for every resampling (Tuna: 0.1)")
+    add("--max_trials", type=in_range(int, 0), default=3, help="then keep the least similar (Tuna: 3)")
+    generation_flags(add, 128)
+
+
+def max_similarity(text, others):
+    """The largest ROUGE-L F1 between a text and others, 0 where there are none; the same text is 1 in any script."""
+    score = rouge_scorer().score
+    return max((1.0 if text == other else score(other, text)["rougeL"].fmeasure for other in others), default=0.0)
+
+
+@functools.cache
+def rouge_scorer(use_stemmer=False):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    return RougeScorer(["rougeL"], use_stemmer=use_stemmer)
+
+
+def keep_diverse(responses, draw, args, count):
+    """Tuna's diversity rule (Sec. 2.3) for a batch of prompts: responses, a list of n per prompt -> the same shape.
+
+    A response whose ROUGE-L with one before it is above --max_rouge_l is dropped and drawn again at a temperature
+    raised by --temperature_step, --max_trials times; then the least similar of those dropped fill the places left.
+    draw(prompt numbers, n, temperature) -> n responses for each; `count` gains how often each branch ran.
+    """
+    n = len(responses[0])
+    kept, dropped = [[] for _ in responses], [[] for _ in responses]
+
+    def texts(i):
+        return [r["text"] for r in kept[i]]
+
+    def take(i, response, how):
+        similar = max_similarity(response["text"], texts(i)) > args.max_rouge_l
+        (dropped if similar else kept)[i].append(response)
+        count.update(["too similar" if similar else how])
+
+    for i, first in enumerate(responses):
+        count["similar pairs before"] += similar_pairs(first, args.max_rouge_l)
+        for response in first:
+            take(i, response, "kept at once")
+    for trial in range(1, args.max_trials + 1):
+        short = [i for i in range(len(kept)) if len(kept[i]) < n]
+        if not short:
+            break
+        temperature = round(args.temperature + trial * args.temperature_step, 6)
+        for i, more in zip(short, draw(short, n - min(len(kept[i]) for i in short), temperature)):
+            for response in more[: n - len(kept[i])]:
+                take(i, response | {"temperature": temperature}, f"kept at trial {trial}")
+    for i in range(len(kept)):
+        while len(kept[i]) < n:
+            least = min(dropped[i], key=lambda r: max_similarity(r["text"], texts(i)))
+            kept[i].append(dropped[i].pop(dropped[i].index(least)))
+            count["least similar kept"] += 1
+        count["pairs"] += n * (n - 1) // 2
+        count["similar pairs after"] += similar_pairs(kept[i], args.max_rouge_l)
+    return kept
+
+
+def similar_pairs(responses, limit):
+    texts = [r["text"] for r in responses]
+    return sum(max_similarity(a, [b]) > limit for a, b in itertools.combinations(texts, 2))
+
+
+def sample(args):
+    rank, world, device = runtime.init_distributed()
+    args.input = args.input or f"data/{args.task}/train.jsonl"
+    records = list(read_records(args.input))
+    args.source = args.source or pathlib.Path(args.model).name
+    output = args.output or f"data/{args.task}/sampled.jsonl"
+    journal = Journal(output, [r["id"] for r in records], settings_of(args), rank, world)
+    options = {
+        k: getattr(args, k) for k in ("max_new_tokens", "num_samples", "temperature", "top_p", "max_prompt_length")
+    }
+    options["stop"] = unescape(args.stop)
+    count, diversity = Counter(), Counter()
+    # batches are planned over all prompts and seeded by their own content: a restart, or another number of ranks,
+    # samples the same
+    batches = generation.batches_by_length(records, args.batch_size)
+    for batch in tqdm(batches[rank::world], desc="sample", disable=rank != 0):
+        batch = [records[i] for i in batch]
+        if all(r["id"] in journal.done for r in batch):
+            continue
+        model, tokenizer = generation.load_generator(args.model, device)
+        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+        drawn = generation.generate(model, tokenizer, [r["prompt"] for r in batch], **options)
+        if args.max_rouge_l is not None:
+
+            def draw(numbers, n, temperature):
+                again = options | {"num_samples": n, "temperature": temperature}
+                return generation.generate(model, tokenizer, [batch[i]["prompt"] for i in numbers], **again)
+
+            drawn = keep_diverse(drawn, draw, args, diversity)
+        for record, responses in zip(batch, drawn):
+            record["candidates"] = record.get("candidates", []) + [r | {"source": args.source} for r in responses]
+            count.update(
+                {
+                    "responses": len(responses),
+                    "unfinished": sum(not r["finished"] for r in responses),
+                    "empty": sum(not r["text"] for r in responses),
+                }
+            )
+        journal.write(r for r in batch if r["id"] not in journal.done)
+    journal.finish()
+    totals = runtime.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
+    say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
+    if args.max_rouge_l is not None:
+        trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
+        kinds = ["kept at once", "too similar", *trials, "least similar kept"]
+        kinds += ["pairs", "similar pairs before", "similar pairs after"]
+        totals = runtime.all_sum([diversity[k] for k in kinds])
+        say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds, totals)))

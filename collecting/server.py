@@ -1,0 +1,190 @@
+"""Requests to an OpenAI-compatible server: what may go wrong, and the key that nobody sees."""
+
+import asyncio
+import contextlib
+import email.utils
+import itertools
+import json
+import math
+import os
+import random
+import time
+import urllib.parse
+
+import common
+from collecting.flags import unescape
+from common import UserError
+
+MAX_REPLY = 8 * 2**20  # bytes of one reply
+LONGEST_WAIT = 600  # seconds that a server may ask us to wait
+FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
+BUDGET_SPENT = "--max_requests is reached"
+
+
+def ask_server(args, dialogues, count, **options):
+    """`complete` through the server: at most --concurrency requests under way, results as they come."""
+    import openai
+
+    key = check_server(args.base_url)
+    loop, waiting, running, failures = asyncio.new_event_loop(), iter(dialogues.items()), set(), 0
+    client = openai.AsyncOpenAI(
+        base_url=args.base_url,
+        api_key=key or "none",  # servers of one's own often want none
+        max_retries=0,  # ours below: they also repeat what is no JSON, and count
+        timeout=args.timeout,
+        default_headers={"Accept-Encoding": "identity"},  # so that MAX_REPLY bounds what arrives
+        http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [bound_reply]}),
+    )
+    try:
+        while True:
+            for i, dialogue in itertools.islice(waiting, args.concurrency - len(running)):
+                running.add(loop.create_task(_request(client, args, i, dialogue, count, **options)))
+            if not running:
+                return
+            done, running = loop.run_until_complete(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
+            for task in sorted(done, key=lambda task: task.exception() is None):  # errors first: all are fetched
+                i, responses, error = task.result()
+                failures = 0 if responses or count["requests"] == args.max_requests else failures + 1
+                if failures == FAILURES_IN_A_ROW:
+                    raise UserError(
+                        f"--base_url {args.base_url}: {failures} prompts in a row failed; the last: {error}"
+                    )
+                count["failed"] += responses is None
+                yield i, responses, error
+    finally:
+        for task in running:
+            task.cancel()
+        loop.run_until_complete(asyncio.wait([*running, loop.create_task(client.close())]))
+        _ = [task.cancelled() or task.exception() for task in running]  # fetched, or asyncio prints them
+        loop.close()
+
+
+async def _request(client, args, i, dialogue, count, *, num_samples, logprobs, completions, temperature, top_p):
+    """One prompt's samples -> (i, responses, None) or (i, None, error). A server that gives fewer is asked again."""
+    import openai
+
+    responses, failed = [], 0
+    endpoint = client.completions if completions else client.chat.completions
+    body = {"prompt": dialogue[0]["content"]} if completions else {"messages": dialogue}
+    body |= {"model": args.model, "temperature": temperature, "top_p": top_p}
+    body |= {"stop": list(unescape(args.stop))} if args.stop else {}
+    body |= {"logprobs": 1 if completions else True} if logprobs else {}  # the older endpoint takes a number
+    while len(responses) < num_samples:
+        if count["requests"] == args.max_requests:
+            return i, None, BUDGET_SPENT
+        count["requests"] += 1
+        missing = num_samples - len(responses)
+        body["n"] = missing if missing > 1 else openai.omit
+        limit = "max_completion_tokens" if count["new names"] else "max_tokens"
+        pause = min(60, 2**failed / 2) * random.uniform(0.75, 1)
+        try:
+            request = endpoint.with_raw_response.create(**body, **{limit: args.max_new_tokens})
+            reply = await asyncio.wait_for(request, args.timeout)
+            responses += read_reply(reply.text, count)[:missing]
+            continue
+        except openai.APIStatusError as e:
+            if e.status_code == 400 and "max_completion_tokens" in e.message and limit == "max_tokens":
+                count["new names"] = 1  # OpenAI's newer models know only this name, many servers only the old one
+                continue
+            error, wait = status_error(e, args)
+            if wait is None:
+                return i, None, error
+            pause = max(wait, pause)
+        except (openai.OpenAIError, asyncio.TimeoutError, ValueError, OverflowError) as e:
+            reason = str(e.__cause__ or e) if isinstance(e, openai.APIConnectionError) else str(e)
+            error = f"{type(e).__name__} {hide_key(reason)}".strip()
+        count["errors"] += 1
+        failed += 1
+        if failed > args.retries:
+            return i, None, error
+        await asyncio.sleep(pause)
+    return i, responses, None
+
+
+def check_server(url):
+    """Raise UserError unless `url` and OPENAI_API_KEY can be used -> the key, empty where there is none."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise UserError("--base_url must be http(s)://host/path, such as http://localhost:8000/v1")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise UserError("--base_url must hold no user, password, or query: a key belongs in OPENAI_API_KEY")
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    if not (key.isascii() and key.isprintable()):  # the HTTP library would quote it in its complaint
+        raise UserError("OPENAI_API_KEY holds characters that no key has")
+    return key
+
+
+async def bound_reply(response):
+    """A hook on every response, errors too: reading stops at MAX_REPLY bytes."""
+    read = response.aiter_raw
+
+    async def bounded(*args, **kwargs):
+        size = 0
+        async for chunk in read(*args, **kwargs):
+            size += len(chunk)
+            if size > MAX_REPLY:
+                raise OverflowError(f"the reply is longer than {MAX_REPLY >> 20} MiB")
+            yield chunk
+
+    if response.headers.get("content-encoding", "identity") != "identity":
+        raise ValueError("the reply is compressed, which was not asked for")
+    response.aiter_raw = bounded
+
+
+def read_reply(text, count):
+    """A completion's JSON, chat or text -> its responses; counts its tokens. ValueError on anything else."""
+    try:
+        reply = json.loads(text)
+        tokens = (reply.get("usage") or {}).get("completion_tokens")
+        responses = []
+        for choice in reply["choices"]:
+            content = choice["message"]["content"] if "message" in choice else choice["text"]
+            responses.append({"text": (content or "").strip(), "finished": choice.get("finish_reason") == "stop"})
+            responses[-1]["text"].encode()  # a lone surrogate cannot be written to a file
+            logprobs = choice.get("logprobs") or {}
+            values = logprobs.get("token_logprobs") or [token["logprob"] for token in logprobs.get("content") or ()]
+            if values:
+                responses[-1] |= {"logprob": math.fsum(values), "num_tokens": len(values)}
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
+        raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
+    if not responses or not all(common.is_number(r.get("logprob", 0)) for r in responses):
+        raise ValueError("the reply holds no choices, or a log-probability that is no number")
+    if len(responses) == 1 and common.is_number(tokens) and tokens > 0:
+        responses[0].setdefault("num_tokens", tokens)
+    count["tokens"] += tokens if common.is_number(tokens) else 0
+    return responses
+
+
+def status_error(e, args):
+    """An HTTP status other than 200 -> (error, seconds to wait before asking again, or None: asking again is useless).
+
+    Raises UserError where no prompt can succeed. The server's own words are quoted short, and never the key.
+    """
+    code = e.status_code
+    said = hide_key(" ".join(str(e.message).split())[:200])
+    if code in (401, 403):
+        raise UserError(f"--base_url {args.base_url}: the key in OPENAI_API_KEY is missing or refused (HTTP {code})")
+    if code == 404 or 300 <= code < 400 or getattr(e, "code", None) == "insufficient_quota":
+        hint = "redirects are not followed" if code < 400 else said
+        raise UserError(f"--base_url {args.base_url}, --model {args.model}: HTTP {code} ({hint})")
+    if code not in (408, 409, 425, 429) and code < 500:
+        return f"HTTP {code} ({said})", None
+    wait = retry_after(e.response.headers.get("retry-after", "0"))
+    if wait > LONGEST_WAIT:
+        return f"HTTP {code}, and the server asks to wait {wait:.0f} s", None
+    return f"HTTP {code} ({said})", wait
+
+
+def retry_after(header):
+    """The header's seconds or HTTP date -> seconds from now, 0 for what is neither."""
+    with contextlib.suppress(ValueError, OverflowError):
+        if header.strip().replace(".", "", 1).isdigit():
+            return float(header)
+        date = email.utils.parsedate_tz(header)
+        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
+    return 0.0
+
+
+def hide_key(text):
+    key = os.environ.get("OPENAI_API_KEY", "").strip()
+    return text.replace(key, "***") if key else text

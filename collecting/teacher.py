@@ -1,0 +1,55 @@
+"""The verb teacher: responses of another model, behind a server or run here."""
+
+import pathlib
+from collections import Counter
+
+from collecting import asking
+from collecting.flags import api_flags, collected_flags
+from collecting.journal import open_collected
+from collecting.server import BUDGET_SPENT
+from common import UserError, in_range
+from runtime import say
+
+
+def teacher_flags(add):
+    collected_flags(add, "train", "teacher")
+    add("--source", help="the candidates' source (default: the model's name)")
+    add("--num_samples", type=in_range(int, 1), default=1, help="responses a prompt")
+    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
+    add("--top_p", type=in_range(float, 0, 1), default=1.0)
+    add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
+    add("--completions", action="store_true", help="continue the prompt as it stands (/completions), not as a chat")
+    api_flags(add, 256)
+
+
+def ask_each(args, records, journal, prompt, finish, **options):
+    """Ask prompt(record) for every record not done; journal finish(record, responses) as they come; list failures."""
+    todo, failed = [r for r in records if r["id"] not in journal.done], Counter()
+    for i, responses, error in asking.complete(args, [prompt(r) for r in todo], **options):
+        if error:
+            failed[error] += 1
+            if error != BUDGET_SPENT:
+                say(f"{todo[i]['id']} failed: {error}")
+        else:
+            journal.write([finish(todo[i], responses)])
+    for error, number in failed.items():
+        say(f"{number} prompts failed and are left for another run: {error}")
+    journal.finish()
+
+
+def teacher(args):
+    """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here."""
+    args.source = args.source or pathlib.Path(args.model).name
+    records, journal = open_collected(args, "train", "teacher")
+
+    def finish(record, responses):
+        if args.logprobs and not all("logprob" in r for r in responses):
+            raise UserError(
+                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does: drop "
+                "--logprobs and add them from a local model with rank --by logprob, or ask a server that gives them"
+            )
+        more = [r | {"source": args.source} for r in responses]
+        return record | {"candidates": record.get("candidates", []) + more}
+
+    options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
+    ask_each(args, records, journal, lambda r: r["prompt"], finish, **options)
