@@ -9,6 +9,7 @@ import torch
 from api_server import Server
 from conftest import nli, read_jsonl, write_jsonl
 
+import collect_candidates
 import rescue
 from collecting import generation
 from collecting.flip import clean_sentence
@@ -17,7 +18,7 @@ from common import UserError
 
 def run(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
-    collect.main()
+    collect_candidates.main()
 
 
 @pytest.fixture(autouse=True)
