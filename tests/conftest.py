@@ -12,45 +12,16 @@ import sys
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForSequenceClassification
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 torch.set_num_threads(1)
 
-TEXT = [json.loads(line) for line in (ROOT / "demo/nli.jsonl").read_text().splitlines()]
+from recipes.tiny import ROWS, make_model, make_tokenizer  # noqa: E402
+
 LABELS = ("entailment", "neutral", "contradiction")
-
-
-def make_tokenizer(bos=True):
-    """A byte-level BPE of 400 entries: every text round-trips, nothing is unknown. With BOS it adds one, as Llama's
-    does."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=["<s>", "</s>", "<pad>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator([row["premise"] for row in TEXT], trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    if bos:
-        from tokenizers.processors import TemplateProcessing
-
-        fast._tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return fast
-
-
-def make_model(seed=0, layers=2, **kwargs):
-    torch.manual_seed(seed)
-    config = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
-    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
-    config |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.2}
-    return LlamaForCausalLM(LlamaConfig(**(config | kwargs)))
 
 
 @pytest.fixture(scope="session")
@@ -83,11 +54,11 @@ def make_records(n=12, candidates=3):
     """n records with a human and `candidates` model responses of different lengths, labels and correctness
     annotated."""
     records = []
-    for i, row in enumerate(TEXT[:n]):
+    for i, row in enumerate(ROWS[:n]):
         human = {"text": f"{row['explanation']} #### {row['label'].capitalize()}", "source": "human"}
         others = []
         for j in range(candidates):
-            other = TEXT[(7 * i + 3 * j + 1) % len(TEXT)]
+            other = ROWS[(7 * i + 3 * j + 1) % len(ROWS)]
             text = other["explanation"].split()[: 3 + 2 * j]
             label = LABELS[(i + j) % 3]
             others.append({"text": f"{' '.join(text)} #### {label.capitalize()}", "source": "tiny"})

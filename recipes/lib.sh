@@ -1,0 +1,16 @@
+# Sourced by every recipe, after it has set NAME: where things go, and `run`, which prints a command and runs it.
+# SCALE: paper (default) | 135m | cpu | tiny. GPUS: processes of a torchrun; 1 is plain python. OUT: a folder for it all.
+SCALE=${SCALE:-paper} GPUS=${GPUS:-$([ "${SCALE:-paper}" = paper ] && echo 8 || echo 1)}
+[ "$SCALE" = paper ] || export HF_HUB_OFFLINE=1
+DATA=${OUT:-.}/data/$NAME-$SCALE RUNS=${OUT:-.}/runs/$NAME-$SCALE RESULTS=${RESULTS:-${OUT:-.}/results/$NAME-$SCALE}
+mkdir -p "$DATA" "$RUNS" "$RESULTS"
+[ "$GPUS" = 1 ] && TORCHRUN=python || TORCHRUN="torchrun --nproc_per_node $GPUS"
+
+run() {
+  printf '+ %s\n' "$*" >&2
+  "$@"
+}
+
+tiny() { # the models and data of SCALE=tiny, once
+  [ -d "$DATA/tiny/model" ] || run python recipes/tiny.py "$DATA/tiny"
+}

@@ -1,0 +1,80 @@
+"""What a recipe at SCALE=tiny works on: random models of a few thousand weights, and data in the layout in which the
+original files come, made from demo/nli.jsonl.
+
+    python recipes/tiny.py FOLDER      -> FOLDER/model, FOLDER/reward-train, FOLDER/reward-eval,
+                                          FOLDER/hh/SUBSET/{train,test}.jsonl.gz
+"""
+
+import gzip
+import json
+import pathlib
+import sys
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
+
+TEXT = pathlib.Path(__file__).resolve().parent.parent / "demo" / "nli.jsonl"
+ROWS = [json.loads(line) for line in TEXT.read_text().splitlines()]
+CONFIG = {"vocab_size": 400, "hidden_size": 32, "intermediate_size": 64}
+CONFIG |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}
+CONFIG |= {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2, "initializer_range": 0.2}
+HH_SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+
+def make_tokenizer(bos=True):
+    """A byte-level BPE of 400 entries: every text round-trips, nothing is unknown. With BOS it adds one, as Llama's
+    does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<s>", "</s>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([row["premise"] for row in ROWS], trainer)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def make_model(seed=0, layers=2, model_class=LlamaForCausalLM, **kwargs):
+    torch.manual_seed(seed)
+    return model_class(LlamaConfig(**(CONFIG | {"num_hidden_layers": layers} | kwargs)))
+
+
+def make_reward_model(seed):
+    model = make_model(seed, model_class=LlamaForSequenceClassification, num_labels=1)
+    torch.nn.init.normal_(model.score.weight)
+    return model
+
+
+def hh_rows(count, start):
+    """Rows as HH-RLHF has them: two dialogues with one context, of two or four turns."""
+    for i in range(start, start + count):
+        row, other = ROWS[i % len(ROWS)], ROWS[(i + 7) % len(ROWS)]
+        context = f"\n\nHuman: {row['premise']} (number {i})\n\nAssistant:"
+        if i % 2:
+            context += f" {other['explanation']}\n\nHuman: {row['hypothesis']}\n\nAssistant:"
+        yield {"chosen": f"{context} {row['explanation']}", "rejected": f"{context} {other['hypothesis']}"}
+
+
+def main():
+    folder = pathlib.Path(sys.argv[1])
+    tokenizer = make_tokenizer()
+    for name, model in (
+        ("model", make_model()),
+        ("reward-train", make_reward_model(1)),
+        ("reward-eval", make_reward_model(2)),
+    ):
+        model.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    for k, subset in enumerate(HH_SUBSETS):
+        (folder / "hh" / subset).mkdir(parents=True, exist_ok=True)
+        for split, count in (("train", 6), ("test", 4)):
+            with gzip.open(folder / "hh" / subset / f"{split}.jsonl.gz", "wt") as f:
+                f.writelines(json.dumps(row) + "\n" for row in hh_rows(count, 100 * k + 10 * (split == "test")))
+
+
+if __name__ == "__main__":
+    main()

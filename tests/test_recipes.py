@@ -1,0 +1,35 @@
+"""recipes/*.sh at SCALE=tiny, from end to end, as a user types them."""
+
+import subprocess
+
+import pytest
+import warm
+from conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory):
+    with warm.python(tmp_path_factory.mktemp("warm")) as env:
+        yield env
+
+
+def recipe(name, env, out, **more):
+    done = subprocess.run(
+        ["bash", ROOT / "recipes" / f"{name}.sh"],
+        env=env | {"SCALE": "tiny", "OUT": str(out)} | more,
+        cwd=out,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def test_the_warm_python_is_python(env, tmp_path):
+    (tmp_path / "x.py").write_text("import sys, torch; print(sys.argv[1:], torch.ones(2).sum().item()); sys.exit(3)")
+    done = subprocess.run(["python", "x.py", "a b"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("['a b'] 2.0\n", 3)
+    (tmp_path / "x.py").write_text("raise KeyError('where')")
+    done = subprocess.run(["python", "x.py"], env=env, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "KeyError" in done.stderr
