@@ -22,7 +22,8 @@ FLOORS = {  # a script, or a package as a whole: what it may import; inside a pa
     "tuna": {"common", "runtime"},
     "reward_model": {"common", "runtime"},
     "pro": {"common", "runtime", "collecting"},
-    "evaluate": {"common", "runtime", "collecting"},
+    "evaluating": {"common", "runtime", "collecting"},
+    "evaluate": {"runtime", "collecting", "evaluating"},
 }
 
 

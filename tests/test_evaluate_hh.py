@@ -7,18 +7,18 @@ import pytest
 import torch
 from conftest import read_jsonl, write_jsonl
 
-import evaluate
+from evaluating import hh
 
 
 def test_char_bleu_by_hand():
-    assert evaluate.char_bleu("same text", " same text ") == pytest.approx(1.0)
+    assert hh.char_bleu("same text", " same text ") == pytest.approx(1.0)
     # p = 4/5, 3/4, 2/3, 1/2: their product is 0.2
-    assert evaluate.char_bleu("abcde", "abcdx") == pytest.approx(0.2**0.25)
+    assert hh.char_bleu("abcde", "abcdx") == pytest.approx(0.2**0.25)
     # every 1- to 4-gram of abcd stands in abcdefgh: the brevity penalty exp(1 - 8/4) alone
-    assert evaluate.char_bleu("abcd", "abcdefgh") == pytest.approx(math.exp(-1))
-    assert evaluate.char_bleu("abcdefgh", "abcd") == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25)
-    assert evaluate.char_bleu("aaaa", "a") == 0.0  # clipped, and no 2-gram in common
-    assert evaluate.char_bleu("", "abc") == evaluate.char_bleu("xyz", "abc") == 0.0
+    assert hh.char_bleu("abcd", "abcdefgh") == pytest.approx(math.exp(-1))
+    assert hh.char_bleu("abcdefgh", "abcd") == pytest.approx((4 / 8 * 3 / 7 * 2 / 6 * 1 / 5) ** 0.25)
+    assert hh.char_bleu("aaaa", "a") == 0.0  # clipped, and no 2-gram in common
+    assert hh.char_bleu("", "abc") == hh.char_bleu("xyz", "abc") == 0.0
 
 
 def test_metrics_by_hand():
@@ -26,19 +26,19 @@ def test_metrics_by_hand():
         {"text": "one two three four five", "reference": "one two three four five", "reward": 0.25, "finished": True},
         {"text": "", "reference": "other", "reward": 0.75, "finished": False},
     ]
-    metrics = evaluate.hh_metrics(rows)
+    metrics = hh.hh_metrics(rows)
     assert metrics["reward"] == 0.5 and metrics["char_bleu"] == pytest.approx(50.0)
     assert metrics["bleu"] == pytest.approx(100 * math.exp(1 - 6 / 5))  # corpus BLEU: 5 tokens against 6
     assert (metrics["mean_words"], metrics["unfinished"], metrics["prompts"]) == (2.5, 0.5, 2)
-    assert "reward" not in evaluate.hh_metrics([{k: v for k, v in r.items() if k != "reward"} for r in rows])
+    assert "reward" not in hh.hh_metrics([{k: v for k, v in r.items() if k != "reward"} for r in rows])
 
 
 def test_reference():
     chosen, human = {"text": "c", "source": "chosen"}, {"text": "h", "source": "human"}
     sampled = [{"text": "b", "source": "m", "rank": 1}, {"text": "a", "source": "m", "rank": 0}]
-    assert evaluate.chosen_text({"candidates": [*sampled, human, chosen]}) == "c"
-    assert evaluate.chosen_text({"candidates": [*sampled, human]}) == "h"
-    assert evaluate.chosen_text({"candidates": sampled}) == "a"
+    assert hh.chosen_text({"candidates": [*sampled, human, chosen]}) == "c"
+    assert hh.chosen_text({"candidates": [*sampled, human]}) == "h"
+    assert hh.chosen_text({"candidates": sampled}) == "a"
 
 
 def dialogues(path, n=5):

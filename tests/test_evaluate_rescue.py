@@ -9,8 +9,8 @@ import time
 import pytest
 from conftest import make_records, read_jsonl, refused, write_jsonl
 
-import evaluate
 from common import UserError
+from evaluating import multidoc_qa, plots, shared, sheet
 
 # -- multidoc-qa
 
@@ -26,7 +26,7 @@ def answered(position, text, answers=("Oslo",)):
 def test_multidoc_metrics_by_hand():
     rows = [answered(1, "In Oslo."), answered(1, "Bergen"), answered(5, "Bergen\nor oslo"), answered(5, "x\ny")]
     rows += [answered(3, "the OS-LO!"), answered(3, "Oslo"), answered(3, "no"), answered(3, "no\nno")]
-    metrics = evaluate.multidoc_qa_metrics(rows)
+    metrics = multidoc_qa.multidoc_qa_metrics(rows)
     assert [metrics[f"accuracy_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.5]
     assert [metrics[f"first_line_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.0]
     assert metrics["accuracy"] == 0.5 and metrics["first_line"] == pytest.approx(1 / 3)  # positions weigh alike
@@ -50,9 +50,9 @@ def test_multidoc_qa_and_its_curve(cli, tiny, tmp_path, monkeypatch):
 
 
 def test_wilson_against_the_book():
-    assert evaluate.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert evaluate.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert evaluate.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert shared.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert shared.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert shared.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 # -- report's figures
@@ -62,7 +62,7 @@ def test_wilson_against_the_book():
 def curves(monkeypatch):
     """What is drawn: every errorbar's label -> (x, y); every histogram's label -> its values."""
     drawn = {}
-    real = evaluate.save_figure
+    real = plots.save_figure
 
     def save(figure, path):
         for axes in figure.axes:
@@ -73,7 +73,7 @@ def curves(monkeypatch):
             drawn.setdefault(axes.get_xlabel(), labels)
         real(figure, path)
 
-    monkeypatch.setattr(evaluate, "save_figure", save)
+    monkeypatch.setattr(plots, "save_figure", save)
     return drawn
 
 
@@ -188,7 +188,7 @@ def test_score_of_two_systems_by_hand(cli, two_systems):
     table = json.loads((two_systems / "s.html.score.json").read_text())
     assert table["a"]["win rate"] == pytest.approx(3.5 / 5) and table["b"]["win rate"] == pytest.approx(1.5 / 5)
     assert (table["a"]["win"], table["a"]["tie"], table["a"]["lose"]) == pytest.approx((0.6, 0.2, 0.2))
-    assert (table["a"]["95% low"], table["a"]["95% high"]) == pytest.approx(evaluate.wilson(0.7, 5))
+    assert (table["a"]["95% low"], table["a"]["95% high"]) == pytest.approx(shared.wilson(0.7, 5))
     save_results(key, vote("b"), "r2.json")  # a second judge: prompts count once, with the mean of the two
     cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json", "r2.json")
     table = json.loads((two_systems / "s.html.score.json").read_text())
@@ -330,8 +330,8 @@ def test_ranking_three_systems_in_a_browser(cli, two_systems, browser):
 
 
 def test_normal_interval():
-    low, high = evaluate.normal_interval([1.0, 2.0, 3.0])
+    low, high = sheet.normal_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5))
-    assert evaluate.normal_interval([4.0]) == (4.0, 4.0)
+    assert sheet.normal_interval([4.0]) == (4.0, 4.0)
     with pytest.raises(UserError):
-        evaluate.sheet_points([0, 0, 1], [0, 1, 2], "here")
+        sheet.sheet_points([0, 0, 1], [0, 1, 2], "here")

@@ -8,8 +8,8 @@ from conftest import make_records, make_tokenizer, read_jsonl, refused, write_js
 from transformers import AutoModelForCausalLM
 
 import common
-import evaluate
 import runtime
+from evaluating import judge, lmentry, superni
 
 
 def metrics_of(folder, verb, name="tiny"):
@@ -89,12 +89,12 @@ def make_superni(folder):
 def test_superni_prompt(tokenizer):
     examples = [{"input": f"in {k}", "output": f"out {k}!"} for k in range(2)]
     plain = "Definition: Do it.\n\nNow complete the following example -\nInput: a b.\nOutput: "
-    assert evaluate.superni_prompt("Do it", [], " a b ", tokenizer, 1000) == plain
-    both = evaluate.superni_prompt("Do it", examples, "a b", tokenizer, 1000)
+    assert superni.superni_prompt("Do it", [], " a b ", tokenizer, 1000) == plain
+    both = superni.superni_prompt("Do it", examples, "a b", tokenizer, 1000)
     shots = [f"Positive Example {k} -\nInput: in {k - 1}.\nOutput: out {k - 1}!\n\n" for k in (1, 2)]
     assert both == plain.replace("Now", "".join(shots) + "Now")
     room = len(common.prompt_ids(tokenizer, both)) - 1  # the second one no longer fits
-    assert evaluate.superni_prompt("Do it", examples, "a b", tokenizer, room) == plain.replace("Now", shots[0] + "Now")
+    assert superni.superni_prompt("Do it", examples, "a b", tokenizer, room) == plain.replace("Now", shots[0] + "Now")
 
 
 def test_superni_metrics_by_hand():
@@ -104,7 +104,7 @@ def test_superni_metrics_by_hand():
         {"task": "b", "text": "one two", "answers": ["one three four"]},  # P 1/2, R 1/3: 0.4
         {"task": "b", "text": "the cat", "answers": ["cat"]},  # P 1/2, R 1: 2/3; articles stay, so not exact
     ]
-    got = evaluate.superni_metrics(rows)
+    got = superni.superni_metrics(rows)
     assert got["rouge_l"] == pytest.approx(100 * (1 + 1 + 0.4 + 2 / 3) / 4)
     assert got["exact_match"] == 25 and got["tasks"] == 2 and got["prompts"] == 4
     assert got["by_task"]["b"]["rouge_l"] == pytest.approx(100 * (0.4 + 2 / 3) / 2)
@@ -133,7 +133,7 @@ def test_bertscore_against_loops(tmp_path):
 
     one, two, three = "a man sleeps", "the dog runs fast", "nobody is here"
     expected = max(f1(states(one), states(two)), f1(states(one), states(three)))
-    got = evaluate.bert_f1([one, two, ""], [[two, three], [one, two], [one]], str(tmp_path), 2)
+    got = superni.bert_f1([one, two, ""], [[two, three], [one, two], [one]], str(tmp_path), 2)
     assert got == pytest.approx([expected, 1.0, 0.0], abs=1e-5) and expected < 0.99
 
 
@@ -197,8 +197,8 @@ def test_lmentry_score_by_hand():
     """Every task is all right, but more_letters: right where answer_index is 0, so a gap of 100 in argument order;
     its two files differ by 50; templates 0, 1, 2 of word_after have 100, 100, 0."""
     rows = []
-    core = {t for pair in evaluate.ADJACENT for t in pair} | {*evaluate.ARGUMENT_ORDER}
-    assert len(core) == 25 and len(evaluate.ADJACENT) == 17
+    core = {t for pair in lmentry.ADJACENT for t in pair} | {*lmentry.ARGUMENT_ORDER}
+    assert len(core) == 25 and len(lmentry.ADJACENT) == 17
     for task in [*core, "more_letters_length_diff_1", "more_letters_length_diff_3plus"]:
         for template in range(3):
             for index in (0, 1):
@@ -209,7 +209,7 @@ def test_lmentry_score_by_hand():
                     score = int(template < 2)
                 row = {"task": task, "template": template, "answer_index": index, "score": score}
                 rows.append(row | {"core": "more_letters" if task.startswith("more") else task})
-    got = evaluate.lmentry_metrics(rows, complete=True)
+    got = lmentry.lmentry_metrics(rows, complete=True)
     assert got["accuracy"] == pytest.approx((23 * 100 + 50 + 200 / 3) / 25)
     assert got["argument_order"] == pytest.approx((6 * 100 + 0) / 7)
     assert got["argument_content"] == pytest.approx(50)
@@ -218,7 +218,7 @@ def test_lmentry_score_by_hand():
     parts = ("argument_order", "argument_content", "template", "adjacent_tasks")
     assert got["robustness"] == pytest.approx(sum(got[k] for k in parts) / 4)
     assert got["lmentry_score"] == pytest.approx(got["accuracy"] * got["robustness"] / 100)
-    assert "lmentry_score" not in evaluate.lmentry_metrics(rows, complete=False)
+    assert "lmentry_score" not in lmentry.lmentry_metrics(rows, complete=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -236,7 +236,7 @@ def test_lmentry_score_by_hand():
     ],
 )
 def test_verdict(text, expected):
-    assert evaluate.verdict(text) == expected
+    assert judge.verdict(text) == expected
 
 
 def test_judge_metrics_by_hand():
@@ -250,7 +250,7 @@ def test_judge_metrics_by_hand():
         ("A", "B"),
         ("B", "B"),  # the second place: a tie, flipped
     ]
-    got = evaluate.judge_metrics(pairs)
+    got = judge.judge_metrics(pairs)
     assert (got["win"], got["lose"], got["tie"], got["unparsed"]) == (2 / 8, 1 / 8, 4 / 8, 1 / 8)
     assert got["flip_rate"] == pytest.approx(3 / 7)
     assert got["first_place_preferred"] == pytest.approx(6 / 12)  # A: 1, 1, 2, 0, 0, 1, 1, 0

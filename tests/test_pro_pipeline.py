@@ -4,8 +4,6 @@ import json
 
 from conftest import read_jsonl, write_jsonl
 
-import evaluate as evaluate_script
-
 
 def hh_rows(n):
     for i in range(n):
@@ -19,7 +17,6 @@ def test_from_rows_to_a_table(cli, tiny, monkeypatch, tmp_path):
         assert result.code == 0, result.err
         return result.out
 
-    monkeypatch.setattr(evaluate_script, "EVAL_FOLDER", tmp_path / "eval")
     monkeypatch.chdir(tmp_path)
     rows = write_jsonl(tmp_path / "hh.jsonl", hh_rows(10))
     ok("collect_candidates", "prepare", "--task", "hh", "--input", rows, "--validation", 3)
@@ -53,5 +50,5 @@ def test_from_rows_to_a_table(cli, tiny, monkeypatch, tmp_path):
     table = ok("evaluate", "report", *runs, "--columns", "bleu", "char_bleu", "reward")
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ") and "---" not in line]
     assert lines == ["", *runs]
-    figures = json.loads((tmp_path / "eval" / "pro-full" / "hh.metrics.json").read_text())["metrics"]
+    figures = json.loads((tmp_path / "runs" / "eval" / "pro-full" / "hh.metrics.json").read_text())["metrics"]
     assert 0 < figures["reward"] < 1 and figures["prompts"] == 3

@@ -1,0 +1,1 @@
+"""What evaluate.py is made of: a benchmark a module."""

@@ -1,0 +1,114 @@
+"""The verb hh: BLEU and reward of answers to HH-RLHF's dialogues (PRO, Table 2)."""
+
+import itertools
+import json
+import math
+import pathlib
+from collections import Counter
+
+import common
+import runtime
+from collecting import generation, reward_models
+from collecting.flags import generation_flags, unescape
+from common import in_range
+from evaluating.shared import mean, model_flags, predict, write_metrics
+from runtime import say
+
+EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO's; its training data's is the 1.4B
+
+
+def hh_flags(add):
+    model_flags(add, "hh", "records of `prepare --task hh`, JSONL")
+    add(
+        "--reward_model",
+        default=EVALUATION_REWARD_MODEL,
+        help="hub id or folder, another one than trained with; or none",
+    )
+    add("--dialogue", choices=["auto", *reward_models.DIALOGUE_FORMS], default="auto", help="how it reads dialogues")
+    add("--allow_pickle", action="store_true", help="load the reward model's .bin weights too: they can run code")
+    add("--limit", type=in_range(int, 1), help="only the first records")
+    generation_flags(add, 128)
+
+
+def hh(args):
+    """Answer dialogues greedily; BLEU against the chosen response and the mean reward (PRO, Table 2).
+
+    Defaults as in PRO: 128 new tokens, prompts cut to their last 384, answers cut where a new turn begins.
+    """
+    rank, world, device = runtime.init_distributed()
+    args.max_prompt_length, args.stop = args.max_prompt_length or 384, args.stop or list(generation.TURNS)
+    records = common.load_candidates(args.input, limit=args.limit)
+    trained_with = reward_models_of_training(args.model)
+    if args.reward_model in trained_with:
+        say(f"{args.reward_model} also scored the training data of {args.model}: its rewards flatter this model")
+    options = {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length")}
+
+    def compute(batch):
+        model, tokenizer = generation.load_generator(args.model, device)
+        prompts = [r["prompt"] for r in batch]
+        answers = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+        rows = [
+            {"subset": r.get("subset"), "question": r["prompt"], "reference": chosen_text(r)} | a
+            for r, [a] in zip(batch, answers)
+        ]
+        if args.reward_model != "none":
+            pairs = [(r, row["text"]) for r, row in zip(batch, rows)]
+            load = {"form": args.dialogue, "allow_pickle": args.allow_pickle}
+            for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
+                row |= {"reward_logit": logit, "reward": 1 / (1 + math.exp(-logit))}
+        return rows
+
+    rows = predict(args, "hh", records, compute, rank, world)
+    if rank == 0:
+        metrics = hh_metrics(rows)
+        subsets = sorted({row["subset"] for row in rows if row["subset"]})
+        for subset in subsets if len(subsets) > 1 else []:
+            figures = hh_metrics([row for row in rows if row["subset"] == subset])
+            metrics |= {f"{subset} {k}": v for k, v in figures.items()}
+        write_metrics(args, "hh", metrics)
+
+
+def chosen_text(record):
+    """The response that people preferred: the chosen one, else a human one, else the best ranked."""
+    candidates = record["candidates"]
+    preferred = [c for source in ("chosen", *common.HUMAN) for c in candidates if c["source"] == source]
+    return (preferred or sorted(candidates, key=lambda c: c.get("rank") or 0))[0]["text"]
+
+
+def reward_models_of_training(model):
+    """The reward models that a run of ours was trained with, from its args.json and its data, where they are there."""
+    file = pathlib.Path(model).parent / "args.json"
+    if not file.exists():
+        return set()
+    settings = json.loads(file.read_text())["settings"]
+    names = {settings.get("reward_model")}
+    if pathlib.Path(settings["data"]).exists():
+        names |= {row.get("reward_model") for _, row in itertools.islice(common.read_rows(settings["data"]), 1)}
+    return names - {None}
+
+
+def hh_metrics(rows):
+    """-> sacreBLEU's corpus BLEU and the authors' char_bleu, 0-100, the mean sigmoid reward, mean words. Over several
+    subsets these are means over samples, as in Table 2."""
+    import sacrebleu
+
+    texts, references = [r["text"] for r in rows], [r["reference"] for r in rows]
+    metrics = {"bleu": sacrebleu.corpus_bleu(texts, [references]).score}
+    metrics["char_bleu"] = 100 * mean(map(char_bleu, texts, references))
+    if all("reward" in r for r in rows):
+        metrics["reward"] = mean(r["reward"] for r in rows)
+    words, unfinished = mean(len(t.split()) for t in texts), mean(not r["finished"] for r in rows)
+    return metrics | {"mean_words": words, "unfinished": unfinished, "prompts": len(rows)}
+
+
+def char_bleu(text, reference):
+    """What PRO's code calls BLEU: sentence BLEU of two raw strings, so over characters; up to 4-grams, unsmoothed."""
+    text, reference = text.strip(), reference.strip()
+    if not text:
+        return 0.0
+    product = 1.0
+    for n in range(1, 5):
+        grams, others = (Counter(t[i : i + n] for i in range(len(t) - n + 1)) for t in (text, reference))
+        product *= (grams & others).total() / max(1, grams.total())
+    brevity = math.exp(min(0.0, 1 - len(reference) / len(text)))
+    return brevity * product**0.25

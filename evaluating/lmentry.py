@@ -1,0 +1,123 @@
+"""The verb lmentry: LMentry from a clone, scored by its own scorers."""
+
+import itertools
+import json
+import pathlib
+import sys
+
+import runtime
+from collecting.flags import generation_flags
+from common import UserError, in_range
+from evaluating.shared import answer, mean, model_flags, write_metrics
+
+ARGUMENT_ORDER = {  # core tasks whose two arguments may change places
+    *("more_letters", "less_letters", "first_alphabetically", "rhyming_word", "homophones"),
+    *("bigger_number", "smaller_number"),
+}
+ADJACENT = [  # pairs of tasks that one skill solves (LMentry Sec. 3.2)
+    *(("bigger_number", "smaller_number"), ("more_letters", "less_letters"), ("word_after", "word_before")),
+    *(("most_associated_word", "least_associated_word"), ("any_words_from_category", "all_words_from_category")),
+    *(("sentence_containing", "sentence_not_containing"), ("word_containing", "word_not_containing")),
+    *(("starts_with_word", "starts_with_letter"), ("ends_with_word", "ends_with_letter")),
+    *(("sentence_containing", "word_containing"), ("sentence_not_containing", "word_not_containing")),
+    *(("first_word", "first_letter"), ("last_word", "last_letter"), ("starts_with_word", "ends_with_word")),
+    *(("starts_with_letter", "ends_with_letter"), ("first_word", "last_word"), ("first_letter", "last_letter")),
+]
+
+
+def lmentry_flags(add):
+    model_flags(add, "lmentry", None)
+    add("--lmentry_dir", required=True, help="clone of aviaefrat/lmentry: data/ and its scorers")
+    add("--tasks", nargs="+", help="only these of the 41 files in data/ (no LMentry score then)")
+    add("--max_examples", type=in_range(int, 1), help="only so many of each file, equally many a template")
+    generation_flags(add, 50)
+
+
+def lmentry(args):
+    """Greedy answers to LMentry, written in its layout (predictions/TASK/NAME.json beside the output) and scored by
+    the clone's own scorers."""
+    rank, world, device = runtime.init_distributed()
+    root = pathlib.Path(args.lmentry_dir)
+    files = {p.stem: p for p in sorted((root / "data").glob("*.json"))}
+    if unknown := set(args.tasks or ()) - files.keys() or (not files and {"data/*.json"}):
+        raise UserError(f"--lmentry_dir {root}: has no {', '.join(sorted(unknown))}")
+    scorers = lmentry_scorers(root)
+    args.input = [str(files[name]) for name in args.tasks or files]
+    records, examples = [], {}
+    for name in args.tasks or files:
+        examples[name] = json.loads(files[name].read_text(encoding="utf-8"))["examples"]
+        templates = {}
+        for number, example in examples[name].items():
+            templates.setdefault(example["metadata"]["template_id"], []).append(number)
+        spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
+        numbers = spread[: args.max_examples]
+        records += [{"id": f"{name}/{n}", "task": name, "prompt": examples[name][n]["input"]} for n in numbers]
+    rows = answer(args, "lmentry", records, rank, world, device)
+    if rank == 0:
+        for row in rows:
+            core = max((t for t in scorers if row["task"].startswith(t)), key=len)
+            example = examples[row["task"]][row["id"].partition("/")[2]]
+            row["score"], row["certainty"] = scorers[core].score_prediction(row["text"], example)
+            row |= {"core": core, "template": example["metadata"]["template_id"]}
+            row["answer_index"] = example["metadata"].get("answer_index")
+        write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
+        complete = len(rows) == sum(map(len, examples.values())) and not args.tasks
+        write_metrics(args, "lmentry", lmentry_metrics(rows, complete))
+
+
+def lmentry_scorers(root):
+    """-> {core task: a scorer of the clone's}; they need the num2words package."""
+    sys.path.insert(0, str(root))
+    try:
+        from lmentry.scorers.scorer_mapping import task_name_to_scorer
+    except ImportError as e:
+        raise UserError(
+            f"--lmentry_dir {root}: its scorers cannot be loaded ({e}); they need pip install num2words"
+        ) from e
+    finally:
+        sys.path.remove(str(root))
+    return {task: scorer() for task, scorer in task_name_to_scorer.items()}
+
+
+def write_lmentry_layout(rows, folder, name):
+    for task in {row["task"] for row in rows}:
+        (folder / task).mkdir(parents=True, exist_ok=True)
+        predictions = {
+            row["id"].partition("/")[2]: {"input": row["prompt"], "prediction": row["text"]}
+            | {"score": row["score"], "certainty": row["certainty"]}
+            for row in rows
+            if row["task"] == task
+        }
+        runtime.write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
+
+
+def lmentry_metrics(rows, complete):
+    """Accuracy: mean over core tasks. With all 41 files also robustness, the mean of four, each the mean over its
+    comparisons of 100 minus the largest accuracy gap; LMentry score = accuracy x robustness / 100."""
+
+    def accuracy(task, **conditions):
+        some = [r for r in rows if r["task"] == task and all(r[k] == v for k, v in conditions.items())]
+        return 100 * mean(r["score"] for r in some) if some else 0.0
+
+    def robustness(comparisons):
+        return mean(100 - (max(accuracies) - min(accuracies)) for accuracies in comparisons)
+
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    core = [t for t in tasks if any(r["core"] == t for r in rows if r["task"] == t)]
+    by_task = {t: accuracy(t) for t in tasks}
+    figures = {"accuracy": mean(by_task[t] for t in core)} if core else {}
+    if complete:
+        contents = {}  # core task -> its further files
+        for row in rows:
+            if row["task"] != row["core"]:
+                contents.setdefault(row["core"], set()).add(row["task"])
+        parts = {
+            "argument_order": [[accuracy(t, answer_index=i) for i in (0, 1)] for t in ARGUMENT_ORDER],
+            "argument_content": [[by_task[t] for t in files] for files in contents.values()],
+            "template": [[accuracy(t, template=i) for i in range(3)] for t in core],
+            "adjacent_tasks": [[by_task[a], by_task[b]] for a, b in ADJACENT],
+        }
+        figures |= {name: robustness(comparisons) for name, comparisons in parts.items()}
+        figures["robustness"] = mean(figures[name] for name in parts)
+        figures["lmentry_score"] = figures["accuracy"] * figures["robustness"] / 100
+    return figures | {"core_tasks": len(core), "files": len(tasks), "prompts": len(rows), "by_task": by_task}

@@ -1,0 +1,122 @@
+"""All figures as PNG: what a verb draws of one system, and RESCUE's figures of several."""
+
+import json
+import pathlib
+
+import torch
+
+import common
+from collecting.answers import NLI_LABELS
+from common import UserError
+from evaluating.shared import wilson
+from runtime import say
+
+
+def new_figure(width=6.4, height=4.0, columns=1):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+
+
+def save_figure(figure, path):
+    figure.savefig(path, dpi=150)
+    say(f"plot: {path}")
+
+
+def plot_nli(metrics, name, path):
+    """The confusion matrix, and the share of each label among answers and gold: a model that leans to the middle
+    answers 'neutral'."""
+    figure, (left, right) = new_figure(10, 4, 2)
+    columns = (*NLI_LABELS, "unparsed")
+    counts = [[metrics["confusion"][g][c] for c in columns] for g in NLI_LABELS]
+    left.imshow(counts, cmap="Blues")
+    for y, row in enumerate(counts):
+        for x, value in enumerate(row):
+            left.text(
+                x, y, value, ha="center", va="center", color="white" if value > max(map(max, counts)) / 2 else "black"
+            )
+    left.set(
+        xticks=range(4), xticklabels=columns, yticks=range(3), yticklabels=NLI_LABELS, xlabel="predicted", ylabel="gold"
+    )
+    left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f}")
+    for offset, key, colour in ((-0.2, "gold_share", "0.75"), (0.2, "predicted_share", "tab:blue")):
+        shares = [metrics[key].get(c, 0) for c in columns]
+        right.bar([x + offset for x in range(4)], shares, 0.4, color=colour, label=key.split("_")[0])
+    right.set(xticks=range(4), xticklabels=columns, ylabel="share of prompts", ylim=(0, 1), title="central tendency")
+    right.legend(frameon=False)
+    save_figure(figure, path)
+
+
+def plot_positions(systems, path):
+    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed."""
+    figure, axes = new_figure()
+    for colour, (name, metrics) in enumerate(systems.items()):
+        counts = {int(p): n for p, n in metrics["positions"].items()}
+        for kind, style in (("accuracy", "-"), ("first_line", "--")):
+            values = [metrics[f"{kind}_at_{p}"] for p in counts]
+            spans = [wilson(v, n) for v, n in zip(values, counts.values())]
+            bars = [[v - low for v, (low, _) in zip(values, spans)], [high - v for v, (_, high) in zip(values, spans)]]
+            label = f"{name}, {'whole answer' if kind == 'accuracy' else 'first line'}"
+            axes.errorbar(list(counts), values, bars, fmt=style + "o", color=f"C{colour}", capsize=3, label=label)
+    axes.set(xlabel="place of the gold passage", ylabel="accuracy", xticks=list(counts), ylim=(0, None))
+    axes.legend(frameon=False, fontsize=8)
+    save_figure(figure, path)
+
+
+def plot_setting(systems, path, setting):
+    """Fig. 4: label accuracy against a training argument (alpha, number of candidates), a line for each ordering."""
+    lines = {}
+    for name, documents in systems.items():
+        args_file = pathlib.Path(need_verb(documents, name, "nli")["settings"]["--model"]).parent / "args.json"
+        if not args_file.is_file():
+            raise UserError(f"--plot {setting}: {name} is no run of rescue.py ({args_file} is not there)")
+        trained = json.loads(args_file.read_text())["settings"]
+        metrics = documents["nli"]["metrics"]
+        point = (trained[setting], metrics["accuracy"], *wilson(metrics["accuracy"], metrics["prompts"]))
+        lines.setdefault(trained.get("ordering", ""), []).append(point)
+    figure, axes = new_figure()
+    for ordering, points in sorted(lines.items()):
+        x, y, low, high = zip(*sorted(points))
+        bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
+        axes.errorbar(x, y, bars, fmt="-o", capsize=3, label=ordering)
+    axes.set(xlabel=setting.replace("_", " "), ylabel="accuracy")
+    values = sorted({x for points in lines.values() for x, *_ in points})
+    if setting == "alpha" and values[0] > 0:
+        axes.set_xscale("log")
+    axes.set_xticks(values, [f"{x:g}" for x in values])
+    axes.minorticks_off()
+    figure.legend(frameon=False, title="ordering", loc="outside right upper")
+    save_figure(figure, path)
+
+
+def plot_sources(systems, path):
+    """Fig. 5 and 6: by source, log p / |y| and log p / |y| ** lambda of each response, and its length in tokens."""
+    for name, documents in systems.items():
+        predictions = need_verb(documents, name, "ranking")["folder"] / "ranking.jsonl"
+        values = {}
+        for where, row in common.read_rows(predictions):
+            if "sources" not in row:
+                raise UserError(f"{where}: has no sources; delete {predictions} and run evaluate.py ranking again")
+            for source, logp, n, score in zip(*(row[k] for k in ("sources", "logprobs", "lengths", "scores"))):
+                values.setdefault(source, []).append((logp / n, score, n))
+        figure, axes = new_figure(13, 3.6, 3)
+        labels = ("log p / |y|", r"log p / |y|$^\lambda$", "|y|, tokens")
+        for column, (ax, label) in enumerate(zip(axes, labels)):
+            bins = torch.linspace(*(f(v[column] for rows in values.values() for v in rows) for f in (min, max)), 25)
+            for source, rows in sorted(values.items()):
+                column_values = [v[column] for v in rows]
+                ax.hist(
+                    column_values, bins=bins.tolist(), density=True, histtype="step", label=f"{source} ({len(rows)})"
+                )
+            ax.set(xlabel=label, ylabel="density", title=name)
+        axes[-1].legend(frameon=False, fontsize=8)
+        save_figure(figure, predictions.with_name(path.name))
+
+
+def need_verb(documents, name, verb):
+    if verb not in documents:
+        raise UserError(f"{name} has no {verb}.metrics.json: run evaluate.py {verb} first")
+    return documents[verb]

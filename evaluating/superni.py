@@ -1,0 +1,137 @@
+"""The verb superni: Super-NaturalInstructions from a clone: ROUGE-L, exact match, BERTScore."""
+
+import functools
+import json
+import pathlib
+import string
+
+import torch
+from transformers import AutoModel, AutoTokenizer
+
+import common
+import runtime
+from collecting.flags import generation_flags
+from collecting.sample import rouge_scorer
+from common import UserError, in_range
+from evaluating.shared import answer, mean, model_flags, write_metrics
+
+
+def superni_flags(add):
+    model_flags(add, "superni", None)
+    add("--superni_dir", required=True, help="clone of allenai/natural-instructions: tasks/, splits/default/")
+    add(
+        "--shots",
+        type=in_range(int, 0, 2),
+        default=0,
+        help="positive examples before the input, while they fit: 0 or 2",
+    )
+    add(
+        "--max_instances", type=in_range(int, 1), default=100, help="the first ones of each task (the benchmark's: 100)"
+    )
+    add("--tasks", nargs="+", help="only these of the 119 test tasks")
+    add("--bertscore", metavar="MODEL", help="also BERTScore F1 under this encoder, a hub id or folder: roberta-large")
+    add("--bertscore_layer", type=int, default=17, help="whose states are compared (roberta-large: 17); -1 the last")
+    generation_flags(add, 128)
+
+
+def superni(args):
+    """Greedy answers to the benchmark's test tasks: ROUGE-L and exact match against the best reference, x 100."""
+    rank, world, device = runtime.init_distributed()
+    args.max_prompt_length = args.max_prompt_length or 1024
+    root = pathlib.Path(args.superni_dir)
+    args.input = str(root / "splits/default/test_tasks.txt")
+    if not pathlib.Path(args.input).is_file():
+        raise UserError(
+            f"--superni_dir {root}: has no splits/default/test_tasks.txt, so it is no clone of the benchmark"
+        )
+    listed = pathlib.Path(args.input).read_text().split()
+    if unknown := set(args.tasks or ()) - set(listed):
+        raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
+    tokenizer = runtime.load_tokenizer(args.model)
+    records = [
+        r for name in args.tasks or listed for r in superni_records(root / f"tasks/{name}.json", tokenizer, args)
+    ]
+    rows = answer(args, "superni", records, rank, world, device)
+    if rank == 0:
+        write_metrics(args, "superni", superni_metrics(rows, args.bertscore, args.bertscore_layer))
+
+
+def superni_records(file, tokenizer, args):
+    """A task's file -> records with prompt, task, and the references in `answers`."""
+    try:
+        task = json.loads(file.read_text(encoding="utf-8"))
+        definition, examples, instances = task["Definition"], task["Positive Examples"], task["Instances"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{file}: not a task of Super-NaturalInstructions ({type(e).__name__}: {e})") from e
+    definition = definition if isinstance(definition, str) else definition[0]
+    for i, instance in enumerate(instances[: args.max_instances]):
+        outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
+        prompt = superni_prompt(
+            definition, examples[: args.shots], instance["input"], tokenizer, args.max_prompt_length
+        )
+        yield {"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs}
+
+
+def superni_prompt(definition, examples, text, tokenizer, max_tokens):
+    """The benchmark's prompt; positive examples are added one by one while all of it stays within max_tokens."""
+
+    def closed(x):  # a full stop where final punctuation lacks
+        return x.strip() + ("" if x.strip()[-1:] in string.punctuation and x.strip() else ".")
+
+    head = f"Definition: {closed(definition)}\n\n"
+    tail = f"Now complete the following example -\nInput: {closed(text)}\nOutput: "
+    for k, example in enumerate(examples, 1):
+        shot = f"Positive Example {k} -\nInput: {closed(example['input'])}\nOutput: {closed(example['output'])}\n\n"
+        if len(common.prompt_ids(tokenizer, head + shot + tail)) > max_tokens:
+            break
+        head += shot
+    return head + tail
+
+
+def exact_form(text):
+    """Lower case, no punctuation, single spaces; articles stay, unlike SQuAD's."""
+    return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
+
+
+def superni_metrics(rows, bertscore=None, layer=-1):
+    """Mean over instances x 100 of the maximum over references; the same by task."""
+    score = rouge_scorer(use_stemmer=True).score
+    for row in rows:
+        row["rouge_l"] = 100 * max(score(a, row["text"])["rougeL"].fmeasure for a in row["answers"])
+        row["exact_match"] = 100.0 * any(exact_form(a) == exact_form(row["text"]) for a in row["answers"])
+    names = ["rouge_l", "exact_match"]
+    if bertscore:
+        names.append("bertscore")
+        texts, answers = [r["text"] for r in rows], [r["answers"] for r in rows]
+        for row, f1 in zip(rows, bert_f1(texts, answers, bertscore, layer)):
+            row["bertscore"] = 100 * f1
+    tasks = {row["task"]: [r for r in rows if r["task"] == row["task"]] for row in rows}
+    figures = {name: mean(row[name] for row in rows) for name in names}
+    figures |= {"mean_words": mean(len(row["text"].split()) for row in rows), "tasks": len(tasks), "prompts": len(rows)}
+    by_task = {task: {name: mean(row[name] for row in some) for name in names} for task, some in tasks.items()}
+    return figures | {"by_task": by_task}
+
+
+@torch.inference_mode()
+def bert_f1(texts, references, name, layer):
+    """BERTScore F1 of each text, the best over its references: every token is matched with the most similar one of the
+    other text, by the cosine of their states in `layer`; no idf weights, special tokens left out, no rescaling."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = runtime.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
+    tokenizer = runtime.load_pretrained(AutoTokenizer, name, "--bertscore")
+
+    @functools.cache
+    def states(text):  # -> [tokens, d] unit vectors
+        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt", return_special_tokens_mask=True)
+        special = inputs.pop("special_tokens_mask")[0].bool()
+        hidden = model(**inputs.to(device), output_hidden_states=True).hidden_states[layer][0].float()
+        return torch.nn.functional.normalize(hidden[~special.to(device)], dim=-1)
+
+    def f1(text, reference):
+        if not (text.strip() and reference.strip()):
+            return float(text.strip() == reference.strip())
+        cosines = states(text) @ states(reference).T  # [tokens of the text, of the reference]
+        precision, recall = cosines.amax(1).mean(), cosines.amax(0).mean()
+        return (2 * precision * recall / (precision + recall)).item()
+
+    return [max(f1(text, r) for r in some) for text, some in zip(texts, references)]
