@@ -1,16 +1,27 @@
 """rank --by logprob, probabilistic and prm: a language model's likelihood, a proxy ranking model (Tuna)."""
 
-import contextlib
-import statistics
+import itertools
 
 import torch
+from scipy.stats import spearmanr
 from transformers import AutoConfig
 
 import runtime
+from collecting import generation
 from collecting.reward_models import reward_logits
-from collecting.scoring import log_likelihoods
+from collecting.scoring import score_candidates
 from common import UserError
 from runtime import say
+
+
+def log_likelihoods(records, args):
+    """Yield (record, logprobs [n], token counts [n]) under --model, --batch_size prompts at once."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer = generation.load_generator(args.model, device)
+    records = iter(records)
+    while batch := list(itertools.islice(records, args.batch_size)):
+        for record, scored in zip(batch, score_candidates(model, tokenizer, batch, args.max_length)):
+            yield record, *scored
 
 
 def rank_by_logprob(records, args):
@@ -71,8 +82,5 @@ def prm_scores(records, args):
 
 
 def spearman(a, b):
-    """Spearman's rank correlation of two lists of n > 1 numbers, ties at their mean rank; 0 where one is constant."""
-    places = [[sum(y < x for y in values) + sum(y == x for y in values) / 2 for x in values] for values in (a, b)]
-    with contextlib.suppress(statistics.StatisticsError):
-        return statistics.correlation(*places)
-    return 0.0
+    """Spearman's rank correlation of two lists of n > 1 numbers; 0 where one is constant, which orders nothing."""
+    return float(spearmanr(a, b).statistic) if len({*a}) > 1 and len({*b}) > 1 else 0.0

@@ -1,21 +1,26 @@
-"""Likelihoods of candidates under a model, in packed rows."""
-
-import itertools
+"""Likelihoods of candidates under a model, in packed rows, for `rank --by logprob` and prm, `evaluate.py ranking` and
+nll."""
 
 import torch
 
 import common
-from collecting import generation
+
+ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row; a longer prompt has a row of its own
 
 
-def log_likelihoods(records, args):
-    """Yield (record, logprobs [n], token counts [n]) under --model, prompts in packed rows of --batch_size."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = generation.load_generator(args.model, device)
-    records = iter(records)
-    while batch := list(itertools.islice(records, args.batch_size)):
-        encoded = [common.encode(tokenizer, r, args.max_length) for r in batch]
-        with torch.inference_mode():
-            logprobs, lengths = common.candidate_logprobs(model, common.pack(encoded).to(device))
-        sizes = [len(e.responses) for e in encoded]
-        yield from zip(batch, logprobs.split(sizes), lengths.split(sizes))
+@torch.inference_mode()
+def score_candidates(model, tokenizer, records, max_length=512, max_response_length=None):
+    """-> [(logprobs [n], lengths [n])], a pair a record: each candidate's sum of token log-probabilities, EOS
+    included, and its token count, fp32 on the model's device. The records share packed rows of ROW_TOKENS."""
+    budget = ROW_TOKENS[model.device.type]
+    rows, tokens, scored = [], budget, []
+    for encoded in (common.encode(tokenizer, r, max_length, max_response_length) for r in records):
+        if tokens + encoded.num_tokens > budget:
+            rows, tokens = [*rows, []], 0
+        rows[-1].append(encoded)
+        tokens += encoded.num_tokens
+    for row in rows:
+        logprobs, lengths = common.candidate_logprobs(model, common.pack(row).to(model.device))
+        sizes = [len(encoded.responses) for encoded in row]
+        scored += zip(logprobs.split(sizes), lengths.split(sizes))
+    return scored
