@@ -1,18 +1,18 @@
-# make demo | make test | make bench | make faults: each sets up .venv by itself (python >= 3.10)
+# make demo | make test | make bench | make faults: each sets up .venv by itself (python >= 3.11)
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test bench faults clean
+.PHONY: help demo test bench faults lock clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
 
-.venv/installed: requirements.txt
-	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'python 3.10 or newer is needed: make PYTHON=python3.11')"
+.venv/installed: requirements.lock
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
 	touch $@
 
 demo: .venv/installed  ## RESCUE's whole pipeline on a real 135M model, on a laptop's CPU
@@ -28,6 +28,9 @@ bench: .venv/installed  ## step time and memory beside the padded step and peers
 
 faults: .venv/installed  ## the long fault rig: kills, torn files, hostile servers, malformed inputs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(ARGS)
+
+lock:  ## requirements.lock from what .venv holds now
+	sed -n '/^#/p' requirements.lock > .lock && $(BIN)/python -m pip freeze | sed 's/+cpu//' >> .lock && mv .lock requirements.lock
 
 clean:  ## what make demo wrote (not the model)
 	rm -rf data/demo runs/demo-* runs/eval/demo-*
