@@ -1,14 +1,11 @@
-"""Requests to an OpenAI-compatible server: what may go wrong, and the key that nobody sees."""
+"""Requests to an OpenAI-compatible server: what may go wrong, and the key that nobody sees. Repeats, pauses and
+Retry-After are the openai client's."""
 
 import asyncio
-import contextlib
-import email.utils
 import itertools
 import json
 import math
 import os
-import random
-import time
 import urllib.parse
 
 import common
@@ -16,35 +13,24 @@ from collecting.flags import unescape
 from common import UserError
 
 MAX_REPLY = 8 * 2**20  # bytes of one reply
-LONGEST_WAIT = 600  # seconds that a server may ask us to wait
 FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
 BUDGET_SPENT = "--max_requests is reached"
 
 
 def ask_server(args, dialogues, count, **options):
-    """`complete` through the server: at most --concurrency requests under way, results as they come."""
-    import openai
-
-    key = check_server(args.base_url)
+    """`asking.complete` through the server: at most --concurrency requests under way, results as they come."""
     loop, waiting, running, failures = asyncio.new_event_loop(), iter(dialogues.items()), set(), 0
-    client = openai.AsyncOpenAI(
-        base_url=args.base_url,
-        api_key=key or "none",  # servers of one's own often want none
-        max_retries=0,  # ours below: they also repeat what is no JSON, and count
-        timeout=args.timeout,
-        default_headers={"Accept-Encoding": "identity"},  # so that MAX_REPLY bounds what arrives
-        http_client=openai.DefaultAsyncHttpxClient(follow_redirects=False, event_hooks={"response": [bound_reply]}),
-    )
+    client = open_client(args, count)
     try:
         while True:
             for i, dialogue in itertools.islice(waiting, args.concurrency - len(running)):
-                running.add(loop.create_task(_request(client, args, i, dialogue, count, **options)))
+                running.add(loop.create_task(request(client, args, i, dialogue, count, **options)))
             if not running:
                 return
             done, running = loop.run_until_complete(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
             for task in sorted(done, key=lambda task: task.exception() is None):  # errors first: all are fetched
                 i, responses, error = task.result()
-                failures = 0 if responses or count["requests"] == args.max_requests else failures + 1
+                failures = 0 if responses or error == BUDGET_SPENT else failures + 1
                 if failures == FAILURES_IN_A_ROW:
                     raise UserError(
                         f"--base_url {args.base_url}: {failures} prompts in a row failed; the last: {error}"
@@ -59,45 +45,66 @@ def ask_server(args, dialogues, count, **options):
         loop.close()
 
 
-async def _request(client, args, i, dialogue, count, *, num_samples, logprobs, completions, temperature, top_p):
+def open_client(args, count):
+    """An openai.AsyncOpenAI that repeats a request --retries times, also where a reply is no completion, and whose
+    every attempt counts for --max_requests, lasts --timeout seconds at most, and reads MAX_REPLY bytes at most."""
+    import httpx2  # what openai speaks HTTP with: its errors are what openai repeats
+    import openai
+
+    class Transport(openai.DefaultAsyncHttpxClient):
+        async def send(self, request, **kwargs):
+            if count["requests"] == args.max_requests:
+                raise openai.OpenAIError(BUDGET_SPENT)  # passed on as it is
+            count["requests"] += 1
+            try:
+                response = await asyncio.wait_for(super().send(request, **kwargs), args.timeout)
+                if response.is_success:
+                    read_reply(response.text)
+                count["errors"] += response.is_error
+                return response
+            except asyncio.TimeoutError as e:
+                count["errors"] += 1
+                raise httpx2.ReadTimeout(f"no whole reply within {args.timeout:g} s", request=request) from e
+            except (ValueError, OverflowError, httpx2.RequestError) as e:
+                count["errors"] += 1
+                raise httpx2.RequestError(str(e) or type(e).__name__, request=request) from e
+
+    return openai.AsyncOpenAI(
+        base_url=args.base_url,
+        api_key=check_server(args.base_url) or "none",  # servers of one's own often want none
+        max_retries=args.retries,
+        timeout=args.timeout,
+        default_headers={"Accept-Encoding": "identity"},  # so that MAX_REPLY bounds what arrives
+        http_client=Transport(follow_redirects=False, event_hooks={"response": [bound_reply]}),
+    )
+
+
+async def request(client, args, i, dialogue, count, *, num_samples, logprobs, completions, temperature, top_p):
     """One prompt's samples -> (i, responses, None) or (i, None, error). A server that gives fewer is asked again."""
     import openai
 
-    responses, failed = [], 0
+    responses = []
     endpoint = client.completions if completions else client.chat.completions
     body = {"prompt": dialogue[0]["content"]} if completions else {"messages": dialogue}
     body |= {"model": args.model, "temperature": temperature, "top_p": top_p}
     body |= {"stop": list(unescape(args.stop))} if args.stop else {}
     body |= {"logprobs": 1 if completions else True} if logprobs else {}  # the older endpoint takes a number
     while len(responses) < num_samples:
-        if count["requests"] == args.max_requests:
-            return i, None, BUDGET_SPENT
-        count["requests"] += 1
         missing = num_samples - len(responses)
         body["n"] = missing if missing > 1 else openai.omit
         limit = "max_completion_tokens" if count["new names"] else "max_tokens"
-        pause = min(60, 2**failed / 2) * random.uniform(0.75, 1)
         try:
-            request = endpoint.with_raw_response.create(**body, **{limit: args.max_new_tokens})
-            reply = await asyncio.wait_for(request, args.timeout)
-            responses += read_reply(reply.text, count)[:missing]
-            continue
+            reply = await endpoint.with_raw_response.create(**body, **{limit: args.max_new_tokens})
         except openai.APIStatusError as e:
             if e.status_code == 400 and "max_completion_tokens" in e.message and limit == "max_tokens":
                 count["new names"] = 1  # OpenAI's newer models know only this name, many servers only the old one
                 continue
-            error, wait = status_error(e, args)
-            if wait is None:
-                return i, None, error
-            pause = max(wait, pause)
-        except (openai.OpenAIError, asyncio.TimeoutError, ValueError, OverflowError) as e:
-            reason = str(e.__cause__ or e) if isinstance(e, openai.APIConnectionError) else str(e)
-            error = f"{type(e).__name__} {hide_key(reason)}".strip()
-        count["errors"] += 1
-        failed += 1
-        if failed > args.retries:
-            return i, None, error
-        await asyncio.sleep(pause)
+            return i, None, status_error(e, args)
+        except openai.OpenAIError as e:
+            return i, None, hide_key(str(e.__cause__ or e))
+        more, tokens = read_reply(reply.text)
+        responses += more[:missing]
+        count["tokens"] += tokens
     return i, responses, None
 
 
@@ -131,8 +138,8 @@ async def bound_reply(response):
     response.aiter_raw = bounded
 
 
-def read_reply(text, count):
-    """A completion's JSON, chat or text -> its responses; counts its tokens. ValueError on anything else."""
+def read_reply(text):
+    """A completion's JSON, chat or text -> (its responses, the number of their tokens). ValueError on anything else."""
     try:
         reply = json.loads(text)
         tokens = (reply.get("usage") or {}).get("completion_tokens")
@@ -149,40 +156,22 @@ def read_reply(text, count):
         raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
     if not responses or not all(common.is_number(r.get("logprob", 0)) for r in responses):
         raise ValueError("the reply holds no choices, or a log-probability that is no number")
-    if len(responses) == 1 and common.is_number(tokens) and tokens > 0:
+    tokens = tokens if common.is_number(tokens) else 0
+    if len(responses) == 1 and tokens > 0:
         responses[0].setdefault("num_tokens", tokens)
-    count["tokens"] += tokens if common.is_number(tokens) else 0
-    return responses
+    return responses, tokens
 
 
 def status_error(e, args):
-    """An HTTP status other than 200 -> (error, seconds to wait before asking again, or None: asking again is useless).
-
-    Raises UserError where no prompt can succeed. The server's own words are quoted short, and never the key.
-    """
-    code = e.status_code
-    said = hide_key(" ".join(str(e.message).split())[:200])
+    """What an HTTP status other than 200 says, in the server's own words, short and never with the key. Raises
+    UserError where no prompt can succeed."""
+    code, said = e.status_code, hide_key(" ".join(str(e.message).split())[:200])
     if code in (401, 403):
         raise UserError(f"--base_url {args.base_url}: the key in OPENAI_API_KEY is missing or refused (HTTP {code})")
     if code == 404 or 300 <= code < 400 or getattr(e, "code", None) == "insufficient_quota":
         hint = "redirects are not followed" if code < 400 else said
         raise UserError(f"--base_url {args.base_url}, --model {args.model}: HTTP {code} ({hint})")
-    if code not in (408, 409, 425, 429) and code < 500:
-        return f"HTTP {code} ({said})", None
-    wait = retry_after(e.response.headers.get("retry-after", "0"))
-    if wait > LONGEST_WAIT:
-        return f"HTTP {code}, and the server asks to wait {wait:.0f} s", None
-    return f"HTTP {code} ({said})", wait
-
-
-def retry_after(header):
-    """The header's seconds or HTTP date -> seconds from now, 0 for what is neither."""
-    with contextlib.suppress(ValueError, OverflowError):
-        if header.strip().replace(".", "", 1).isdigit():
-            return float(header)
-        date = email.utils.parsedate_tz(header)
-        return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else 0.0
-    return 0.0
+    return f"HTTP {code} ({said})"
 
 
 def hide_key(text):

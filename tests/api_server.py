@@ -49,7 +49,9 @@ class Server:
         body = body[0] if body else b'{"error": {"message": "no"}}'
         length = 2**30 if fault == "flood" else len(body)
         handler.send_response(status)
-        for name, value in {"content-type": "application/json", "content-length": str(length), **headers}.items():
+        quick = {"Retry-After-Ms": "20"} if status >= 400 and not headers else {}
+        known = {"content-type": "application/json", "content-length": str(length)}
+        for name, value in (known | quick | headers).items():
             handler.send_header(name, value)
         handler.end_headers()
         if fault == "flood":

@@ -23,9 +23,6 @@ def run(monkeypatch, *words):
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(
-        "collecting.server.random.uniform", lambda a, b: 0.02
-    )  # of the pauses between repeated requests
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
