@@ -1,14 +1,16 @@
-"""The verb report: figures of several systems side by side."""
+"""The verb report: figures of several systems side by side, or beside a paper's own."""
 
 import functools
 import json
 import pathlib
+import re
+import statistics
 
 import common
 import runtime
 from common import UserError
 from evaluating.plots import need_verb, plot_positions, plot_setting, plot_sources
-from evaluating.shared import EVAL_FOLDER
+from evaluating.shared import EVAL_FOLDER, wilson
 from runtime import say
 
 PLOTS = {
@@ -32,11 +34,17 @@ def report_flags(add):
         help="RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 "
         "(sources), and accuracy by gold_position; PLOT.png beside --output, sources in each system's folder",
     )
+    add("--paper", help="a JSON of a paper's table (recipes/paper/): ours with 95%% intervals, the paper's in brackets")
     add("--output", help="also write the Markdown there")
 
 
 def report(args):
-    """Every plain figure of several systems side by side: a Markdown table a verb."""
+    """Every plain figure of several systems side by side: a Markdown table a verb.
+
+    With --paper one table, the paper's rows and columns and what we have beyond them. Systems called NAME-seed0,
+    NAME-seed1, ... are one row: their mean and the 95% interval of Student's t over the seeds; a lone share of n
+    prompts has Wilson's interval.
+    """
     tables, systems = {}, {}
     for name in args.names:
         folder = pathlib.Path(name) if pathlib.Path(name).is_dir() else EVAL_FOLDER / name
@@ -56,12 +64,65 @@ def report(args):
         if unknown := set(args.columns) - {k for row in merged.values() for k in row}:
             raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(args.names)}")
         tables = {"": {name: {k: row[k] for k in args.columns if k in row} for name, row in merged.items()}}
-    text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
+    if args.paper:
+        text = beside_paper(args.paper, tables)
+    else:
+        text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
     say(text)
     if args.output:
         runtime.write_atomically(pathlib.Path(args.output), text + "\n")
     for plot in args.plot:
         PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
+
+
+def beside_paper(path, tables):
+    """A paper's table and our figures -> Markdown. tables: {verb: {system: {figure: number}}}.
+
+    The JSON: source, rows {system: {column: the paper's value}}; optional: note; names {system: as the paper calls it};
+    percent, the figures (the last word of their names) of ours to be multiplied by 100; cells, one figure's name: then
+    a column is what follows the @ in a system's name (label@2000), otherwise a column is a figure's name. Columns of
+    ours that the paper lacks stay where `cells` is given, and rows of ours always.
+    """
+    paper = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
+    runs = {}  # row -> column -> [(value, prompts)], a pair for each seed
+    for rows in tables.values():
+        for name, figures in rows.items():
+            name = re.sub(r"-seed\d+$", "", name)
+            row, _, column = name.partition("@") if cell else (name, "", "")
+            for figure in [cell] if cell else columns:
+                if figure in figures:
+                    percent = figure.split()[-1] in paper.get("percent", ())
+                    value = (figures[figure] * (100 if percent else 1), figures.get("prompts") if percent else None)
+                    runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
+    columns += sorted({c for row in runs.values() for c in row} - {*columns}, key=lambda c: (len(c), c))
+    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    for row in dict.fromkeys([*paper["rows"], *runs]):
+        cells = [paper_cell(runs.get(row, {}).get(c), paper["rows"].get(row, {}).get(c)) for c in columns]
+        lines.append([paper.get("names", {}).get(row, row), *cells])
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return f"Ours, and in brackets {paper['source']}{': ' + paper['note'] if 'note' in paper else ''}\n\n{table}"
+
+
+def paper_cell(ours, printed):
+    """ours [(value, prompts or None)] or None, the paper's value or None -> `61.2 ±1.9 (81.97)`."""
+    text = ""
+    if ours:
+        values = [value for value, _ in ours]
+        text, (share, prompts) = f"{statistics.fmean(values):.2f}", (values[0] / 100, ours[0][1])
+        if len(values) > 1:
+            text += f" ±{t_half_width(values):.2f}"
+        elif prompts and 0 <= share <= 1:
+            low, high = wilson(share, prompts)
+            text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+    return f"{text} ({printed})".strip() if printed is not None else text
+
+
+def t_half_width(values):
+    """Half the 95% interval of the mean of n > 1 values, Student's t with n - 1 degrees of freedom."""
+    from scipy import stats
+
+    return stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
 
 
 def markdown(rows):

@@ -78,6 +78,34 @@ def test_verbs_and_report(cli, tiny, here):
     refused(cli("evaluate", "report", "nobody"), "nobody")
 
 
+def test_report_beside_a_paper(cli, here):
+    def system(name, verb, **metrics):
+        folder = here / "runs/eval" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{verb}.metrics.json").write_text(json.dumps({"name": name, "metrics": metrics}))
+
+    for seed, accuracy in enumerate((0.60, 0.62, 0.67)):
+        system(f"label@500-seed{seed}", "nli", accuracy=accuracy, prompts=1000)
+    system("none@500-seed0", "nli", accuracy=0.5, prompts=1000)
+    paper = {"source": "X, Table 1", "cells": "accuracy", "percent": ["accuracy"], "names": {"label": "(PO) Label"}}
+    paper["rows"] = {"label": {"2000": 81.97}, "gpt": {"2000": 82.2}}
+    (here / "paper.json").write_text(json.dumps(paper))
+    names = [f"label@500-seed{seed}" for seed in range(3)]
+    out = cli("evaluate", "report", *names, "none@500-seed0", "--paper", "paper.json").out.splitlines()
+    assert out[2] == "|  | 2000 | 500 |" and out[5] == "| gpt | (82.2) |  |"
+    # mean 63, standard deviation 3.6056, t(0.975, 2) = 4.3027: 4.3027 * 3.6056 / sqrt(3) = 8.957
+    assert out[4] == "| (PO) Label | (81.97) | 63.00 ±8.96 |"
+    assert out[6] == "| none |  | 50.00 [46.9, 53.1] |"  # Wilson's, 500 of 1000
+
+    paper = {"source": "X, Table 2", "note": "x 100", "percent": ["reward"]}
+    paper["rows"] = {"a": {"hard reward": 51.5, "bleu": 10.0}}
+    (here / "paper.json").write_text(json.dumps(paper))
+    system("a", "hh", reward=0.4, bleu=9.5, **{"hard reward": 0.5})
+    out = cli("evaluate", "report", "a", "--paper", "paper.json").out.splitlines()
+    assert out[0].endswith("Table 2: x 100") and out[2] == "|  | hard reward | bleu |"
+    assert out[4] == "| a | 50.00 (51.5) | 9.50 (10.0) |"
+
+
 def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
     args = ("evaluate", "nli", "--model", tiny, "--name", "a", "--input", "d.jsonl", "--max_new_tokens", 4)
     first = cli(*args).out
