@@ -2,14 +2,10 @@
 
 import pathlib
 import random
-import zlib
-
-import torch
-from tqdm import tqdm
 
 import runtime
 from collecting import generation
-from collecting.flags import generation_flags, unescape
+from collecting.flags import generation_flags
 from collecting.journal import Journal, read_records, settings_of
 from collecting.prompts import QA_TEMPLATE, qa_prompt, read_template
 from common import UserError, in_range
@@ -30,7 +26,7 @@ def anchor_flags(add):
 
 def anchor(args):
     """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
-    rank, world, device = runtime.init_distributed()
+    process, processes, device = runtime.init_distributed()
     args.input = args.input or f"data/{args.task}/train.jsonl"
     args.source = args.source or pathlib.Path(args.model).name
     records, template = list(read_records(args.input)), read_template(args, QA_TEMPLATE)
@@ -38,18 +34,13 @@ def anchor(args):
         if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
             raise UserError(f"{args.input}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
     output = args.output or f"data/{args.task}/anchored.jsonl"
-    journal = Journal(output, [r["id"] for r in records], settings_of(args), rank, world)
-    options = {k: getattr(args, k) for k in ("max_new_tokens", "temperature", "max_prompt_length")}
-    batches = generation.batches_by_length(records, max(1, args.batch_size // (1 + args.num_distractors)))
-    for batch in tqdm(batches[rank::world], desc="anchor", disable=rank != 0):
-        batch = [records[i] for i in batch]
-        if all(r["id"] in journal.done for r in batch):
-            continue
+    journal = Journal(output, [r["id"] for r in records], settings_of(args), process, processes)
+    batch_size = max(1, args.batch_size // (1 + args.num_distractors))
+    batches = generation.seeded_batches(args, records, journal, batch_size, process, processes, device)
+    for batch, model, tokenizer in batches:
         jobs = [(r, number) for r in batch for number in anchors(r, args.num_distractors, args.seed)]
         prompts = [qa_prompt(template, r["question"], [r["documents"][n]], args.input) for r, n in jobs]
-        model, tokenizer = generation.load_generator(args.model, device)
-        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
-        responses = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+        responses = generation.generate(model, tokenizer, prompts, **generation.options_of(args))
         for (record, number), [response] in zip(jobs, responses):
             kind = "gold" if record["documents"][number]["gold"] else "distractor"
             response |= {"source": args.source, "anchor": kind, "document": number + 1}

@@ -8,7 +8,6 @@ import torch
 from tqdm import tqdm
 
 from collecting import generation
-from collecting.flags import unescape
 from collecting.server import ask_server
 
 RE_ASKS = 2  # after an answer that could not be used
@@ -67,7 +66,7 @@ def ask_local(args, dialogues, count, *, completions, **options):
         else "\n\n".join(message["content"] for message in dialogue) + "\n"
         for i, dialogue in dialogues.items()
     }
-    options |= {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length")} | {"stop": unescape(args.stop)}
+    options = generation.options_of(args) | options
     order = sorted(prompts, key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), args.batch_size):
         batch = order[start : start + args.batch_size]

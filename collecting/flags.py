@@ -47,7 +47,3 @@ def api_flags(add, max_new_tokens, required=True):
     add("--timeout", type=in_range(float, above=0), default=120.0, help="seconds a request may take in all")
     add("--seed", type=int, default=0, help="of a local model's samples")
     generation_flags(add, max_new_tokens)
-
-
-def unescape(strings):
-    return tuple(s.replace("\\n", "\n") for s in strings)

@@ -1,8 +1,10 @@
 """Responses of a model on this machine, with their log-probabilities."""
 
 import functools
+import zlib
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 import common
@@ -119,7 +121,30 @@ def generate(
     return [responses[i : i + num_samples] for i in range(0, len(responses), num_samples)]
 
 
+OPTIONS = ("max_new_tokens", "max_prompt_length", "num_samples", "temperature", "top_p", "num_beams")
+
+
+def options_of(args):
+    """What a command's flags say about `generate`, as far as it has them -> keyword arguments."""
+    return {k: getattr(args, k) for k in OPTIONS if hasattr(args, k)} | {"stop": unescape(args.stop)}
+
+
+def unescape(strings):
+    return tuple(s.replace("\\n", "\n") for s in strings)
+
+
 def batches_by_length(records, batch_size):
     """Indices in batches of similar prompt length, longest first, so that too little memory shows at once."""
     order = sorted(range(len(records)), key=lambda i: -len(records[i]["prompt"]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+
+
+def seeded_batches(args, records, journal, batch_size, process, processes, device):
+    """Yield (batch, model, tokenizer) for every batch of this process that is not all done, the draw seeded by the
+    batch's own content and planned over all prompts: a restart, or another number of processes, samples the same."""
+    for batch in tqdm(batches_by_length(records, batch_size)[process::processes], desc=args.verb, disable=process != 0):
+        batch = [records[i] for i in batch]
+        if not all(r["id"] in journal.done for r in batch):
+            model, tokenizer = load_generator(args.model, device)
+            torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+            yield batch, model, tokenizer

@@ -20,13 +20,8 @@ def rank_by_label(records, args):
         for c in record["candidates"]:
             c["label"], well_formed = parse_nli(c["text"])
             c["correct"] = c["label"] == record["label"]
-            count.update(
-                [
-                    (c["source"], "total"),
-                    (c["source"], "well-formed" if well_formed else "malformed"),
-                    (c["source"], "correct" if c["correct"] else "wrong" if c["label"] else "unparsed"),
-                ]
-            )
+            outcome = "correct" if c["correct"] else "wrong" if c["label"] else "unparsed"
+            count.update((c["source"], k) for k in ("total", "well-formed" if well_formed else "malformed", outcome))
         yield record
     kinds = ("total", "well-formed", "malformed", "correct", "wrong", "unparsed")
     kinds = [k for k in kinds if any(count[s, k] for s, _ in list(count))]

@@ -3,15 +3,11 @@
 import functools
 import itertools
 import pathlib
-import zlib
 from collections import Counter
-
-import torch
-from tqdm import tqdm
 
 import runtime
 from collecting import generation
-from collecting.flags import generation_flags, unescape
+from collecting.flags import generation_flags
 from collecting.journal import Journal, read_records, settings_of
 from common import in_range
 from runtime import say
@@ -92,26 +88,15 @@ def similar_pairs(responses, limit):
 
 
 def sample(args):
-    rank, world, device = runtime.init_distributed()
+    process, processes, device = runtime.init_distributed()
     args.input = args.input or f"data/{args.task}/train.jsonl"
     records = list(read_records(args.input))
     args.source = args.source or pathlib.Path(args.model).name
     output = args.output or f"data/{args.task}/sampled.jsonl"
-    journal = Journal(output, [r["id"] for r in records], settings_of(args), rank, world)
-    options = {
-        k: getattr(args, k) for k in ("max_new_tokens", "num_samples", "temperature", "top_p", "max_prompt_length")
-    }
-    options["stop"] = unescape(args.stop)
-    count, diversity = Counter(), Counter()
-    # batches are planned over all prompts and seeded by their own content: a restart, or another number of ranks,
-    # samples the same
-    batches = generation.batches_by_length(records, args.batch_size)
-    for batch in tqdm(batches[rank::world], desc="sample", disable=rank != 0):
-        batch = [records[i] for i in batch]
-        if all(r["id"] in journal.done for r in batch):
-            continue
-        model, tokenizer = generation.load_generator(args.model, device)
-        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+    journal = Journal(output, [r["id"] for r in records], settings_of(args), process, processes)
+    options, count, diversity = generation.options_of(args), Counter(), Counter()
+    batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
+    for batch, model, tokenizer in batches:
         drawn = generation.generate(model, tokenizer, [r["prompt"] for r in batch], **options)
         if args.max_rouge_l is not None:
 
@@ -122,13 +107,9 @@ def sample(args):
             drawn = keep_diverse(drawn, draw, args, diversity)
         for record, responses in zip(batch, drawn):
             record["candidates"] = record.get("candidates", []) + [r | {"source": args.source} for r in responses]
-            count.update(
-                {
-                    "responses": len(responses),
-                    "unfinished": sum(not r["finished"] for r in responses),
-                    "empty": sum(not r["text"] for r in responses),
-                }
-            )
+            count["responses"] += len(responses)
+            count["unfinished"] += sum(not r["finished"] for r in responses)
+            count["empty"] += sum(not r["text"] for r in responses)
         journal.write(r for r in batch if r["id"] not in journal.done)
     journal.finish()
     totals = runtime.all_sum([count[k] for k in ("responses", "unfinished", "empty")])

@@ -9,7 +9,7 @@ import os
 import urllib.parse
 
 import common
-from collecting.flags import unescape
+from collecting.generation import unescape
 from common import UserError
 
 MAX_REPLY = 8 * 2**20  # bytes of one reply

@@ -9,7 +9,7 @@ from collections import Counter
 import common
 import runtime
 from collecting import generation, reward_models
-from collecting.flags import generation_flags, unescape
+from collecting.flags import generation_flags
 from common import in_range
 from evaluating.shared import mean, model_flags, predict, write_metrics
 from runtime import say
@@ -46,7 +46,7 @@ def hh(args):
     def compute(batch):
         model, tokenizer = generation.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
-        answers = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+        answers = generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
         rows = [
             {"subset": r.get("subset"), "question": r["prompt"], "reference": chosen_text(r)} | a
             for r, [a] in zip(batch, answers)

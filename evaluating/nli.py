@@ -3,7 +3,7 @@
 import runtime
 from collecting import generation
 from collecting.answers import NLI_LABELS, parse_nli
-from collecting.flags import generation_flags, unescape
+from collecting.flags import generation_flags
 from collecting.journal import read_records
 from common import UserError, in_range
 from evaluating.plots import plot_nli
@@ -30,7 +30,7 @@ def nli(args):
         model, tokenizer = generation.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
         for record, [answer] in zip(
-            batch, generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+            batch, generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
         ):
             label, well_formed = parse_nli(answer["text"])
             yield {"label": record["label"], "prediction": label, "well_formed": well_formed} | answer

@@ -12,7 +12,6 @@ from tqdm import tqdm
 import common
 import runtime
 from collecting import generation
-from collecting.flags import unescape
 from collecting.journal import Journal, settings_of
 from common import UserError
 from runtime import say
@@ -66,7 +65,7 @@ def answer(args, verb, records, rank, world, device):
     def compute(batch):
         model, tokenizer = generation.load_generator(args.model, device)
         prompts = [r["prompt"] for r in batch]
-        answers = generation.generate(model, tokenizer, prompts, stop=unescape(args.stop), **options)
+        answers = generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
         return [r | a for r, [a] in zip(batch, answers)]
 
     return predict(args, verb, records, compute, rank, world)
