@@ -1,13 +1,13 @@
-"""What the three methods share: records in, packed rows, length-normalised scores, devices, FSDP2, checkpoints.
+"""What the three methods share: records in, packed rows, length-normalised scores, flags. No loss lives here.
 
-No loss lives here. The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt
-is read once. A row is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own
-prompt and itself; positions restart after the prompt; logits are computed only where a response token is predicted.
+The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt is read once. A row
+is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own prompt and itself;
+positions restart after the prompt; logits are computed only where a response token is predicted.
 
     encode(tokenizer, record)        one prompt and its candidates as token ids
     pack(encoded_records)            a row of one or more of them; pack_padded: the plain way, one sequence a candidate
     candidate_logprobs(model, batch) sum of token log-probabilities and token count of every candidate
-    length_normalized(...)           the score that all three papers rank by
+    check_packing(model, encoded)    whether the model's forward can take such rows
 """
 
 import argparse
@@ -22,11 +22,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
-
-
 MAX_ARRAY = 2**30  # bytes of a .json file, the one format that cannot be streamed line by line
-
-
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
 
 
@@ -34,9 +30,15 @@ class UserError(Exception):
     """A mistake the user can mend: shown as one sentence on stderr, exit code 2, no traceback."""
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        plain = action.default in (None, False) or "default" in action.help
+        return action.help if plain else super()._get_help_string(action)
+
+
 class Parser(argparse.ArgumentParser):
     def __init__(self, **kwargs):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **kwargs)
+        super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -192,7 +194,7 @@ def check_record(record, where):
 class Encoded:
     """One record as token ids. Candidate i is `prompt_ids + responses[i]`; every response ends with EOS."""
 
-    id: str
+    id: str | None
     prompt_ids: list[int]
     responses: list[list[int]]
     prompt_cut: int  # tokens cut from the left of the prompt
@@ -217,9 +219,8 @@ def encode(tokenizer, record, max_length=512, max_response_length=None):
     responses_cut = sum(len(r) + 1 > limit for r in responses)
     responses = [r[: limit - 1] + [eos] for r in responses]
     room = max_length - max(map(len, responses))
-    return Encoded(
-        record["id"], cut_left(tokenizer, prompt, room), responses, max(0, len(prompt) - room), responses_cut
-    )
+    prompt_cut = max(0, len(prompt) - room)
+    return Encoded(record.get("id"), cut_left(tokenizer, prompt, room), responses, prompt_cut, responses_cut)
 
 
 def prompt_ids(tokenizer, text):
@@ -244,7 +245,7 @@ class PackedBatch:
 
     input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or a BlockMask
     logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, its candidate
-    sizes: candidates of each prompt; num_candidates N = sum(sizes)
+    sizes: candidates of each prompt; num_candidates N = sum(sizes); longest: tokens of the longest prompt + response
     Padded: input_ids and attention_mask [N, L], position_ids None, logit_positions into the flattened N * L.
     """
 
@@ -256,10 +257,11 @@ class PackedBatch:
     candidate_index: torch.Tensor
     sizes: list[int]
     num_candidates: int
+    longest: int
 
     def to(self, device):
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}  # a BlockMask is there already
-        if device.type == "cuda":  # only pinned memory is copied while the GPU computes
+        if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
@@ -296,7 +298,7 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
     fill = -len(ids) % block
     mask = mask_of(spans + [(fill, len(spans))] * (fill > 0))
     tensors[:2] = [F.pad(x, (0, fill)) for x in tensors[:2]]
-    return PackedBatch(*tensors[:2], mask, *tensors[2:], sizes, sum(sizes))
+    return PackedBatch(*tensors[:2], mask, *tensors[2:], sizes, sum(sizes), max(positions) + 1)
 
 
 def segments(spans):
@@ -325,14 +327,19 @@ def pack_padded(encoded_records, pad_id=0):
         targets += r
         candidate_index += [i] * len(r)
     indices = [torch.tensor(x) for x in (logit_positions, targets, candidate_index)]
-    return PackedBatch(input_ids, None, mask, *indices, [len(e.responses) for e in encoded_records], len(sequences))
+    sizes = [len(e.responses) for e in encoded_records]
+    return PackedBatch(input_ids, None, mask, *indices, sizes, len(sequences), L)
 
 
 def candidate_logprobs(model, batch, max_logits=2**27):
     """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count;
-    both fp32. More than `max_logits` logits are made in chunks, if check_packing found that the model allows it."""
-    chunk = max(1, max_logits // model.config.get_text_config().vocab_size)
-    if len(batch.targets) > chunk and getattr(model, "plain_head", False):
+    both fp32. More than `max_logits` logits are made in chunks, if check_packing found that the model allows it.
+
+    Raises UserError for a packed row that the model's attention would misread. check_packing finds the other models."""
+    plain = getattr(model, "module", model)  # what DistributedDataParallel wraps
+    refuse_misread(plain.config, batch)
+    chunk = max(1, max_logits // plain.config.get_text_config().vocab_size)
+    if len(batch.targets) > chunk and getattr(plain, "plain_head", False):
         token_logprobs, _ = chunked_logprobs(model, batch, chunk)
     else:
         logits = model(**_inputs(batch)).logits.flatten(0, 1)  # [R, V], or padded [N * L, V]
@@ -342,6 +349,39 @@ def candidate_logprobs(model, batch, max_logits=2**27):
     logprobs = zeros.index_add(0, batch.candidate_index, token_logprobs)
     lengths = zeros.index_add(0, batch.candidate_index, torch.ones_like(token_logprobs))
     return logprobs, lengths
+
+
+def refuse_misread(config, batch):
+    """Raise UserError where a model of this config would misread a packed row without a word: attention that adds the
+    mask to its scores or ignores it, and a sliding window, whose own mask a packed row's replaces."""
+    if batch.position_ids is None:
+        return
+    attention, text = config._attn_implementation, config.get_text_config()
+    fit = ("sdpa", "spans") if isinstance(batch.attention_mask, torch.Tensor) else ("flex_attention",)
+    if attention not in fit:
+        hint = f"load the model with attn_implementation={fit[0]!r}, or use pack_padded"
+        raise UserError(f"attention {attention!r} misreads the mask of a packed row: {hint}")
+    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    if window and window < batch.longest:
+        raise UserError(f"a sliding window of {window} is shorter than {batch.longest} tokens: use pack_padded")
+
+
+@torch.no_grad()
+def check_packing(model, encoded_records, tolerance=1e-3, make_batch=pack):
+    """Score records packed and padded; raise UserError where a token's mean log-probability differs by more than
+    `tolerance`: a forward that ignores the mask or the positions (state-space layers) shows here and not in a spoilt
+    run. Also finds out, for candidate_logprobs, whether the model's logits are what its head gives."""
+    plain, training = getattr(model, "module", model), model.training
+    device = next(plain.parameters()).device
+    batch = make_batch(encoded_records).to(device)
+    model.eval()
+    packed, lengths = candidate_logprobs(model, batch)
+    padded, _ = candidate_logprobs(model, pack_padded(encoded_records).to(device))
+    _, plain.plain_head = chunked_logprobs(model, batch, len(batch.targets))
+    model.train(training)
+    gap = ((packed - padded).abs() / lengths).max().item()
+    if not gap <= tolerance:  # NaN is no pass
+        raise UserError(f"packed and padded rows differ by {gap:.2g} a token")
 
 
 def _inputs(batch):
@@ -356,7 +396,7 @@ def chunked_logprobs(model, batch, chunk):
     """-> (token log-probabilities [R], whether they are right). For this one forward the head scores `chunk` positions
     at a time, and makes their logits again in the backward. Wrong for a model that changes its logits after the head
     (softcapping): it returns something else than the head gave it."""
-    head = model.get_output_embeddings()
+    head = getattr(model, "module", model).get_output_embeddings()
     logits_of = head.forward
 
     def score(hidden, targets):
@@ -381,83 +421,44 @@ def length_normalized(logprobs, lengths, exponent):
     return logprobs / lengths**exponent
 
 
-def add_training_flags(
-    parser, *, model, lr, schedule, warmup, epochs, batch_size, max_length=512, max_response_length=None
-):
+def pair_statistics(scores, levels):
+    """One prompt's scores [n] and preference levels [n], larger better -> (ordered pairs that the scores put in order,
+    ordered pairs, sum of s_better - s_worse over them), scalars. Equal levels are no pair."""
+    better = levels[:, None] > levels[None, :]  # [n, n]
+    gap = scores[:, None] - scores[None, :]
+    return ((gap > 0) & better).sum(), better.sum(), (gap * better).sum()
+
+
+# fmt: off
+def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_response_length=None):
     """The flags that all training scripts share, with the paper's values as defaults."""
-    add = parser.add_argument
+    add = parser.add_argument_group("data and model").add_argument
     add("--data", help="candidates file, JSONL")
     add("--output", help="folder for the run: log, checkpoints, and the final model in OUTPUT/model")
-    add("--model", default=model, help=f"hub id or folder (paper: {model})")
-    add("--lr", type=in_range(float, above=0), default=lr, help=f"peak learning rate (paper: {lr:g})")
-    add("--schedule", choices=["cosine", "constant"], default=schedule, help=f"after the warm-up (paper: {schedule})")
-    add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
-    add("--epochs", type=in_range(int, 1), default=epochs, help=f"passes over the data (paper: {epochs})")
-    add(
-        "--batch_size",
-        type=in_range(int, 1),
-        default=batch_size,
-        help=f"prompts per step over all ranks (paper: {batch_size})",
-    )
-    add(
-        "--max_length",
-        type=in_range(int, 8),
-        default=max_length,
-        help="tokens of prompt + one response; longer prompts are cut from the left",
-    )
-    add(
-        "--max_response_length",
-        type=in_range(int, 2),
-        default=max_response_length,
-        help="tokens of a response with EOS; cut from the right",
-    )
-    add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
+    add("--model", default=model, help="hub id or folder")
+    add("--allow_pickle", action="store_true", help="load .bin weights too: they can run code, so trust their author")
     add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
-    add(
-        "--max_tokens_per_row",
-        type=in_range(int, 1),
-        help="token budget of a packed row (default 1024 on CPU, 8192 on CUDA)",
-    )
-    add(
-        "--padded",
-        action="store_true",
-        help="one padded sequence a candidate: for sliding windows and state-space layers",
-    )
-    add(
-        "--attn",
-        choices=["auto", "spans", "flex", "sdpa"],
-        default="auto",
-        help="attention over packed rows; auto: flex on CUDA, spans on CPU; sdpa: with a dense mask",
-    )
-    add(
-        "--activation_checkpointing",
-        nargs="?",
-        const=1,
-        default=0,
-        type=in_range(int, 0),
-        metavar="N",
-        help="recompute every N-th layer (N 1: all) in the backward: less memory, up to a third more time",
-    )
+    add("--max_length", type=in_range(int, 8), default=512, help="prompt + response; the prompt's left is cut")
+    add("--max_response_length", type=in_range(int, 2), default=max_response_length, help="with EOS; its right is cut")
+    add = parser.add_argument_group("optimisation (the defaults are the paper's)").add_argument
+    add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
+    add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
+    add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
+    add("--epochs", type=in_range(int, 1), default=epochs, help="passes over the data")
+    add("--batch_size", type=in_range(int, 1), default=batch_size, help="prompts per step over all processes")
+    add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
     add("--seed", type=int, default=0, help="order of the data, dropout")
-    add(
-        "--resume",
-        action="store_true",
-        help="continue from OUTPUT's newest checkpoint (from the start if there is none)",
-    )
+    add = parser.add_argument_group("rows and memory").add_argument
+    add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
+    add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")
+    add("--attn", choices=["auto", "spans", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, spans on CPU")
+    add("--activation_checkpointing", nargs="?", const=1, default=0, type=in_range(int, 0), metavar="N",
+        help="recompute every N-th layer (N 1: all) in the backward: less memory, up to a third more time")
+    add = parser.add_argument_group("the run's folder").add_argument
+    add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")
     add("--overwrite", action="store_true", help="delete what an earlier run left in OUTPUT")
-    add(
-        "--allow_changed", action="store_true", help="with --resume: accept arguments that differ from the checkpoint's"
-    )
-    add(
-        "--checkpoint_every",
-        type=in_range(int, 0),
-        default=100,
-        help="steps between checkpoints; 0: only when interrupted",
-    )
+    add("--allow_changed", action="store_true", help="with --resume: accept arguments that differ from the run's")
+    add("--checkpoint_every", type=in_range(int, 0), default=100, help="steps between checkpoints; 0: when interrupted")
     add("--keep_checkpoints", type=in_range(int, 1), default=1, help="how many of the newest checkpoints stay on disk")
     add("--log_every", type=in_range(int, 1), default=1, help="steps between log lines")
-    add(
-        "--allow_pickle",
-        action="store_true",
-        help="load weights from .bin files too: they can run code, so trust their author",
-    )
+# fmt: on

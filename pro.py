@@ -36,22 +36,15 @@ Where the print and the released code differ, or the print is silent:
 """
 
 import random
-import time
 import zlib
 
 import torch
-from tqdm import tqdm, trange
+from tqdm import tqdm
 
 import common
 import runtime
-from common import UserError, candidate_logprobs, in_range, length_normalized
+from common import UserError, candidate_logprobs, in_range, pair_statistics
 from runtime import say
-
-RANK_BY = "python collect_candidates.py rank --by reward --input {} --output NEW.jsonl"
-COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-base
-  torchrun --nproc_per_node 4 collect_candidates.py sample --task hh --model huggyllama/llama-7b --num_samples 1
-  python collect_candidates.py rank --task hh --by reward"""
-GIVEN = ("chosen", "rejected", *common.HUMAN)  # sources of the ranking that the data came with
 
 
 def pro_loss(scores, rewards=None, first_only=False):
@@ -65,9 +58,10 @@ def pro_loss(scores, rewards=None, first_only=False):
     for k in range(min(1, len(scores) - 1) if first_only else len(scores) - 1):
         z = scores[k:]  # [n - k]
         if rewards is not None:
-            gaps = rewards[k] - rewards[k:]  # 1 / T_k^i, Eq. 10; its largest is the last, since rewards descend
-            z = z * torch.cat([gaps[-1:], gaps[1:]])  # 1 / T_k^k, Eq. 11
-        loss = loss + torch.logsumexp(z - z[0], 0)
+            gaps = rewards[k] - rewards[k + 1 :]  # [n - k - 1], 1 / T_k^i, Eq. 10
+            own = gaps.max(0, keepdim=True).values  # 1 / T_k^k, Eq. 11: the smallest temperature is the largest gap
+            z = z * torch.cat([own, gaps])  # Eq. 9
+        loss = loss + torch.logsumexp(z - z[0], 0)  # -log of exp(z_k) / sum over i >= k of exp(z_i)
     return loss
 
 
@@ -75,13 +69,6 @@ def sft_loss(logprobs, lengths, reduction):
     """L_SFT of Eq. 7: NLL of the best candidate, the first one. logprobs, lengths [n] -> scalar; reduction over its
     tokens: "sum" or "mean"."""
     return -logprobs[0] / (lengths[0] if reduction == "mean" else 1.0)
-
-
-def pair_statistics(scores):
-    """scores [n], best first -> (pairs scored in order, pairs, sum of s_better - s_worse over them), scalars."""
-    i, j = torch.triu_indices(len(scores), len(scores), 1, device=scores.device)
-    gaps = scores[i] - scores[j]
-    return (gaps > 0).sum(), gaps.new_tensor(len(gaps)), gaps.sum()
 
 
 def insert_candidate(candidates, new):
@@ -94,6 +81,44 @@ def insert_candidate(candidates, new):
     ranking = [candidates[0], *rest]
     rewards = sorted((c["reward"] for c in ranking), reverse=True)
     return [c | {"reward": reward, "rank": place} for place, (c, reward) in enumerate(zip(ranking, rewards))]
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__)
+    # fmt: off
+    add = parser.add_argument_group("PRO").add_argument
+    add("--beta", type=in_range(float, 0), default=0.05, help="weight of L_SFT, times (n-1)^2, Eq. 7")
+    add("--sft_reduction", choices=["sum", "mean"], help="over tokens (default: sum as released; BoN: mean)")
+    add("--ranking_length", type=in_range(int, 2), help="candidates a prompt, l in the paper (default: all; Fig. 3)")
+    add("--no_temperature", action="store_true", help="Eq. 8 instead of Eq. 9-11 (Table 5: -T)")
+    add("--no_sft", action="store_true", help="drop L_SFT (Table 5)")
+    add("--first_only", action="store_true", help="the best against the rest alone (Table 5: -L_PRO^{k>1})")
+    add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Table 5)")
+    add = parser.add_argument_group("Algorithm 1").add_argument
+    add("--bootstrap_splits", type=in_range(int, 1), help="K: sample, score, insert before each split")
+    add("--reward_model", help="scores the sampled responses: hub id or folder, the one that scored the data")
+    add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of the sampled responses")
+    # fmt: on
+    defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
+    common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
+    args = parser.parse_args()
+    if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
+        parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
+    if (args.bootstrap_splits is None) != (args.reward_model is None):
+        parser.error("--bootstrap_splits and --reward_model go together")
+    args.sft_reduction = args.sft_reduction or ("mean" if args.no_ranking else "sum")
+    names = ("no_temperature", "no_sft", "first_only", "no_ranking", "bootstrap_splits")
+    what = "-".join(n.removesuffix("_splits") for n in names if getattr(args, n)) or "full"
+    args.data = args.data or "data/hh/ranked.jsonl"
+    args.output = args.output or f"runs/pro-{what}"
+    return args
+
+
+RANK_BY = "python collect_candidates.py rank --by reward --input {} --output NEW.jsonl"
+COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-base
+  torchrun --nproc_per_node 4 collect_candidates.py sample --task hh --model huggyllama/llama-7b --num_samples 1
+  python collect_candidates.py rank --task hh --by reward"""
+GIVEN = ("chosen", "rejected", *common.HUMAN)  # sources of the ranking that the data came with
 
 
 def select_candidates(record, ranking_length, seed):
@@ -125,34 +150,6 @@ def sort_candidates(record, needs_reward, path):
     return record | {"candidates": sorted(candidates, key=lambda c: c.get("rank") or 0)}
 
 
-def parse_args():
-    parser = common.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--beta", type=in_range(float, 0), default=0.05, help="weight of L_SFT, times (n-1)^2, Eq. 7 (paper: 0.05)")
-    add("--sft_reduction", choices=["sum", "mean"], help="over tokens (default: sum as released; BoN: mean)")
-    add("--ranking_length", type=in_range(int, 2), help="candidates a prompt, l in the paper (default: all; Fig. 3)")
-    add("--no_temperature", action="store_true", help="Eq. 8 instead of Eq. 9-11 (Table 5: -T)")
-    add("--no_sft", action="store_true", help="drop L_SFT (Table 5)")
-    add("--first_only", action="store_true", help="the best against the rest alone (Table 5: -L_PRO^{k>1})")
-    add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Table 5)")
-    add("--bootstrap_splits", type=in_range(int, 1), help="K of Algorithm 1: sample, score, insert before each split")
-    add("--reward_model", help="scores the sampled responses: hub id or folder, the one that scored the data")
-    add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of Algorithm 1's samples")
-    defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
-    common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
-    args = parser.parse_args()
-    if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
-        parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
-    if (args.bootstrap_splits is None) != (args.reward_model is None):
-        parser.error("--bootstrap_splits and --reward_model go together")
-    args.sft_reduction = args.sft_reduction or ("mean" if args.no_ranking else "sum")
-    names = ("no_temperature", "no_sft", "first_only", "no_ranking", "bootstrap_splits")
-    what = "-".join(n.removesuffix("_splits") for n in names if getattr(args, n)) or "full"
-    args.data = args.data or "data/hh/ranked.jsonl"
-    args.output = args.output or f"runs/pro-{what}"
-    return args
-
-
 def load_data(args):
     """-> records, each with its candidates best first, at most --ranking_length of them; BoN keeps the first."""
     runtime.require_data(args.data, COLLECT)
@@ -171,11 +168,13 @@ def load_data(args):
     scored_by = {r["reward_model"] for r in records if "reward_model" in r} - {args.reward_model}
     if args.bootstrap_splits and scored_by:
         say(f"the data was scored by {', '.join(sorted(scored_by))}: its rewards and --reward_model's may not compare")
+    if args.no_sft or args.beta == 0:
+        say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
     return records
 
 
 def plan_steps(num_prompts, args):
-    """-> (splits, steps). Splits: lists of prompts (one, without Algorithm 1); steps: (split, the step's prompts)."""
+    """-> (splits: lists of prompts, one without Algorithm 1; each step's prompts; each step's split, its number)."""
     order = list(range(num_prompts))
     count = args.bootstrap_splits or 1
     if count > num_prompts:
@@ -183,16 +182,14 @@ def plan_steps(num_prompts, args):
     if count > 1:
         random.Random(f"{args.seed}-splits").shuffle(order)
     splits = [order[k::count] for k in range(count)]
-    steps = []
-    for k, split in enumerate(splits):
-        for epoch in range(args.epochs):
-            steps += [(k, [split[i] for i in batch]) for batch in runtime.epoch_batches(len(split), args, epoch)]
-    return splits, steps
+    planned = [(k, [s[i] for i in b]) for k, s in enumerate(splits) for b in runtime.shuffled_batches(len(s), args)]
+    split_of, batches = zip(*planned)
+    return splits, batches, split_of
 
 
-def bootstrap(model, tokenizer, records, split, args, run):
-    """Algorithm 1 before one split: answer its prompts with the current model, score, insert -> the new records, or
-    None where the run was told to stop.
+def bootstrap(run, records, rewards, split, number):
+    """Algorithm 1 before one split: answer its prompts with the current model, score, insert; the split's records,
+    rewards and encoded prompts are replaced in place. Leaves the run where it was told to stop.
 
     Finished prompts go to OUTPUT/bootstrap/split-K.jsonl, so a killed run goes on where it was, and one that comes
     back into the middle of a split trains on the answers that the split began with.
@@ -200,111 +197,79 @@ def bootstrap(model, tokenizer, records, split, args, run):
     from collecting import generation, reward_models
     from collecting.journal import Journal
 
-    path = run.output / "bootstrap" / f"split-{split + 1}.jsonl"
-    journal = Journal(path, [r["id"] for r in records], {}, run.rank, run.world)
+    if run.step > run.start:
+        run.save(run.step, run.model, run.optimizer)
+    args, model, old = run.args, run.model, [records[i] for i in split]
+    path = run.output / "bootstrap" / f"split-{number + 1}.jsonl"
+    journal = Journal(path, [r["id"] for r in old], {}, run.process, run.world)
     options = {"max_new_tokens": args.max_response_length - 1, "temperature": args.sampling_temperature}
     options["max_prompt_length"] = max(2, args.max_length - args.max_response_length)
-    batches = generation.batches_by_length(records, 16)[run.rank :: run.world]
+    batches = generation.batches_by_length(old, 16)[run.process :: run.world]
     model.eval()
-    with runtime.gathered(model), torch.no_grad():  # each rank generates on its own, however long its answers are
-        for batch in tqdm(batches, desc=f"bootstrap {split + 1}", disable=run.rank != 0):
-            batch = [records[i] for i in batch if records[i]["id"] not in journal.done]
+    with runtime.gathered(model), torch.no_grad():  # each process generates on its own, however long its answers are
+        for batch in tqdm(batches, desc=f"bootstrap {number + 1}", disable=run.process != 0):
+            batch = [old[i] for i in batch if old[i]["id"] not in journal.done]
             if not batch or run.signal:
                 continue
-            torch.manual_seed(zlib.crc32(f"{args.seed} {split} {batch[0]['id']}".encode()))
+            torch.manual_seed(zlib.crc32(f"{args.seed} {number} {batch[0]['id']}".encode()))
             prompts = [r["prompt"] for r in batch]
-            answers = generation.generate(model, tokenizer, prompts, stop=generation.TURNS, **options)
+            answers = generation.generate(model, run.tokenizer, prompts, stop=generation.TURNS, **options)
             texts = [a["text"] for [a] in answers]
-            rewards = reward_models.reward_logits(
-                args.reward_model, run.device, list(zip(batch, texts)), allow_pickle=args.allow_pickle
-            )
-            new = [{"text": t, "source": "bootstrap", "reward": x} for t, x in zip(texts, rewards)]
+            pairs, pickle = list(zip(batch, texts)), args.allow_pickle
+            scored = zip(texts, reward_models.reward_logits(args.reward_model, run.device, pairs, allow_pickle=pickle))
+            new = [{"text": t, "source": "bootstrap", "reward": x} for t, x in scored]
             journal.write(r | {"candidates": insert_candidate(r["candidates"], c)} for r, c in zip(batch, new))
     model.train()
     if run.interrupted():
-        return None
+        run.stop()
     journal.finish()
     torch.distributed.barrier()
-    return common.load_candidates(path)
+    new = common.load_candidates(path)
+    for i, record, e in zip(split, new, runtime.encode_all(run.tokenizer, new, args)):
+        records[i], run.encoded[i] = record, e
+        rewards[i] = torch.tensor([c["reward"] for c in record["candidates"]])
 
 
 def main():
     args = parse_args()
-    rank, world, device = runtime.init_distributed()
-    if args.batch_size < world:
-        raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
+    _, world, device = runtime.init_distributed()
     records = load_data(args)
-    splits, steps = plan_steps(len(records), args)
-    run = runtime.Run(args, rank, world, device)
+    splits, batches, split_of = plan_steps(len(records), args)
+    run = runtime.Run(args, device)
     if run.finished:
         return
-    if args.no_sft or args.beta == 0:
-        say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
     model, tokenizer = runtime.load_for_training(args, device)
     encoded = runtime.encode_all(tokenizer, records, args)
-    if not args.padded:
-        runtime.check_packing(model, encoded, args, tokenizer, device)
+    runtime.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    row_budget = runtime.row_budget(args, device)
-    first = [encoded[i].num_tokens for i in steps[0][1]]
-    rows = runtime.describe_plan(runtime.plan_rows(first, row_budget, world), first, row_budget)
-    say(f"{len(steps)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
+    rewards = [torch.tensor([c.get("reward", 0.0) for c in r["candidates"]]) for r in records]
+    use_temperature = not (args.no_temperature or args.no_ranking)
 
-    start = run.restore(model, optimizer)
-    current = None  # the split that `records` already hold answers for
-    for step in trange(start, len(steps), initial=start, total=len(steps), desc="training", disable=rank != 0):
-        began = time.perf_counter()
-        split, prompts = steps[step]
-        if args.bootstrap_splits and split != current:
-            if step > start:
-                run.save(step, model, optimizer)
-            new = bootstrap(model, tokenizer, [records[i] for i in splits[split]], split, args, run)
-            if new is None:
-                run.stop(step, model, optimizer)
-            for i, record, e in zip(splits[split], new, runtime.encode_all(tokenizer, new, args)):
-                records[i], encoded[i] = record, e
-            current = split
-        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = runtime.plan_rows([encoded[i].num_tokens for i in prompts], row_budget, world)[rank]
-        sums = torch.zeros(6, device=device)  # loss, PRO loss, SFT loss, pairs in order, pairs, sum of margins
-        losses = []
-        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
+    run.begin(model, optimizer, tokenizer, encoded)
+    for step, prompts in run.steps(batches):
+        if args.bootstrap_splits and (step == run.start or split_of[step] != split_of[step - 1]):
+            bootstrap(run, records, rewards, splits[split_of[step]], split_of[step])  # Algorithm 1
+        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
+        # batch.sizes says how many of the row's N candidates belong to each prompt.
+        for _, weight, batch, row_rewards in run.rows(prompts, rewards):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
-            scores = length_normalized(logprobs, lengths, 1.0)  # Eq. 6: the length normalisation
-            loss = scores.new_zeros(())
-            groups = zip(row, scores.split(batch.sizes), logprobs.split(batch.sizes), lengths.split(batch.sizes))
-            for i, s, logp, length in groups:  # one prompt at a time
-                rewards = None
-                if not (args.no_temperature or args.no_ranking):
-                    rewards = torch.tensor([c["reward"] for c in records[i]["candidates"]], device=device)
-                pro_term = pro_loss(s, rewards, args.first_only)
+            scores = logprobs / lengths  # [N], Eq. 6
+            row_loss = 0.0
+            for s, logp, length, r in zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, row_rewards))):
+                pro_term = pro_loss(s, r if use_temperature else None, args.first_only)  # [n] each, best first
                 sft_term = sft_loss(logp, length, args.sft_reduction)
                 sft_weight = 1.0 if args.no_ranking else 0.0 if args.no_sft else args.beta * (len(s) - 1) ** 2
-                total = pro_term + sft_weight * sft_term  # Eq. 7
-                loss = loss + total
-                sums += weight * torch.stack([total, pro_term, sft_term, *pair_statistics(s)]).detach()
-            # FSDP averages over ranks: the sum over the global batch / its prompts
-            (weight * loss * world / len(prompts)).backward()
-            losses.append((loss.detach(), [records[i]["id"] for i in row]))
-            if run.interrupted():
-                run.stop(step, model, optimizer)
+                loss = pro_term + sft_weight * sft_term  # Eq. 7
+                row_loss = row_loss + loss
+                pairs = pair_statistics(s, -torch.arange(len(s), device=device))
+                run.count(weight, pairs, loss=loss, pro_loss=pro_term, sft_loss=sft_term)
+            # FSDP averages over processes: the sum over the global batch / its prompts
+            (weight * row_loss * world / len(prompts)).backward()
         grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(step, losses, grad_norm)
-        lr = runtime.learning_rate(step, len(steps), args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        run.check_finite(grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % args.log_every == 0 or step + 1 == len(steps):
-            loss_sum, pro_sum, sft_sum, in_order, pairs, margin = runtime.all_sum(sums)
-            tokens = sum(encoded[i].num_tokens for i in prompts)
-            figures = {"loss": loss_sum, "pro_loss": pro_sum, "sft_loss": sft_sum}
-            figures = {k: v / len(prompts) for k, v in figures.items()}
-            figures |= {"pair_accuracy": in_order / max(pairs, 1), "margin": margin / max(pairs, 1)}
-            figures |= {"grad_norm": grad_norm, "lr": lr}
-            run.log(step + 1, figures | runtime.speed(model, tokens, time.perf_counter() - began, device))
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(steps):
-            run.save(step + 1, model, optimizer)
+        run.log(grad_norm)
     run.finish(model, tokenizer)
 
 

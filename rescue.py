@@ -33,22 +33,29 @@ Where the print and the released code (RRHF's) differ, the default is what gave 
 """
 
 import random
-import time
 
 import torch
-from tqdm import trange
 
 import common
 import runtime
-from common import UserError, candidate_logprobs, in_range, length_normalized
+from common import UserError, candidate_logprobs, in_range, pair_statistics
 from runtime import say
 
-RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
-NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
 
-COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
-  torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf --num_samples 4
-  python collect_candidates.py rank --task esnli --by {}"""
+def ranking_loss(scores, levels):
+    """Eq. 2 in the released form: the sum over pairs with levels[i] > levels[j] of max(0, scores[j] - scores[i]).
+
+    scores [n] fp32, levels [n] preferences, larger better -> scalar. Ties are not compared; no pairs give 0.
+    """
+    better = levels[:, None] > levels[None, :]  # [n, n]
+    violation = (scores[None, :] - scores[:, None]).clamp(min=0)  # [n, n], s_worse - s_better where `better` holds
+    return (violation * better).sum()
+
+
+def sft_loss(logprobs, lengths, levels):
+    """Eq. 1, normalised: mean token NLL of the best candidate, the first among ties. All [n] -> scalar."""
+    best = levels.argmax()
+    return -logprobs[best] / lengths[best]
 
 
 def preference(record, ordering):
@@ -80,53 +87,18 @@ def select_candidates(record, num_candidates, seed, human_only=False):
     return record | {"candidates": [candidates[i] for i in sorted(human[:num_candidates] + drawn)]}
 
 
-def ranking_loss(scores, ranks):
-    """Eq. 2 in the released form: the sum over pairs with ranks[i] > ranks[j] of max(0, scores[j] - scores[i]).
-
-    scores [n] fp32, ranks [n] preference levels, larger better -> scalar. Ties are not compared; no pairs give 0.
-    """
-    better = ranks[:, None] > ranks[None, :]  # [n, n]
-    violation = (scores[None, :] - scores[:, None]).clamp(min=0)  # [n, n], s_worse - s_better where `better` holds
-    return (violation * better).sum()
-
-
-def sft_loss(logprobs, lengths, ranks):
-    """Eq. 1, normalised: mean token NLL of the best candidate, the first among ties. logprobs, lengths, ranks [n] ->
-    scalar."""
-    best = ranks.argmax()
-    return (
-        -logprobs[best] / lengths[best]
-    )  # <- the length normalisation of the SFT term; Eq. 3's is common.length_normalized
-
-
-def pair_statistics(scores, ranks):
-    """-> (ordered pairs scored in order, ordered pairs, sum of s_better - s_worse over them), scalars."""
-    better = ranks[:, None] > ranks[None, :]
-    gap = scores[:, None] - scores[None, :]
-    return ((gap > 0) & better).sum(), better.sum(), (gap * better).sum()
-
-
 def parse_args():
     parser = common.Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "--ordering",
-        required=True,
-        choices=["human", "label", "hybrid", "similarity", "gpt", "reward", "none"],
-        help="Sec. 3; see above",
-    )
-    add(
-        "--alpha", type=in_range(float, 0), default=0.1, help="weight of the ranking loss, Eq. 3; best 0.01-0.1, Sec. 7"
-    )
-    add("--length_scaling", type=in_range(float, 0), default=0.85, help="lambda of model responses (paper: 0.85)")
-    add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses (paper: 1.0)")
-    add(
-        "--num_candidates",
-        type=in_range(int, 1),
-        default=5,
-        help="candidates a prompt, the human one always among them (paper: 5; Fig. 4)",
-    )
+    orderings = ["human", "label", "hybrid", "similarity", "gpt", "reward", "none"]
+    # fmt: off
+    add = parser.add_argument_group("RESCUE").add_argument
+    add("--ordering", required=True, choices=orderings, help="Sec. 3; see above")
+    add("--alpha", type=in_range(float, 0), default=0.1, help="weight of the ranking loss; best 0.01-0.1, Sec. 7")
+    add("--length_scaling", type=in_range(float, 0), default=0.85, help="lambda of model responses, Eq. 3, Sec. 4")
+    add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses, Eq. 3, Sec. 4")
+    add("--num_candidates", type=in_range(int, 1), default=5, help="a prompt's, the human one among them; Fig. 4")
     add("--no_sft", action="store_true", help="drop Eq. 1, as multi-document QA does")
+    # fmt: on
     defaults = {"lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
     common.add_training_flags(parser, model="meta-llama/Llama-2-7b-hf", **defaults)
     args = parser.parse_args()
@@ -137,115 +109,75 @@ def parse_args():
     return args
 
 
+NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
+RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
+COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
+  torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf --num_samples 4
+  python collect_candidates.py rank --task esnli --by {}"""
+
+
 def load_data(args):
-    """-> (records with their selected candidates, their preference levels as tensors [n]); prints what can be
-    compared."""
+    """-> (records with their selected candidates, their levels, tensors [n]); prints what can be compared."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
     runtime.require_data(args.data, COLLECT.format(by))
-    need = {NEEDS[args.ordering]} if args.ordering in NEEDS else set()
+    field = NEEDS.get(args.ordering)
     records = common.load_candidates(args.data, limit=args.max_train_samples)
     for record in records:
-        human = any(c["source"] in common.HUMAN for c in record["candidates"])
-        if not human and args.ordering in ("human", "none", "similarity"):
-            raise UserError(
-                f"{args.data}: record {record['id']!r} has no human response, which --ordering {args.ordering} needs"
-            )
-        for i, c in enumerate(record["candidates"]):
-            for field in need - c.keys():
-                if not (c["source"] in common.HUMAN and field in ("correct", "similarity")):
-                    raise UserError(
-                        f"{args.data}: record {record['id']!r}: candidates[{i}] has no {field!r}; "
-                        f"add it with: {RANK_BY.format(by, args.data)}"
-                    )
+        where = f"{args.data}: record {record['id']!r}"
+        human = [c["source"] in common.HUMAN for c in record["candidates"]]
+        if not any(human) and args.ordering in ("human", "none", "similarity"):
+            raise UserError(f"{where} has no human response, which --ordering {args.ordering} needs")
+        for i, (c, h) in enumerate(zip(record["candidates"], human)):
+            if field and field not in c and not (h and field in ("correct", "similarity")):
+                hint = RANK_BY.format(by, args.data)
+                raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
     records = [select_candidates(r, args.num_candidates, args.seed, args.ordering == "none") for r in records]
-    ranks = [torch.tensor(preference(r, args.ordering)) for r in records]
-    pairs = [int((r[:, None] > r[None, :]).sum()) for r in ranks]
+    levels = [torch.tensor(preference(r, args.ordering)) for r in records]
+    pairs = [int((x[:, None] > x[None, :]).sum()) for x in levels]
     if args.no_sft and not sum(pairs):
         raise UserError(f"{args.data}: --ordering {args.ordering} finds no two candidates of different preference")
-    say(
-        f"{len(records)} prompts, {sum(pairs)} ordered pairs, "
-        f"{pairs.count(0)} prompts without any (they train {'nothing' if args.no_sft else 'the SFT term alone'})"
-    )
-    return records, ranks
+    without = f"{pairs.count(0)} prompts without any (they train {'nothing' if args.no_sft else 'the SFT term alone'})"
+    say(f"{len(records)} prompts, {sum(pairs)} ordered pairs, {without}")
+    if args.no_sft:
+        say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
+    return records, levels
 
 
 def main():
     args = parse_args()
-    rank, world, device = runtime.init_distributed()
-    if args.batch_size < world:
-        raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
-    records, ranks = load_data(args)
-    run = runtime.Run(args, rank, world, device)
+    _, world, device = runtime.init_distributed()
+    records, levels = load_data(args)
+    human = [torch.tensor([c["source"] in common.HUMAN for c in r["candidates"]]) for r in records]
+    lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
+    run = runtime.Run(args, device)
     if run.finished:
         return
-    if args.no_sft:
-        say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
     model, tokenizer = runtime.load_for_training(args, device)
     encoded = runtime.encode_all(tokenizer, records, args)
-    if not args.padded:
-        runtime.check_packing(model, encoded, args, tokenizer, device)
+    runtime.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    exponents = [
-        [args.human_length_scaling if c["source"] in common.HUMAN else args.length_scaling for c in r["candidates"]]
-        for r in records
-    ]
-    lengths_in_tokens = [e.num_tokens for e in encoded]
-    row_budget = runtime.row_budget(args, device)
-    batches = [b for epoch in range(args.epochs) for b in runtime.epoch_batches(len(records), args, epoch)]
-    first = [lengths_in_tokens[i] for i in batches[0]]
-    rows = runtime.describe_plan(runtime.plan_rows(first, row_budget, world), first, row_budget)
-    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
-    start = run.restore(model, optimizer)
-    for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
-        began = time.perf_counter()
-        prompts = batches[step]
-        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = runtime.plan_rows([lengths_in_tokens[i] for i in prompts], row_budget, world)[rank]
-        sums = torch.zeros(5, device=device)  # rank loss, SFT loss, pairs in order, pairs, sum of margins
-        losses = []
-        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
+    run.begin(model, optimizer, tokenizer, encoded)
+    for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
+        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
+        # batch.sizes says how many of the row's N candidates belong to each prompt.
+        for _, weight, batch, lam, preferences in run.rows(prompts, lambdas, levels):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
-            lambdas = torch.tensor([x for i in row for x in exponents[i]], device=device)  # [N]
-            scores = length_normalized(logprobs, lengths, lambdas)  # Eq. 3
-            loss = scores.new_zeros(())
-            groups = zip(row, scores.split(batch.sizes), logprobs.split(batch.sizes), lengths.split(batch.sizes))
-            for i, s, logp, length in groups:  # one prompt at a time: pairs never cross prompts
-                levels = ranks[i].to(device)
-                rank_term, sft_term = ranking_loss(s, levels), sft_loss(logp, length, levels)
-                loss = loss + args.alpha * rank_term + (0 if args.no_sft else sft_term)
-                sums += weight * torch.stack([rank_term, sft_term, *pair_statistics(s, levels)]).detach()
-            (
-                weight * loss * world / len(prompts)
-            ).backward()  # FSDP averages over ranks: the sum over the global batch / its prompts
-            losses.append((loss.detach(), [records[i]["id"] for i in row]))
-            if run.interrupted():
-                run.stop(step, model, optimizer)
+            scores = logprobs / lengths**lam  # [N], Eq. 3
+            row_loss = 0.0
+            by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, preferences)))
+            for s, logp, length, level in by_prompt:  # [n] each: pairs never cross prompts
+                rank_term, sft_term = ranking_loss(s, level), sft_loss(logp, length, level)
+                loss = args.alpha * rank_term + (0 if args.no_sft else sft_term)
+                row_loss = row_loss + loss
+                run.count(weight, pair_statistics(s, level), loss=loss, rank_loss=rank_term, sft_loss=sft_term)
+            # FSDP averages over processes: the sum over the global batch / its prompts
+            (weight * row_loss * world / len(prompts)).backward()
         grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(step, losses, grad_norm)
-        lr = runtime.learning_rate(step, len(batches), args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        run.check_finite(grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
-            rank_sum, sft_sum, in_order, pairs, margin = runtime.all_sum(sums)
-            tokens = sum(lengths_in_tokens[i] for i in prompts)
-            run.log(
-                step + 1,
-                {
-                    "loss": (args.alpha * rank_sum + (0 if args.no_sft else sft_sum)) / len(prompts),
-                    "rank_loss": rank_sum / len(prompts),
-                    "sft_loss": sft_sum / len(prompts),
-                    "pair_accuracy": in_order / max(pairs, 1),
-                    "margin": margin / max(pairs, 1),
-                    "grad_norm": grad_norm,
-                    "lr": lr,
-                    **runtime.speed(model, tokens, time.perf_counter() - began, device),
-                },
-            )
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
-            run.save(step + 1, model, optimizer)
+        run.log(grad_norm)
     run.finish(model, tokenizer)
 
 

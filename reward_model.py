@@ -24,24 +24,16 @@ rate 1e-5 and one epoch, since a second one overfits to pairs; no dropout is add
 
 import json
 import math
-import time
 
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm, trange
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import common
 import runtime
-from common import UserError
+from common import UserError, pair_statistics
 from runtime import say
-
-LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better
-    "rank": ("rank", lambda c: -c["rank"]),
-    "label": ("correct", lambda c: c["correct"]),
-    "reward": ("reward", lambda c: c["reward"]),
-}
-COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-base --validation 280"
 
 
 def ranking_loss(rewards, levels):
@@ -51,13 +43,6 @@ def ranking_loss(rewards, levels):
     """
     i, j = torch.nonzero(levels[:, None] > levels[None, :], as_tuple=True)
     return -F.logsigmoid(rewards[i] - rewards[j]).sum() / max(1, len(i))
-
-
-def pair_statistics(rewards, levels):
-    """-> (ordered pairs with the better reward first, ordered pairs, sum of r_better - r_worse), scalars."""
-    i, j = torch.nonzero(levels[:, None] > levels[None, :], as_tuple=True)
-    gaps = rewards[i] - rewards[j]
-    return (gaps > 0).sum(), gaps.new_tensor(len(gaps)), gaps.sum()
 
 
 def interval(right, total, z=1.96):
@@ -105,6 +90,8 @@ def candidate_rewards(model, encoded, batch):
 @torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
     """Score one prompt packed and padded, as runtime.check_packing does for log-likelihoods."""
+    if args.padded:
+        return
     shortest = [min(encoded, key=lambda e: e.num_tokens)] * 2
     model.eval()
     score = torch.randn(model.config.hidden_size, device=device)  # the head may still be zero: compare states instead
@@ -118,6 +105,14 @@ def check_packing(model, encoded, args, tokenizer, device):
     gap = ((packed - plain).abs().max() / plain.abs().max()).item()
     if not gap <= (1e-3 if device.type == "cpu" else 0.1):
         raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g}; add --padded")
+
+
+LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better
+    "rank": ("rank", lambda c: -c["rank"]),
+    "label": ("correct", lambda c: c["correct"]),
+    "reward": ("reward", lambda c: c["reward"]),
+}
+COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-base --validation 280"
 
 
 def load_levels(path, args, limit=None):
@@ -137,29 +132,32 @@ def load_levels(path, args, limit=None):
 
 
 @torch.no_grad()
-def evaluate(model, tokenizer, args, rank, world, device):
-    """Pair accuracy on --eval_data -> {pair_accuracy, low, high, margin, pairs}; every rank scores its share."""
+def evaluate(run):
+    """Pair accuracy on --eval_data -> {pair_accuracy, low, high, gap, pairs}; every process scores its share."""
+    args, model = run.args, run.model
     records, levels = load_levels(args.eval_data, args)
-    encoded = runtime.encode_all(tokenizer, records, args)
-    plan = runtime.plan_rows([e.num_tokens for e in encoded], args.row_budget, world)[rank]
-    sums = torch.zeros(3, device=device)
+    encoded = runtime.encode_all(run.tokenizer, records, args)
+    plan = runtime.plan_rows([e.num_tokens for e in encoded], run.row_budget, run.world)[run.process]
+    sums = torch.zeros(3, device=run.device)
     model.eval()
-    for row, weight in tqdm(plan, desc="held out", disable=rank != 0):
+    for row, weight in tqdm(plan, desc="held out", disable=run.process != 0):
         some = [encoded[i] for i in row]
-        rewards = candidate_rewards(model, some, runtime.make_batch(some, args, tokenizer, device))
+        rewards = candidate_rewards(model, some, runtime.make_batch(some, args, run.tokenizer, run.device))
         for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
-            sums += weight * torch.stack(pair_statistics(r, levels[i].to(device)))
+            sums += weight * torch.stack(pair_statistics(r, levels[i].to(run.device)))
     model.train()
-    right, pairs, margin = runtime.all_sum(sums)
+    right, pairs, gap = runtime.all_sum(sums)
     low, high = interval(right, pairs)
-    return {"pair_accuracy": right / pairs, "low": low, "high": high, "margin": margin / pairs, "pairs": int(pairs)}
+    return {"pair_accuracy": right / pairs, "low": low, "high": high, "gap": gap / pairs, "pairs": int(pairs)}
 
 
 def parse_args():
     parser = common.Parser(description=__doc__)
-    add = parser.add_argument
+    # fmt: off
+    add = parser.add_argument_group("reward model").add_argument
     add("--ordering", choices=sorted(LEVELS), default="rank", help="the annotation that says which response is better")
     add("--eval_data", help="held-out records: pair accuracy at the end, in OUTPUT/eval.json")
+    # fmt: on
     defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
     common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
     args = parser.parse_args()
@@ -187,66 +185,39 @@ def load_model(args, device):
 
 def main():
     args = parse_args()
-    rank, world, device = runtime.init_distributed()
-    if args.batch_size < world:
-        raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
+    _, world, device = runtime.init_distributed()
     runtime.require_data(args.data, COLLECT)
     if args.eval_data:
         runtime.require_data(args.eval_data, COLLECT)
-    args.row_budget = runtime.row_budget(args, device)
     records, levels = load_levels(args.data, args, args.max_train_samples)
-    run = runtime.Run(args, rank, world, device)
+    run = runtime.Run(args, device)
     if run.finished:
         return
     model, tokenizer = load_model(args, device)
     encoded = runtime.encode_all(tokenizer, records, args)
-    if not args.padded:
-        check_packing(model, encoded, args, tokenizer, device)
+    check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    batches = [b for epoch in range(args.epochs) for b in runtime.epoch_batches(len(records), args, epoch)]
-    first = [encoded[i].num_tokens for i in batches[0]]
-    rows = runtime.describe_plan(runtime.plan_rows(first, args.row_budget, world), first, args.row_budget)
-    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
 
-    start = run.restore(model, optimizer)
-    for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
-        began = time.perf_counter()
-        prompts = batches[step]
-        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = runtime.plan_rows([encoded[i].num_tokens for i in prompts], args.row_budget, world)[rank]
-        sums = torch.zeros(4, device=device)  # loss, pairs in order, pairs, sum of margins
-        losses = []
-        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
-            some = [encoded[i] for i in row]
-            rewards = candidate_rewards(model, some, batch)  # [N]
-            loss = rewards.new_zeros(())
-            for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
-                level = levels[i].to(device)
-                term = ranking_loss(r, level)
-                loss = loss + term
-                sums += weight * torch.stack([term, *pair_statistics(r, level)]).detach()
-            # FSDP averages over ranks: the sum over the global batch / its prompts
-            (weight * loss * world / len(prompts)).backward()
-            losses.append((loss.detach(), [records[i]["id"] for i in row]))
-            if run.interrupted():
-                run.stop(step, model, optimizer)
+    run.begin(model, optimizer, tokenizer, encoded)
+    for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
+        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
+        # batch.sizes says how many of the row's N candidates belong to each prompt.
+        for row, weight, batch, preferences in run.rows(prompts, levels):
+            rewards = candidate_rewards(model, [encoded[i] for i in row], batch)  # [N]
+            row_loss = 0.0
+            for r, level in zip(rewards.split(batch.sizes), preferences.split(batch.sizes)):  # [n] each
+                loss = ranking_loss(r, level)
+                row_loss = row_loss + loss
+                run.count(weight, pair_statistics(r, level), loss=loss)
+            # FSDP averages over processes: the sum over the global batch / its prompts
+            (weight * row_loss * world / len(prompts)).backward()
         grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(step, losses, grad_norm)
-        lr = runtime.learning_rate(step, len(batches), args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        run.check_finite(grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
-            loss_sum, right, pairs, margin = runtime.all_sum(sums)
-            figures = {"loss": loss_sum / len(prompts), "pair_accuracy": right / max(pairs, 1)}
-            figures |= {"margin": margin / max(pairs, 1), "grad_norm": grad_norm, "lr": lr}
-            tokens = sum(encoded[i].num_tokens for i in prompts)
-            run.log(step + 1, figures | runtime.speed(model, tokens, time.perf_counter() - began, device))
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
-            run.save(step + 1, model, optimizer)
+        run.log(grad_norm)
     if args.eval_data:
-        figures = evaluate(model, tokenizer, args, rank, world, device)
+        figures = evaluate(run)
         runtime.on_process0(lambda: runtime.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
         say("held out: pair accuracy {pair_accuracy:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs".format(**figures))
     run.finish(model, tokenizer)

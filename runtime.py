@@ -14,14 +14,13 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
-import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import transformers
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -36,20 +35,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from common import (
-    Encoded,
-    UserError,
-    candidate_logprobs,
-    chunked_logprobs,
-    encode,
-    pack,
-    pack_padded,
-    segments,
-    visible,
-)
-
-transformers_logging.disable_progress_bar()  # a bar a rank for loading and saving weights says nothing
-
+import common
+from common import UserError, encode, pack, pack_padded, segments, visible
 
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
 
@@ -64,7 +51,7 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for
 
 
 def run_cli(main):
-    """Call `main` as a command: UserError becomes one line and exit code 2, on rank 0 alone."""
+    """Call `main` as a command: UserError becomes one line and exit code 2, on process 0 alone."""
     try:
         main()
     except UserError as e:
@@ -139,16 +126,11 @@ def block_mask(spans, device):
     return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=token_mask)
 
 
-def row_budget(args, device):
-    """The tokens that a row may hold: --max_tokens_per_row, else what the device takes well; padded, one prompt."""
-    return 1 if args.padded else args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
-
-
 def plan_rows(lengths, max_tokens, world):
-    """Share out prompts of `lengths` tokens over the rows of `world` ranks -> rows[rank], a list of (indices, weight).
+    """Share out prompts of `lengths` tokens over the rows of `world` processes -> rows[process]: (indices, weight)s.
 
     Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest
-    multiple of `world` with every row within `max_tokens`; a prompt longer than that has a row of its own. Ranks get
+    multiple of `world` with every row within `max_tokens`; a prompt longer than that has a row of its own. All get
     equally many rows, since each forward is a collective under FSDP: one that runs out repeats a row with weight 0.
     """
     k = min(len(lengths), max(1, math.ceil(sum(lengths) / max_tokens)))
@@ -164,37 +146,36 @@ def plan_rows(lengths, max_tokens, world):
             break
         k = min(len(lengths), k + world)
     rows = [row for _, row in sorted(zip(load, rows), reverse=True)]
-    plan = [[(sorted(row), 1.0) for row in rows[rank::world]] for rank in range(world)]
-    for rank in range(world):
-        plan[rank] += [(rows[-1], 0.0)] * (len(plan[0]) - len(plan[rank]))
+    plan = [[(sorted(row), 1.0) for row in rows[process::world]] for process in range(world)]
+    for share in plan:
+        share += [(rows[-1], 0.0)] * (len(plan[0]) - len(share))
     return plan
 
 
 def describe_plan(plan, lengths, max_tokens):
-    """-> "7 rows a rank, 93% full, the slowest rank 2% over the mean": ranks wait for each other at every row."""
+    """-> "7 rows each, 93% full, the slowest process 2% over the mean": processes wait for each other at every row."""
     loads = [[sum(lengths[i] for i in row) for row, _ in rows] for rows in plan]  # [world][rows]
     steps, total = list(zip(*loads)), sum(map(sum, loads))
     full = total / (len(plan) * len(steps) * max(max_tokens, *map(max, steps)))
     over = sum(map(max, steps)) * len(plan) / total - 1
-    return f"{len(steps)} rows a rank, {full:.0%} full, the slowest rank {over:.0%} over the mean"
+    return f"{len(steps)} rows each, {full:.0%} full, the slowest process {over:.0%} over the mean"
 
 
 def init_distributed():
-    """-> (rank, world, device): nccl on CUDA, gloo on CPU, a group of one without torchrun."""
+    """-> (process, world, device): nccl on CUDA, gloo on CPU, a group of one without torchrun."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+    transformers_logging.disable_progress_bar()  # a bar a process for loading and saving weights says nothing
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo also on CUDA: flags and objects travel without a GPU sync
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    dist.init_process_group(backend, **alone)
     return dist.get_rank(), dist.get_world_size(), device
 
 
 def on_process0(fn):
-    """Call fn on rank 0 and give every rank its result, or its UserError."""
+    """Call fn on process 0 and give every process its result, or its UserError."""
     box = [None, None]
     if dist.get_rank() == 0:
         try:
@@ -231,8 +212,8 @@ def load_tokenizer(name, flag="--model"):
 
 
 def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
-    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all ranks, layer by
-    layer, then the root. Rank 0 alone reads the checkpoint and gives the others their shards."""
+    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all processes, layer by
+    layer, then the root. Process 0 alone reads the checkpoint and gives the others their shards."""
     tokenizer = load_tokenizer(args.model)
     if args.attn == "auto":
         args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "spans"
@@ -267,8 +248,8 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
 
 
 def unfilled(auto_class, config, generation_config):
-    """A model whose weights are memory that nobody has touched, so that it takes none: rank 0 fills it after sharding.
-    Were each of 8 ranks to read a 7B checkpoint, the machine would hold 216 GB of fp32 weights."""
+    """A model whose weights are memory that nobody has touched, so it takes none: process 0 fills it after sharding.
+    Were each of 8 processes to read a 7B checkpoint, the machine would hold 216 GB of fp32 weights."""
     with torch.device("meta"):
         model = auto_class.from_config(config, dtype=torch.float32)
     model.to_empty(device="cpu")
@@ -278,8 +259,8 @@ def unfilled(auto_class, config, generation_config):
 
 
 def shard(model, device, policy=None):
-    """FSDP2 over all ranks, layer by layer, then the root, with its mixed precision `policy` (BF16 on CUDA); alone on
-    a CPU the model stays as it is."""
+    """FSDP2 over all processes, layer by layer, then the root, with mixed precision `policy` (BF16 on CUDA); alone on a
+    CPU the model stays as it is."""
     if dist.get_world_size() > 1 or device.type == "cuda":
         policy = policy or (BF16 if device.type == "cuda" else MixedPrecisionPolicy())
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
@@ -291,7 +272,7 @@ def shard(model, device, policy=None):
 
 @contextlib.contextmanager
 def gathered(model):
-    """Within it every rank holds all weights, in the computing dtype: each may generate on its own, without the
+    """Within it every process holds all weights, in the computing dtype: each may generate on its own, without the
     others. Under no_grad alone: inference mode would leave weights behind that cannot be trained."""
     parts = [m for m in model.modules() if hasattr(m, "unshard")]
     for m in parts:
@@ -311,27 +292,9 @@ def decoder_layers(model):
 
 
 def encode_all(tokenizer, records, args):
-    """encode() for every record; prints how much the two length limits cut. Rank 0 keeps the result beside --data,
-    under the digest of all that it depends on: other ranks, and other runs on the same texts, read it there."""
-    rank, tokens_of = dist.get_rank(), getattr(tokenizer, "backend_tokenizer", None)
-    key = [tokens_of and tokens_of.to_str(), repr(tokenizer), transformers.__version__, tokenizers.__version__]
-    digest = hashlib.sha256(repr(key + [args.max_length, args.max_response_length]).encode())
-    for r in records:
-        digest.update(json.dumps([r["id"], r["prompt"], *(c["text"] for c in r["candidates"])]).encode())
-    file = pathlib.Path(args.data).parent / ".tokens" / f"{digest.hexdigest()[:32]}.json"
-    if rank > 0:
-        dist.barrier()
-    try:
-        encoded = [Encoded(*row) for row in json.loads(file.read_text())]
-    except (OSError, ValueError, TypeError):
-        bar = tqdm(records, desc="tokenising", leave=False, disable=rank != 0)
-        encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
-        if rank == 0 and tokens_of:
-            with contextlib.suppress(OSError):  # a folder that cannot be written: tokenise anew each time
-                file.parent.mkdir(exist_ok=True)
-                write_atomically(file, json.dumps([list(vars(e).values()) for e in encoded]))
-    if rank == 0:
-        dist.barrier()
+    """encode() for every record; prints how much the two length limits cut."""
+    bar = tqdm(records, desc="tokenising", leave=False, disable=dist.get_rank() != 0)
+    encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
     prompts, responses = sum(e.prompt_cut > 0 for e in encoded), sum(e.responses_cut for e in encoded)
     candidates, tokens = sum(len(e.responses) for e in encoded), sum(e.num_tokens for e in encoded)
     say(
@@ -348,38 +311,17 @@ def make_batch(encoded_records, args, tokenizer, device):
     return (pack_flex(encoded_records, device) if args.attn == "flex" else pack(encoded_records)).to(device)
 
 
-def row_batches(plan, prompts, encoded, args, tokenizer, device):
-    """Yield (indices of its prompts, weight, PackedBatch) for each row of a rank's plan over the step's `prompts`;
-    a thread packs the next row meanwhile."""
-    rows = [([prompts[i] for i in row], weight) for row, weight in plan]
-    with ThreadPoolExecutor(1) as thread:
-
-        def start(n):
-            return thread.submit(make_batch, [encoded[i] for i in rows[n][0]], args, tokenizer, device)
-
-        packed = start(0)
-        for n, (row, weight) in enumerate(rows, 1):
-            batch = packed.result()
-            packed = start(n) if n < len(rows) else None
-            yield row, weight, batch
-
-
-@torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
-    """Score one prompt packed and padded: a forward that ignores the mask or the positions shows here and not in a
-    spoilt run. Also finds out, for candidate_logprobs, whether the model's logits are what its head gives."""
-    shortest = min(encoded, key=lambda e: e.num_tokens)
-    batch = make_batch([shortest] * 2, args, tokenizer, device)
-    model.eval()
-    packed, lengths = candidate_logprobs(model, batch)
-    plain, _ = candidate_logprobs(model, pack_padded([shortest] * 2, tokenizer.pad_token_id).to(device))
-    _, model.plain_head = chunked_logprobs(model, batch, len(batch.targets))
-    model.train()
+    """common.check_packing on a run's shortest prompt, twice, in its rows: a model that cannot take them: --padded."""
+    if args.padded:
+        return
+    some, tolerance = [min(encoded, key=lambda e: e.num_tokens)] * 2, 1e-3 if device.type == "cpu" else 0.1  # bf16
+    try:
+        common.check_packing(model, some, tolerance, lambda row: make_batch(row, args, tokenizer, device))
+    except UserError as e:
+        raise UserError(f"--model {args.model}: {e}; add --padded") from e
     if hasattr(model, "reshard"):
         model.reshard()  # a forward leaves the root gathered: an optimizer made now would hold the gathered weights
-    gap = ((packed - plain).abs() / lengths).max().item()
-    if not gap <= (1e-3 if device.type == "cpu" else 0.1):  # bf16 rounding on CUDA; NaN is no pass
-        raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g} a token; add --padded")
 
 
 def say(*text):
@@ -398,28 +340,31 @@ def learning_rate(step, total, args):
     return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
-def epoch_batches(num_prompts, args, epoch):
-    """The prompts of each step of an epoch: a seeded shuffle in slices of --batch_size, the last one shorter."""
-    order = list(range(num_prompts))
-    random.Random(f"{args.seed}-{epoch}").shuffle(order)
-    return [order[i : i + args.batch_size] for i in range(0, num_prompts, args.batch_size)]
+def shuffled_batches(num_prompts, args):
+    """The prompts of every step: each epoch a seeded shuffle in slices of --batch_size, its last one shorter."""
+    batches = []
+    for epoch in range(args.epochs):
+        order = list(range(num_prompts))
+        random.Random(f"{args.seed}-{epoch}").shuffle(order)
+        batches += [order[i : i + args.batch_size] for i in range(0, num_prompts, args.batch_size)]
+    return batches
 
 
 def all_sum(values):
-    """Sum a list of tensors or numbers over all ranks, each by itself -> list of floats. One collective, one sync."""
+    """Sum a list of tensors or numbers over all processes, each by itself -> floats. One collective, one sync."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
     dist.all_reduce(total)
     return total.tolist()
 
 
 def clip_grad_norm(model, max_norm):
-    """Clip to `max_norm` -> the norm before clipping, a float that every rank agrees on."""
+    """Clip to `max_norm` -> the norm before clipping, a float that every process agrees on."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
 
 def speed(model, tokens, seconds, device):
-    """-> {"tok/s": unique tokens a second over all ranks}, and on a known GPU "MFU": 6 FLOPs a parameter and token
+    """-> {"tok/s": unique tokens a second over all processes}, and on a known GPU "MFU": 6 FLOPs a parameter and token
     against the dense bf16 peak."""
     peak = next(
         (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
@@ -444,7 +389,7 @@ def file_digest(path):
 
 
 class Run:
-    """A training run's folder and its place in time.
+    """A training run: its folder, its place in time, and what surrounds each step.
 
     OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
     OUTPUT/log.jsonl      one line a logged step
@@ -453,11 +398,23 @@ class Run:
     OUTPUT/model/         the trained model, a Hugging Face folder
 
     The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole
-    data and RNG state.
+    data and RNG state. In a script's loop:
+
+        run.begin(model, optimizer, tokenizer, encoded)
+        for step, prompts in run.steps(batches):                    # sets the learning rate, saves checkpoints
+            for row, weight, batch, levels in run.rows(prompts, all_levels):
+                ...
+                run.count(weight, pair_statistics(s, l), loss=loss)  # each prompt, for the log line
+            run.check_finite(grad_norm)
+            optimizer.step()
+            run.log(grad_norm)
+        run.finish(model, tokenizer)
     """
 
-    def __init__(self, args, rank, world, device):
-        self.args, self.rank, self.world, self.device = args, rank, world, device
+    def __init__(self, args, device):
+        self.args, self.device, self.process, self.world = args, device, dist.get_rank(), dist.get_world_size()
+        if args.batch_size < self.world:
+            raise UserError(f"--batch_size {args.batch_size} is below the {self.world} processes")
         self.output = pathlib.Path(args.output)
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
         self.settings["data_sha256"] = on_process0(lambda: file_digest(args.data))
@@ -468,6 +425,119 @@ class Run:
             return
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_signal)
+
+    # -- the loop
+
+    def begin(self, model, optimizer, tokenizer, encoded):
+        """What the steps train and on which encoded prompts (a list that may change between steps); restores the newest
+        checkpoint and sets `start`, the first step to take."""
+        self.model, self.optimizer, self.tokenizer, self.encoded = model, optimizer, tokenizer, encoded
+        a_row = self.args.max_tokens_per_row or (8192 if self.device.type == "cuda" else 1024)
+        self.row_budget = 1 if self.args.padded else a_row  # padded: a prompt a row
+        self.start = self.restore(model, optimizer)
+
+    def plan(self, prompts):
+        """-> each process's rows over these prompts, as plan_rows gives them, and the prompts' lengths in tokens."""
+        lengths = [self.encoded[i].num_tokens for i in prompts]
+        return plan_rows(lengths, self.row_budget, self.world), lengths
+
+    def steps(self, batches):
+        """Yield (step, the prompts of its global batch) from `start` on, its learning rate set; after each one save a
+        checkpoint where it is due."""
+        rows = describe_plan(*self.plan(batches[0]), self.row_budget)
+        say(f"{len(batches)} steps of {self.args.batch_size} prompts on {self.world} processes; the first: {rows}")
+        self.total, every = len(batches), self.args.checkpoint_every
+        todo = range(self.start, self.total)
+        for step in tqdm(todo, "training", initial=self.start, total=self.total, disable=self.process != 0):
+            self.step, self.prompts, self.began = step, batches[step], time.perf_counter()
+            self.seen, self.losses, self.sums = [], [], 0
+            self.learning_rate = learning_rate(step, self.total, self.args)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate
+            yield step, batches[step]
+            if every and (step + 1) % every == 0 and step + 1 < self.total:
+                self.save(step + 1, self.model, self.optimizer)
+
+    def rows(self, prompts, *columns):
+        """Yield (row, weight, batch, *values) for each row of this process's share of the step's `prompts`.
+
+        row: the indices of its prompts. weight: 1, or 0 for a row that is repeated because other processes have one
+        more. batch: their PackedBatch; batch.sizes says how many candidates each prompt has. values: each of `columns`
+        (a tensor [n] for every prompt of the data) joined over the row's candidates, [N], on the device.
+        A thread packs the next row meanwhile. Leaves the run after a row where it was told to stop.
+        """
+        torch.manual_seed(self.args.seed * 1_000_003 + self.step * self.world + self.process)  # dropout
+        plan = [([prompts[i] for i in row], weight) for row, weight in self.plan(prompts)[0][self.process]]
+
+        def make(row):
+            values = [torch.cat([column[i] for i in row]) for column in columns]
+            batch = make_batch([self.encoded[i] for i in row], self.args, self.tokenizer, self.device)
+            return batch, *(v.to(self.device, non_blocking=True) for v in values)
+
+        with ThreadPoolExecutor(1) as thread:
+            waiting = [thread.submit(make, plan[0][0])]
+            for n, (row, weight) in enumerate(plan, 1):
+                batch, *values = waiting.pop().result()
+                waiting += [thread.submit(make, row) for row, _ in plan[n : n + 1]]
+                self.seen += [self.encoded[i].id for i in row]
+                yield row, weight, batch, *values
+                if self.interrupted():
+                    self.stop()
+
+    def count(self, weight, pair_statistics, **losses):
+        """Add one prompt's losses (`loss` among them) and pair statistics to the step's log line."""
+        self.names = list(losses)
+        self.losses.append(losses["loss"].detach())
+        self.sums = self.sums + weight * torch.stack([*losses.values(), *pair_statistics]).detach()
+
+    def check_finite(self, grad_norm):
+        """Raise UserError, naming the records, unless every prompt's loss and the gradient norm are finite."""
+        finite = torch.stack(self.losses).isfinite().tolist()
+        if all_sum([finite.count(False)])[0] == 0 and math.isfinite(grad_norm):
+            return
+        bad, everyone = [i for i, ok in zip(self.seen, finite) if not ok], [None] * self.world
+        dist.all_gather_object(everyone, (bad, self.seen))
+        names = sorted({i for b, _ in everyone for i in b} or {i for _, ids in everyone for i in ids})
+        raise UserError(
+            f"step {self.step + 1}: the loss or the gradient is not finite (records {', '.join(names)}); "
+            f"the last checkpoint ({self.latest() or 'none yet'}) is good: look at these records, or lower --lr"
+        )
+
+    def log(self, grad_norm):
+        """Where the step has a log line, append it to log.jsonl and print it, on process 0: losses a prompt, the share
+        of ordered pairs that are scored in order, the mean gap of a pair's scores, better - worse."""
+        if (self.step + 1) % self.args.log_every and self.step + 1 < self.total:
+            return
+        *losses, in_order, pairs, gap = all_sum(self.sums)
+        line = {"step": self.step + 1} | {k: v / len(self.prompts) for k, v in zip(self.names, losses)}
+        line |= {"pair_accuracy": in_order / max(pairs, 1), "gap": gap / max(pairs, 1)}
+        line |= {"grad_norm": grad_norm, "lr": self.learning_rate}
+        tokens = sum(self.encoded[i].num_tokens for i in self.prompts)
+        line |= speed(self.model, tokens, time.perf_counter() - self.began, self.device)
+        if self.process == 0:
+            with open(self.output / "log.jsonl", "a") as f:
+                f.write(json.dumps(line) + "\n")
+            tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+    def interrupted(self):
+        """Whether any process was told to stop (SIGTERM, SIGINT); all learn it together, so call it on all."""
+        return all_sum([self.signal is not None])[0] > 0
+
+    def stop(self):
+        """Save after an interruption, say how to go on, and leave with exit code 0."""
+        if self.step > 0:  # before the first one there is nothing to save; AdamW's state is empty: DCP cannot load that
+            self.save(self.step, self.model, self.optimizer)
+        torchrun = f"torchrun --nproc_per_node {self.world} " if "RANK" in os.environ else "python "
+        argv = [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
+        say(f"stopped after step {self.step}; continue with: {torchrun}{shlex.join(argv)}")
+        sys.exit(0)
+
+    def _on_signal(self, number, frame):
+        if self.signal:
+            os._exit(128 + number)  # asked twice: leave at once
+        self.signal = number
+
+    # -- the folder
 
     @property
     def model_folder(self):
@@ -523,49 +593,6 @@ class Run:
                 "(--allow_changed accepts them)"
             )
 
-    def _on_signal(self, number, frame):
-        if self.signal:
-            os._exit(128 + number)  # asked twice: leave at once
-        self.signal = number
-
-    def interrupted(self):
-        """Whether any rank was told to stop (SIGTERM, SIGINT); all ranks learn it together, so call it on all."""
-        flag = torch.tensor([float(self.signal is not None)])
-        dist.all_reduce(flag)
-        return flag.item() > 0
-
-    def stop(self, step, model, optimizer):
-        """Save after an interruption, say how to go on, and leave with exit code 0."""
-        if step > 0:  # before the first step there is nothing to save, and AdamW's state is empty: DCP cannot load that
-            self.save(step, model, optimizer)
-        torchrun = f"torchrun --nproc_per_node {self.world} " if "RANK" in os.environ else "python "
-        argv = [a for a in sys.argv if a not in ("--overwrite", "--resume")] + ["--resume"]
-        say(f"stopped after step {step}; continue with: {torchrun}{shlex.join(argv)}")
-        sys.exit(0)
-
-    def check_finite(self, step, losses, grad_norm):
-        """Raise UserError unless every micro-batch's loss and the gradient norm are finite.
-
-        losses: this rank's [(loss, record ids)]."""
-        bad = [i for loss, ids in losses if not torch.isfinite(loss) for i in ids]
-        everyone = [None] * self.world
-        if all_sum([len(bad)])[0] == 0 and math.isfinite(grad_norm):
-            return
-        dist.all_gather_object(everyone, (bad, [i for _, ids in losses for i in ids]))
-        names = sorted({i for b, _ in everyone for i in b} or {i for _, ids in everyone for i in ids})
-        raise UserError(
-            f"step {step + 1}: the loss or the gradient is not finite (records {', '.join(names)}); "
-            f"the last checkpoint ({self.latest() or 'none yet'}) is good: look at these records, or lower --lr"
-        )
-
-    def log(self, step, values):
-        """Append a line to log.jsonl and print it, on rank 0."""
-        if self.rank == 0:
-            line = {"step": step} | values
-            with open(self.output / "log.jsonl", "a") as f:
-                f.write(json.dumps(line) + "\n")
-            tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
-
     # -- checkpoints
 
     def save(self, step, model, optimizer):
@@ -610,7 +637,7 @@ class Run:
         return (self._whole() or [None])[-1]
 
     def restore(self, model, optimizer):
-        """Load the newest whole checkpoint, on any number of ranks -> the step to go on from (0 when there is none)."""
+        """Load the newest whole checkpoint, on any number of processes -> the step to go on from (0: none)."""
         folder = on_process0(self.latest)
         if folder is None:
             on_process0(lambda: self._cut_log(0))
@@ -635,7 +662,7 @@ class Run:
     def finish(self, model, tokenizer):
         """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation
         config; then drop the checkpoints."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on rank 0 alone, one tensor at a time
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on process 0 alone, one tensor at a time
         state = get_model_state_dict(model, options=options)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         on_process0(

@@ -1,16 +1,19 @@
 """Tuna: instruction tuning with a stronger model's rankings (arXiv 2310.13385).
 
-An instruction x has its original response r and several others r_k; a teacher ranks them and the student learns the
-ranking. Three stages, each a run of this script:
+An instruction i has its original response r and several others r_k; a teacher ranks them and the student learns the
+ranking. Three stages, each a run of this script, in the paper's order:
 
-    sft             Eq. 1-2   L = -log p(r | x), on the original response (--all_candidates: on all, "Alpaca-Mul")
-    probabilistic   Eq. 3     ranks by the teacher's own likelihood, log p_teacher(r_k | x) / |r_k| ** beta, beta 1.3
+    sft             Eq. 2     L_MLE = -log p(r | i) / |r|, on the original response (--all_candidates: on all,
+                              "Alpaca-Mul")
+    probabilistic   Sec. 2.2  ranks by the teacher's own likelihood,
+                    Eq. 3     s(i, r_k) = log p(r_k | i) / |r_k| ** beta              beta = 1.3
     contextual      Sec. 2.3  ranks by a stronger model that reads all responses (`rank`; 0 is the best)
 
-With the candidates sorted best first, the two ranking stages minimise
+With the candidates sorted best first and the student's score v_k = log p(r_k | i) / |r_k|, the two ranking stages
+minimise
 
-    Eq. 5   v_k = log p(r_k | x) / |r_k|                        the student's score: mean token log-likelihood
-    Eq. 4   L_rank = sum over pairs j < k of max(0, v_k - v_j + m (k - j))       margin m = 0.1
+    Eq. 4   L_rank = sum over pairs j < k of L_rank^{j,k}
+    Eq. 5   L_rank^{j,k} = max(0, v_k - v_j + m (k - j))        margin m = 0.1
     Eq. 6   L = L_rank + lambda L_MLE                           L_MLE on the original response, lambda = 1
 
 Where the print and the released code differ, or the print is silent:
@@ -31,17 +34,85 @@ Where the print and the released code differ, or the print is silent:
         --model runs/tuna-probabilistic/model                                         # Tuna: p, then c
 """
 
-import time
-
 import torch
-from tqdm import trange
 
 import common
 import runtime
-from common import UserError, candidate_logprobs, in_range, length_normalized
+from common import UserError, candidate_logprobs, in_range, pair_statistics
 from runtime import say
 
 PAPER_LR = {"sft": 2e-5, "probabilistic": 1e-5, "contextual": 1e-5}  # Table 7; 1e-6 for contextual after probabilistic
+
+
+def teacher_score(logprob, num_tokens, beta):
+    """Eq. 3: the teacher's log p(r | i) / |r| ** beta. Numbers (or tensors of one shape) -> the same, larger better."""
+    return logprob / num_tokens**beta
+
+
+def teacher_levels(candidates, stage, beta):
+    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst, equals equal, -1 where unranked."""
+    worth, seen = {}, set()
+    for i, c in enumerate(candidates):
+        if c["text"].strip() in seen:
+            continue  # a repeated text can be neither better nor worse than itself
+        if stage == "probabilistic" and "logprob" in c:
+            worth[i] = teacher_score(c["logprob"], c["num_tokens"], beta)
+        elif stage == "contextual" and c.get("rank") is not None:
+            worth[i] = -c["rank"]
+        if i in worth:
+            seen.add(c["text"].strip())
+    worst_first = sorted(set(worth.values()))
+    return [worst_first.index(worth[i]) if i in worth else -1 for i in range(len(candidates))]
+
+
+def ranking_loss(scores, margin, levels=None, pair_reduction="sum"):
+    """Eq. 4 and 5: sum over pairs j < k of max(0, v_k - v_j + m (k - j)), candidates sorted best first -> scalar.
+
+    scores [n]: the student's v, fp32. levels [n] says so where candidates are unsorted or tied: consecutive integers,
+    larger better, so that k - j is a difference of levels; equals are not compared. pair_reduction "mean_by_distance"
+    is the released code's form: the mean over the pairs at each distance, summed.
+    """
+    v, m = scores, margin
+    levels = -torch.arange(len(v), device=v.device) if levels is None else levels
+    distances = levels[:, None] - levels[None, :]  # [n, n], k - j: j is the row, the better one where it is positive
+    weights = (distances > 0).float()
+    if pair_reduction == "mean_by_distance":
+        d = distances.clamp(min=0)
+        weights = weights / d.flatten().bincount()[d]
+    hinge = (v[None, :] - v[:, None] + m * distances).clamp(min=0)  # [n, n], Eq. 5
+    return (weights * hinge).sum()  # Eq. 4
+
+
+def mle_loss(logprobs, lengths):
+    """Eq. 2, and L_MLE of Eq. 6: mean token NLL over these candidates' tokens. logprobs, lengths [n] -> scalar."""
+    return -logprobs.sum() / lengths.sum()
+
+
+def parse_args():
+    parser = common.Parser(description=__doc__)
+    # fmt: off
+    add = parser.add_argument_group("Tuna").add_argument
+    add("--stage", required=True, choices=list(PAPER_LR), help="see above; --lr is 2e-5 for sft, else 1e-5 (Table 7)")
+    add("--all_candidates", action="store_true", help="with --stage sft: learn every candidate, Alpaca-Mul")
+    add("--length_penalty", type=in_range(float, 0), default=1.3, help="beta, the teacher's score, Eq. 3")
+    add("--margin", type=in_range(float, 0), default=0.1, help="m, Eq. 5")
+    add("--pair_reduction", choices=["sum", "mean_by_distance"], default="sum", help="Eq. 4 as printed, or as released")
+    add("--mle_weight", type=in_range(float, 0), default=1.0, help="lambda, Eq. 6")
+    add("--mle_on", choices=["original", "all"], default="original", help="L_MLE: as printed, or over all candidates")
+    # fmt: on
+    defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 2, "epochs": 1, "batch_size": 128}
+    common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
+    parser.set_defaults(lr=None, model=None)  # both go by the stage
+    args = parser.parse_args()
+    if args.all_candidates and args.stage != "sft":
+        parser.error("--all_candidates belongs to --stage sft; with the others it is --mle_on all")
+    args.lr = args.lr or PAPER_LR[args.stage]
+    args.model = args.model or ("huggyllama/llama-7b" if args.stage == "sft" else "runs/tuna-sft/model")
+    args.data = args.data or f"data/alpaca/{DATA[args.stage]}.jsonl"
+    args.output = args.output or f"runs/tuna-{args.stage}"
+    return args
+
+
 DATA = {"sft": "train", "probabilistic": "teacher", "contextual": "ranked"}  # data/alpaca/NAME.jsonl
 NEEDS = {"sft": (), "probabilistic": ("logprob", "num_tokens"), "contextual": ("rank",)}
 ANNOTATE = {
@@ -58,181 +129,72 @@ COLLECT = {
 }
 
 
-def teacher_score(logprob, num_tokens, length_penalty):
-    """Eq. 3: the teacher's log p(r | x) / |r| ** beta. Numbers (or tensors of one shape) -> the same, larger better."""
-    return length_normalized(logprob, num_tokens, length_penalty)
-
-
-def teacher_ranks(candidates, stage, length_penalty):
-    """One prompt's candidates -> [n] ranks, 0 the best, equal scores equal, -1 for what the teacher did not rank."""
-    worth, seen = {}, set()
-    for i, c in enumerate(candidates):
-        if c["text"].strip() in seen:
-            continue  # a repeated text can be neither better nor worse than itself
-        if stage == "probabilistic" and "logprob" in c:
-            worth[i] = teacher_score(c["logprob"], c["num_tokens"], length_penalty)
-        elif stage == "contextual" and c.get("rank") is not None:
-            worth[i] = -c["rank"]
-        if i in worth:
-            seen.add(c["text"].strip())
-    best_first = sorted(set(worth.values()), reverse=True)
-    return [best_first.index(worth[i]) if i in worth else -1 for i in range(len(candidates))]
-
-
-def ranking_loss(scores, margin, ranks=None, pair_reduction="sum"):
-    """Eq. 4: sum over pairs j < k of max(0, v_k - v_j + margin (k - j)), candidates sorted best first -> scalar.
-
-    scores [n]: Eq. 5's v, fp32. ranks [n] replaces the positions 0..n-1 where candidates are unsorted or tied.
-    pair_reduction "mean_by_distance" is the released code's form: the mean over the pairs at each distance, summed.
-    """
-    ranks = torch.arange(len(scores), device=scores.device) if ranks is None else ranks
-    distances = ranks[None, :] - ranks[:, None]  # [n, n], k - j: the row is the better one
-    weights = (distances > 0).float()  # equal ranks are not compared
-    if pair_reduction == "mean_by_distance":
-        d = distances.clamp(min=0)
-        weights = weights / d.flatten().bincount()[d]
-    return (weights * (scores[None, :] - scores[:, None] + margin * distances).clamp(min=0)).sum()
-
-
-def mle_loss(logprobs, lengths):
-    """Eq. 2, and L_MLE of Eq. 6: mean token NLL over these candidates' tokens. logprobs, lengths [n] -> scalar."""
-    return -logprobs.sum() / lengths.sum()
-
-
-def pair_statistics(scores, ranks):
-    """-> (ranked pairs that the student scores in order, ranked pairs, sum of v_j - v_k over them), scalars."""
-    better = ranks[:, None] < ranks[None, :]
-    gap = scores[:, None] - scores[None, :]
-    return ((gap > 0) & better).sum(), better.sum(), (gap * better).sum()
-
-
-def parse_args():
-    parser = common.Parser(description=__doc__)
-    add = parser.add_argument
-    add("--stage", required=True, choices=list(PAPER_LR), help="see above; --lr is 2e-5 for sft, else 1e-5 (Table 7)")
-    add("--margin", type=in_range(float, 0), default=0.1, help="m, Eq. 4 (paper: 0.1)")
-    add("--mle_weight", type=in_range(float, 0), default=1.0, help="lambda, Eq. 6 (paper: 1.0)")
-    add("--mle_on", choices=["original", "all"], default="original", help="L_MLE: as printed, or over all candidates")
-    add("--pair_reduction", choices=["sum", "mean_by_distance"], default="sum", help="Eq. 4 as printed, or as released")
-    add("--length_penalty", type=in_range(float, 0), default=1.3, help="beta, the teacher's score, Eq. 3 (paper: 1.3)")
-    add("--all_candidates", action="store_true", help="with --stage sft: learn every candidate, Alpaca-Mul")
-    defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 2, "epochs": 1, "batch_size": 128}
-    common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
-    parser.set_defaults(lr=None, model=None)  # both go by the stage
-    args = parser.parse_args()
-    if args.all_candidates and args.stage != "sft":
-        parser.error("--all_candidates belongs to --stage sft; with the others it is --mle_on all")
-    args.lr = args.lr or PAPER_LR[args.stage]
-    args.model = args.model or ("huggyllama/llama-7b" if args.stage == "sft" else "runs/tuna-sft/model")
-    args.data = args.data or f"data/alpaca/{DATA[args.stage]}.jsonl"
-    args.output = args.output or f"runs/tuna-{args.stage}"
-    return args
-
-
 def load_data(args):
-    """-> (records with the candidates that take part, their ranks [n], whether L_MLE has them [n]), lists in step."""
+    """-> (records with the candidates that take part, their levels [n], whether L_MLE has them [n]), lists in step."""
     runtime.require_data(args.data, COLLECT[args.stage])
-    records, ranks, in_mle = [], [], []
+    learn_all = args.all_candidates if args.stage == "sft" else args.mle_on == "all"
+    records, levels, in_mle = [], [], []
     for record in common.load_candidates(args.data, limit=args.max_train_samples):
-        candidates = record["candidates"]
+        candidates, where = record["candidates"], f"{args.data}: record {record['id']!r}"
         original = next((i for i, c in enumerate(candidates) if c["source"] in common.HUMAN), None)
         for i, c in enumerate(candidates):
             absent = [field for field in NEEDS[args.stage] if field not in c]
             if absent and i != original:
-                raise UserError(
-                    f"{args.data}: record {record['id']!r}: candidates[{i}] has no {absent[0]!r}; "
-                    f"add it with: {ANNOTATE[args.stage].format(args.data)}"
-                )
-        learn_all = args.all_candidates if args.stage == "sft" else args.mle_on == "all"
+                hint = ANNOTATE[args.stage].format(args.data)
+                raise UserError(f"{where}: candidates[{i}] has no {absent[0]!r}; add it with: {hint}")
         if original is None and not learn_all and (args.mle_weight or args.stage == "sft"):
-            raise UserError(f"{args.data}: record {record['id']!r} has no reference response, which the MLE term needs")
-        rank = teacher_ranks(candidates, args.stage, args.length_penalty)
+            raise UserError(f"{where} has no reference response, which the MLE term needs")
+        level = teacher_levels(candidates, args.stage, args.length_penalty)
         mle = [(learn_all and bool(c["text"].strip())) or i == original for i, c in enumerate(candidates)]
-        used = [i for i in range(len(candidates)) if rank[i] >= 0 or mle[i]]
+        used = [i for i in range(len(candidates)) if level[i] >= 0 or mle[i]]
         if not used:
-            raise UserError(f"{args.data}: record {record['id']!r} has no candidate to learn from")
+            raise UserError(f"{where} has no candidate to learn from")
         records.append(record | {"candidates": [candidates[i] for i in used]})
-        ranks.append(torch.tensor([rank[i] for i in used]))
+        levels.append(torch.tensor([level[i] for i in used]))
         in_mle.append(torch.tensor([mle[i] for i in used]))
-    ranked = [int((r >= 0).sum()) for r in ranks]
+    ranked = [int((x >= 0).sum()) for x in levels]
     say(f"{len(records)} prompts, {sum(ranked)} ranked candidates, {sum(n < 2 for n in ranked)} prompts without a pair")
-    return records, ranks, in_mle
+    if args.mle_weight == 0 and args.stage != "sft":
+        say("--mle_weight 0: length-normalised ranking alone can degenerate, so watch the evaluation")
+    return records, levels, in_mle
 
 
 def main():
     args = parse_args()
-    rank, world, device = runtime.init_distributed()
-    if args.batch_size < world:
-        raise UserError(f"--batch_size {args.batch_size} is below the {world} ranks")
-    records, ranks, in_mle = load_data(args)
-    run = runtime.Run(args, rank, world, device)
+    _, world, device = runtime.init_distributed()
+    records, levels, in_mle = load_data(args)
+    run = runtime.Run(args, device)
     if run.finished:
         return
-    mle_weight = 1.0 if args.stage == "sft" else args.mle_weight
-    if mle_weight == 0:
-        say("--mle_weight 0: length-normalised ranking alone can degenerate, so watch the evaluation")
     model, tokenizer = runtime.load_for_training(args, device)
     encoded = runtime.encode_all(tokenizer, records, args)
-    if not args.padded:
-        runtime.check_packing(model, encoded, args, tokenizer, device)
+    runtime.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    lengths_in_tokens = [e.num_tokens for e in encoded]
-    row_budget = runtime.row_budget(args, device)
-    batches = [b for epoch in range(args.epochs) for b in runtime.epoch_batches(len(records), args, epoch)]
-    first = [lengths_in_tokens[i] for i in batches[0]]
-    rows = runtime.describe_plan(runtime.plan_rows(first, row_budget, world), first, row_budget)
-    say(f"{len(batches)} steps of {args.batch_size} prompts on {world} ranks; the first accumulates {rows}")
+    mle_weight = 1.0 if args.stage == "sft" else args.mle_weight
 
-    start = run.restore(model, optimizer)
-    for step in trange(start, len(batches), initial=start, total=len(batches), desc="training", disable=rank != 0):
-        began = time.perf_counter()
-        prompts = batches[step]
-        torch.manual_seed(args.seed * 1_000_003 + step * world + rank)  # dropout: resumable without saved RNG states
-        plan = runtime.plan_rows([lengths_in_tokens[i] for i in prompts], row_budget, world)[rank]
-        sums = torch.zeros(5, device=device)  # rank loss, MLE loss, pairs in order, pairs, sum of margins
-        losses = []
-        for row, weight, batch in runtime.row_batches(plan, prompts, encoded, args, tokenizer, device):
+    run.begin(model, optimizer, tokenizer, encoded)
+    for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
+        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
+        # batch.sizes says how many of the row's N candidates belong to each prompt.
+        for _, weight, batch, *columns in run.rows(prompts, levels, in_mle):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
-            scores = length_normalized(logprobs, lengths, 1.0)  # Eq. 5: the student's length normalisation
-            loss = scores.new_zeros(())
-            groups = zip(row, scores.split(batch.sizes), logprobs.split(batch.sizes), lengths.split(batch.sizes))
-            for i, v, logp, length in groups:  # one prompt at a time: pairs never cross prompts
-                order, mle = ranks[i].to(device), in_mle[i].to(device)
-                v, order = v[order >= 0], order[order >= 0]
-                rank_term = ranking_loss(v, args.margin, order, args.pair_reduction)  # 0 in the sft stage: none ranked
+            scores = logprobs / lengths  # [N], v of Eq. 5
+            row_loss = 0.0
+            by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, *columns)))
+            for v, logp, length, level, mle in by_prompt:  # [n] each: pairs never cross prompts
+                v, level = v[level >= 0], level[level >= 0]
+                rank_term = ranking_loss(v, args.margin, level, args.pair_reduction)  # 0 in the sft stage: none ranked
                 mle_term = mle_loss(logp[mle], length[mle]) if mle.any() else v.new_zeros(())
-                loss = loss + rank_term + mle_weight * mle_term  # Eq. 6
-                sums += weight * torch.stack([rank_term, mle_term, *pair_statistics(v, order)]).detach()
-            # FSDP averages over ranks: the sum over the global batch / its prompts
-            (weight * loss * world / len(prompts)).backward()
-            losses.append((loss.detach(), [records[i]["id"] for i in row]))
-            if run.interrupted():
-                run.stop(step, model, optimizer)
+                loss = rank_term + mle_weight * mle_term  # Eq. 6
+                row_loss = row_loss + loss
+                run.count(weight, pair_statistics(v, level), loss=loss, rank_loss=rank_term, mle_loss=mle_term)
+            # FSDP averages over processes: the sum over the global batch / its prompts
+            (weight * row_loss * world / len(prompts)).backward()
         grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(step, losses, grad_norm)
-        lr = runtime.learning_rate(step, len(batches), args)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        run.check_finite(grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if (step + 1) % args.log_every == 0 or step + 1 == len(batches):
-            rank_sum, mle_sum, in_order, pairs, margin = runtime.all_sum(sums)
-            tokens = sum(lengths_in_tokens[i] for i in prompts)
-            run.log(
-                step + 1,
-                {
-                    "loss": (rank_sum + mle_weight * mle_sum) / len(prompts),
-                    "rank_loss": rank_sum / len(prompts),
-                    "mle_loss": mle_sum / len(prompts),
-                    "pair_accuracy": in_order / max(pairs, 1),
-                    "margin": margin / max(pairs, 1),
-                    "grad_norm": grad_norm,
-                    "lr": lr,
-                    **runtime.speed(model, tokens, time.perf_counter() - began, device),
-                },
-            )
-        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 and step + 1 < len(batches):
-            run.save(step + 1, model, optimizer)
+        run.log(grad_norm)
     run.finish(model, tokenizer)
 
 

@@ -1,15 +1,13 @@
 """common.py's step: gradients on many architectures, FlexAttention's mask, logits in chunks, tokens that are kept."""
 
 import argparse
-import itertools
-import json
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import make_records, make_tokenizer
+from conftest import make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
 import common
@@ -188,59 +186,24 @@ def test_an_unfilled_model_is_the_loaded_one_without_its_weights():
     torch.testing.assert_close(gradients(empty, pack(ENCODED))[0], gradients(model, pack(ENCODED))[0])
 
 
-class TestTokens:
-    @pytest.fixture
-    def args(self, tmp_path):
-        runtime.init_distributed()
-        yield types.SimpleNamespace(data=str(tmp_path / "d.jsonl"), max_length=64, max_response_length=None)
-        torch.distributed.destroy_process_group()
-
-    @pytest.fixture
-    def encoded_texts(self, monkeypatch):
-        """The ids of the records that were really tokenised."""
-        seen, encode = [], common.encode
-        monkeypatch.setattr(runtime, "encode", lambda t, r, *limits: seen.append(r["id"]) or encode(t, r, *limits))
-        return seen
-
-    def test_tokenised_once(self, args, encoded_texts):
-        tokenizer, records = make_tokenizer(), make_records(3)
-        first = runtime.encode_all(tokenizer, records, args)
-        annotated = [r | {"candidates": [c | {"reward": 1.0} for c in r["candidates"]]} for r in records]
-        assert runtime.encode_all(make_tokenizer(), annotated, args) == first  # another ordering of the same texts
-        assert len(encoded_texts) == 3
-
-    def test_what_changes_the_tokens_is_in_the_key(self, args, encoded_texts):
-        tokenizer, records = make_tokenizer(), make_records(2)
-        changed = json.loads(json.dumps(records))
-        changed[1]["candidates"][0]["text"] += " more"
-        shorter = types.SimpleNamespace(**vars(args) | {"max_length": 40})
-        cut = types.SimpleNamespace(**vars(args) | {"max_response_length": 4})
-        cases = [(tokenizer, records, args), (tokenizer, changed, args), (tokenizer, records, shorter)]
-        cases += [(tokenizer, records, cut), (make_tokenizer(bos=False), records, args), (tokenizer, records[:1], args)]
-        results = [runtime.encode_all(*case) for case in cases]
-        assert len(encoded_texts) == 11
-        assert all(a != b for a, b in itertools.combinations(results, 2))
-
-    def test_a_broken_file_is_made_again_and_an_unwritable_folder_is_no_error(self, args, encoded_texts, tmp_path):
-        want = runtime.encode_all(make_tokenizer(), make_records(2), args)
-        (file,) = (tmp_path / ".tokens").iterdir()
-        file.write_text(file.read_text()[:50])
-        assert runtime.encode_all(make_tokenizer(), make_records(2), args) == want
-        args.data = "/proc/none/d.jsonl"
-        assert runtime.encode_all(make_tokenizer(), make_records(2), args) == want and len(encoded_texts) == 6
-
-
-def test_row_batches_are_the_plan_in_order():
-    args = argparse.Namespace(padded=False, attn="sdpa")
-    plan, prompts = [([0, 1], 1.0), ([2], 1.0), ([2], 0.0)], [1, 0, 1]
-    rows = list(runtime.row_batches(plan, prompts, ENCODED, args, None, torch.device("cpu")))
-    assert [(row, weight) for row, weight, _ in rows] == [([1, 0], 1.0), ([1], 1.0), ([1], 0.0)]
-    for row, _, batch in rows:
+def test_rows_are_the_plan_in_order():
+    """Each row with its own prompts' tokens and values; the repeated one has weight 0."""
+    runtime.init_distributed()
+    run = object.__new__(runtime.Run)
+    run.args = argparse.Namespace(padded=False, attn="sdpa", seed=0)
+    run.device, run.process, run.world, run.step, run.seen, run.signal = torch.device("cpu"), 0, 1, 0, [], None
+    run.encoded, run.tokenizer, run.row_budget = ENCODED, None, 1
+    levels = [torch.tensor([2.0, 1.0, 0.0]), torch.tensor([5.0, 4.0])]
+    rows = list(run.rows([1, 0], levels))
+    torch.distributed.destroy_process_group()
+    assert [(row, weight) for row, weight, *_ in rows] == [([0], 1.0), ([1], 1.0)] and run.seen == ["0", "1"]
+    for row, _, batch, values in rows:
         assert torch.equal(batch.input_ids, pack([ENCODED[i] for i in row]).input_ids)
+        assert torch.equal(values, levels[row[0]]) and batch.sizes == [len(values)]
 
 
 def test_describe_plan():
-    """Two ranks: rows of 80 and 60 tokens, then 50 and 70; the wait is for 80 + 70 = 150, the mean is 130."""
+    """Two processes: rows of 80 and 60 tokens, then 50 and 70; the wait is for 80 + 70 = 150, the mean is 130."""
     plan = [[([0], 1.0), ([1, 2], 1.0)], [([3], 1.0), ([4], 1.0)]]
     text = runtime.describe_plan(plan, [80, 20, 30, 60, 70], 100)
-    assert text == "2 rows a rank, 65% full, the slowest rank 15% over the mean"
+    assert text == "2 rows each, 65% full, the slowest process 15% over the mean"

@@ -102,8 +102,8 @@ def test_sft_loss_takes_the_best():
 
 
 def test_pair_statistics():
-    in_order, pairs, margin = pro.pair_statistics(torch.tensor([-1.0, -3.0, -2.0]))
-    assert (in_order.item(), pairs.item(), margin.item()) == (2, 3, 2.0)  # gaps 2, 1, -1
+    in_order, pairs, gap = common.pair_statistics(torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([2, 1, 0]))
+    assert (in_order.item(), pairs.item(), gap.item()) == (2, 3, 2.0)  # gaps 2, 1, -1
 
 
 def rewarded(*rewards):
@@ -239,7 +239,7 @@ def test_training_orders_the_candidates(monkeypatch, tiny, tmp_path):
     run(monkeypatch, *argv, "--model", tiny, "--data", data, "--output", tmp_path / "run")
     log = read_log(tmp_path / "run")
     assert log[-1]["loss"] < 0.8 * log[0]["loss"]
-    assert log[-1]["pair_accuracy"] > log[0]["pair_accuracy"] and log[-1]["margin"] > log[0]["margin"] + 0.1
+    assert log[-1]["pair_accuracy"] > log[0]["pair_accuracy"] and log[-1]["gap"] > log[0]["gap"] + 0.1
 
 
 @pytest.mark.parametrize(

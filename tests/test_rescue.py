@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 import runtime
-from rescue import pair_statistics, preference, ranking_loss, select_candidates, sft_loss
+from common import pair_statistics
+from rescue import preference, ranking_loss, select_candidates, sft_loss
 
 
 def naive_ranking_loss(scores, ranks):
@@ -80,8 +81,8 @@ class TestLoss:
         assert got.tolist() == pytest.approx([-8 / 3.2490095854, -2.0])
 
     def test_pair_statistics(self):
-        right, pairs, margin = pair_statistics(torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([2.0, 1.0, 0.0]))
-        assert (right.item(), pairs.item(), margin.item()) == (1, 3, pytest.approx(1.0 - 0.5 - 1.5))
+        right, pairs, gap = pair_statistics(torch.tensor([-1.0, -2.0, -0.5]), torch.tensor([2.0, 1.0, 0.0]))
+        assert (right.item(), pairs.item(), gap.item()) == (1, 3, pytest.approx(1.0 - 0.5 - 1.5))
 
 
 class TestOrderings:
@@ -219,9 +220,9 @@ def interrupt_after(monkeypatch, steps):
     original = runtime.Run.log
     state = {"steps": 0}
 
-    def log(run, step, values, *rest):
-        state["steps"] = step
-        original(run, step, values, *rest)
+    def log(run, grad_norm):
+        state["steps"] = run.step + 1
+        original(run, grad_norm)
 
     context.setattr(runtime.Run, "log", log)
     context.setattr(runtime.Run, "interrupted", lambda run: state["steps"] >= steps)

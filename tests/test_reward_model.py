@@ -34,8 +34,8 @@ def test_ties_are_not_compared():
     loss = reward_model.ranking_loss(torch.tensor([5.0, -5.0, 0.0]), levels)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-5)) + 5 + math.log1p(math.exp(-5))) / 2, abs=1e-5)
     assert reward_model.ranking_loss(torch.tensor([5.0, -5.0]), torch.ones(2)).item() == 0
-    right, pairs, margin = reward_model.pair_statistics(torch.tensor([5.0, -5.0, 0.0]), levels)
-    assert (right.item(), pairs.item(), margin.item()) == (1, 2, 0.0)
+    right, pairs, gap = common.pair_statistics(torch.tensor([5.0, -5.0, 0.0]), levels)
+    assert (right.item(), pairs.item(), gap.item()) == (1, 2, 0.0)
 
 
 def test_interval():

@@ -47,7 +47,7 @@ def test_ranking_loss_against_loops(reduction):
     for n in (1, 2, 4, 5):
         scores = torch.randn(n, generator=generator)
         for ranks in (list(range(n)), torch.randperm(n, generator=generator).tolist(), [min(i, 2) for i in range(n)]):
-            loss = tuna.ranking_loss(scores, 0.3, torch.tensor(ranks), reduction)
+            loss = tuna.ranking_loss(scores, 0.3, -torch.tensor(ranks), reduction)
             assert loss.item() == pytest.approx(naive_loss(scores.tolist(), ranks, 0.3, reduction != "sum"), abs=1e-5)
 
 
@@ -58,10 +58,10 @@ def test_ranking_loss_without_pairs():
 
 
 def test_ties_are_not_compared():
-    ties = torch.tensor([0, 0, 1])
+    ties = torch.tensor([1, 1, 0])
     assert tuna.ranking_loss(torch.tensor([0.0, 9.0, -1.0]), 0.1, ties).item() == 0
-    in_order, pairs, margin = tuna.pair_statistics(torch.tensor([0.0, 9.0, 1.0]), ties)
-    assert (in_order.item(), pairs.item(), margin.item()) == (1, 2, 7.0)
+    in_order, pairs, gap = common.pair_statistics(torch.tensor([0.0, 9.0, 1.0]), ties)
+    assert (in_order.item(), pairs.item(), gap.item()) == (1, 2, 7.0)
 
 
 def test_teacher_score_by_hand():
@@ -74,11 +74,11 @@ def test_length_penalty_changes_the_order():
         {"text": "short", "source": "t", "logprob": -4.0, "num_tokens": 2},
         {"text": "long", "source": "t", "logprob": -15.0, "num_tokens": 9},
     ]
-    assert tuna.teacher_ranks(candidates, "probabilistic", 0.5) == [0, 1]  # -2.83 > -5
-    assert tuna.teacher_ranks(candidates, "probabilistic", 1.3) == [1, 0]  # -1.62 < -0.86
+    assert tuna.teacher_levels(candidates, "probabilistic", 0.5) == [1, 0]  # -2.83 > -5
+    assert tuna.teacher_levels(candidates, "probabilistic", 1.3) == [0, 1]  # -1.62 < -0.86
 
 
-def test_teacher_ranks():
+def test_teacher_levels():
     candidates = [
         {"text": "original", "source": "reference"},  # unannotated: for L_MLE alone
         {"text": "b", "source": "m", "rank": 1},
@@ -88,8 +88,8 @@ def test_teacher_ranks():
         {"text": "excluded", "source": "m", "rank": None},
         {"text": "c", "source": "m", "rank": 4},
     ]
-    assert tuna.teacher_ranks(candidates, "contextual", 1.3) == [-1, 1, 0, -1, 1, -1, 2]
-    assert tuna.teacher_ranks(candidates, "sft", 1.3) == [-1] * 7
+    assert tuna.teacher_levels(candidates, "contextual", 1.3) == [-1, 1, 2, -1, 1, -1, 0]
+    assert tuna.teacher_levels(candidates, "sft", 1.3) == [-1] * 7
 
 
 def test_mle_loss_by_hand():
@@ -220,7 +220,7 @@ def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cl
         log = read_log(tmp_path / name)
         assert [line["step"] for line in log] == [1, 2, 3, 4]
         for a, b in zip(one, log):
-            for key in ("loss", "rank_loss", "mle_loss", "pair_accuracy", "margin", "grad_norm"):
+            for key in ("loss", "rank_loss", "mle_loss", "pair_accuracy", "gap", "grad_norm"):
                 assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, a["step"], key)
 
 
