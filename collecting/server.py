@@ -62,7 +62,7 @@ def open_client(args, count):
                     read_reply(response.text)
                 count["errors"] += response.is_error
                 return response
-            except asyncio.TimeoutError as e:
+            except TimeoutError as e:
                 count["errors"] += 1
                 raise httpx2.ReadTimeout(f"no whole reply within {args.timeout:g} s", request=request) from e
             except (ValueError, OverflowError, httpx2.RequestError) as e:
