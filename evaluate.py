@@ -15,7 +15,7 @@ VERB.metrics.json beside it.
 
 Nothing is generated twice: killed and run again with the same arguments, a verb goes on from its predictions.
 NAME is --name, else the model's folder (runs/rescue-label/model is rescue-label). Under torchrun prompts are shared
-over ranks.
+over processes.
 
     python evaluate.py nli --model runs/rescue-label/model --input data/esnli/test.jsonl
     python evaluate.py ranking --model runs/rescue-label/model --input data/esnli/test_ranked.jsonl --by label

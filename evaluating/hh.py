@@ -4,30 +4,27 @@ import itertools
 import json
 import math
 import pathlib
-from collections import Counter
+import warnings
 
 import common
-import runtime
 from collecting import generation, reward_models
 from collecting.flags import generation_flags
 from common import in_range
-from evaluating.shared import mean, model_flags, predict, write_metrics
+from evaluating.shared import generate_answers, length_figures, mean, model_flags, predict, write_metrics
 from runtime import say
 
 EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO's; its training data's is the 1.4B
 
 
+# fmt: off
 def hh_flags(add):
     model_flags(add, "hh", "records of `prepare --task hh`, JSONL")
-    add(
-        "--reward_model",
-        default=EVALUATION_REWARD_MODEL,
-        help="hub id or folder, another one than trained with; or none",
-    )
+    add("--reward_model", default=EVALUATION_REWARD_MODEL, help="hub id or folder, not that of the training; or none")
     add("--dialogue", choices=["auto", *reward_models.DIALOGUE_FORMS], default="auto", help="how it reads dialogues")
     add("--allow_pickle", action="store_true", help="load the reward model's .bin weights too: they can run code")
     add("--limit", type=in_range(int, 1), help="only the first records")
     generation_flags(add, 128)
+# fmt: on
 
 
 def hh(args):
@@ -35,31 +32,25 @@ def hh(args):
 
     Defaults as in PRO: 128 new tokens, prompts cut to their last 384, answers cut where a new turn begins.
     """
-    rank, world, device = runtime.init_distributed()
     args.max_prompt_length, args.stop = args.max_prompt_length or 384, args.stop or list(generation.TURNS)
     records = common.load_candidates(args.input, limit=args.limit)
-    trained_with = reward_models_of_training(args.model)
-    if args.reward_model in trained_with:
+    if args.reward_model in reward_models_of_training(args.model):
         say(f"{args.reward_model} also scored the training data of {args.model}: its rewards flatter this model")
-    options = {k: getattr(args, k) for k in ("max_new_tokens", "max_prompt_length")}
 
-    def compute(batch):
-        model, tokenizer = generation.load_generator(args.model, device)
-        prompts = [r["prompt"] for r in batch]
-        answers = generation.generate(model, tokenizer, prompts, stop=generation.unescape(args.stop), **options)
+    def compute(records, device):
+        answers = generate_answers(args, records, device)
         rows = [
             {"subset": r.get("subset"), "question": r["prompt"], "reference": chosen_text(r)} | a
-            for r, [a] in zip(batch, answers)
+            for r, a in zip(records, answers)
         ]
         if args.reward_model != "none":
-            pairs = [(r, row["text"]) for r, row in zip(batch, rows)]
+            pairs = [(r, row["text"]) for r, row in zip(records, rows)]
             load = {"form": args.dialogue, "allow_pickle": args.allow_pickle}
             for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
                 row |= {"reward_logit": logit, "reward": 1 / (1 + math.exp(-logit))}
         return rows
 
-    rows = predict(args, "hh", records, compute, rank, world)
-    if rank == 0:
+    if rows := predict(args, "hh", records, compute):
         metrics = hh_metrics(rows)
         subsets = sorted({row["subset"] for row in rows if row["subset"]})
         for subset in subsets if len(subsets) > 1 else []:
@@ -97,18 +88,14 @@ def hh_metrics(rows):
     metrics["char_bleu"] = 100 * mean(map(char_bleu, texts, references))
     if all("reward" in r for r in rows):
         metrics["reward"] = mean(r["reward"] for r in rows)
-    words, unfinished = mean(len(t.split()) for t in texts), mean(not r["finished"] for r in rows)
-    return metrics | {"mean_words": words, "unfinished": unfinished, "prompts": len(rows)}
+    return metrics | length_figures(rows)
 
 
 def char_bleu(text, reference):
-    """What PRO's code calls BLEU: sentence BLEU of two raw strings, so over characters; up to 4-grams, unsmoothed."""
-    text, reference = text.strip(), reference.strip()
-    if not text:
-        return 0.0
-    product = 1.0
-    for n in range(1, 5):
-        grams, others = (Counter(t[i : i + n] for i in range(len(t) - n + 1)) for t in (text, reference))
-        product *= (grams & others).total() / max(1, grams.total())
-    brevity = math.exp(min(0.0, 1 - len(reference) / len(text)))
-    return brevity * product**0.25
+    """What PRO's code calls BLEU: NLTK's sentence BLEU of two raw strings, so over characters; up to 4-grams,
+    unsmoothed."""
+    from nltk.translate.bleu_score import sentence_bleu
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "0 counts of 4-gram overlaps": then it is 0, as the authors' is
+        return sentence_bleu([reference.strip()], text.strip())

@@ -31,6 +31,7 @@ choice in a few sentences. Then end with your verdict: [[A]] if A is better, [[B
 """
 
 
+# fmt: off
 def judge_flags(add):
     add("--answers", nargs=2, required=True, metavar="JSONL", help="two systems' answers, as vicuna writes them")
     add("--name", help="in reports (default: NAME-vs-NAME, the answers' folders)")
@@ -38,6 +39,7 @@ def judge_flags(add):
     add("--prompt_file", help="a template of your own with {question}, {a}, {b}")
     add("--limit", type=in_range(int, 1), help="only the first questions")
     api_flags(add, 512)
+# fmt: on
 
 
 def judge(args):

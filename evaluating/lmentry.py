@@ -25,18 +25,19 @@ ADJACENT = [  # pairs of tasks that one skill solves (LMentry Sec. 3.2)
 ]
 
 
+# fmt: off
 def lmentry_flags(add):
     model_flags(add, "lmentry", None)
     add("--lmentry_dir", required=True, help="clone of aviaefrat/lmentry: data/ and its scorers")
     add("--tasks", nargs="+", help="only these of the 41 files in data/ (no LMentry score then)")
     add("--max_examples", type=in_range(int, 1), help="only so many of each file, equally many a template")
     generation_flags(add, 50)
+# fmt: on
 
 
 def lmentry(args):
     """Greedy answers to LMentry, written in its layout (predictions/TASK/NAME.json beside the output) and scored by
     the clone's own scorers."""
-    rank, world, device = runtime.init_distributed()
     root = pathlib.Path(args.lmentry_dir)
     files = {p.stem: p for p in sorted((root / "data").glob("*.json"))}
     if unknown := set(args.tasks or ()) - files.keys() or (not files and {"data/*.json"}):
@@ -52,8 +53,7 @@ def lmentry(args):
         spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
         numbers = spread[: args.max_examples]
         records += [{"id": f"{name}/{n}", "task": name, "prompt": examples[name][n]["input"]} for n in numbers]
-    rows = answer(args, "lmentry", records, rank, world, device)
-    if rank == 0:
+    if rows := answer(args, "lmentry", records):
         for row in rows:
             core = max((t for t in scorers if row["task"].startswith(t)), key=len)
             example = examples[row["task"]][row["id"].partition("/")[2]]
@@ -71,9 +71,7 @@ def lmentry_scorers(root):
     try:
         from lmentry.scorers.scorer_mapping import task_name_to_scorer
     except ImportError as e:
-        raise UserError(
-            f"--lmentry_dir {root}: its scorers cannot be loaded ({e}); they need pip install num2words"
-        ) from e
+        raise UserError(f"--lmentry_dir {root}: no scorers ({e}); they need pip install num2words") from e
     finally:
         sys.path.remove(str(root))
     return {task: scorer() for task, scorer in task_name_to_scorer.items()}
@@ -82,12 +80,10 @@ def lmentry_scorers(root):
 def write_lmentry_layout(rows, folder, name):
     for task in {row["task"] for row in rows}:
         (folder / task).mkdir(parents=True, exist_ok=True)
-        predictions = {
-            row["id"].partition("/")[2]: {"input": row["prompt"], "prediction": row["text"]}
-            | {"score": row["score"], "certainty": row["certainty"]}
-            for row in rows
-            if row["task"] == task
-        }
+        predictions = {}
+        for row in (r for r in rows if r["task"] == task):
+            scored = {"score": row["score"], "certainty": row["certainty"]}
+            predictions[row["id"].partition("/")[2]] = {"input": row["prompt"], "prediction": row["text"]} | scored
         runtime.write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
 
 

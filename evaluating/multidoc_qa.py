@@ -1,12 +1,11 @@
 """The verb multidoc-qa: gold answers in generated ones, by the gold passage's place (RESCUE Sec. 5.2)."""
 
-import runtime
 from collecting.answers import has_answer
 from collecting.flags import generation_flags
 from collecting.journal import read_records
 from common import UserError, in_range
 from evaluating.plots import plot_positions
-from evaluating.shared import answer, mean, metrics_file, model_flags, write_metrics
+from evaluating.shared import answer, beside, mean, model_flags, write_metrics
 
 
 def multidoc_qa_flags(add):
@@ -21,30 +20,24 @@ def multidoc_qa(args):
     An answer counts if any gold answer, normalised, is a substring of it so normalised. Both readings are reported:
     the whole answer (as the RESCUE authors do) and its first non-empty line (as Liu et al. do).
     """
-    rank, world, device = runtime.init_distributed()
     records = list(read_records(args.input))
     for r in records:
         if not isinstance(r.get("answers"), list) or not isinstance(r.get("gold_position"), int):
-            raise UserError(
-                f"{args.input}: record {r['id']!r} has no answers or gold_position; see prepare multidoc_qa"
-            )
-    rows = answer(args, "multidoc-qa", records, rank, world, device)
-    if rank == 0:
+            where = f"{args.input}: record {r['id']!r}"
+            raise UserError(f"{where} has no answers or gold_position; see prepare multidoc_qa")
+    if rows := answer(args, "multidoc-qa", records):
         metrics = multidoc_qa_metrics(rows)
         write_metrics(args, "multidoc-qa", metrics)
-        plot_positions({args.name: metrics}, metrics_file(args.output).with_suffix("").with_suffix(".png"))
+        plot_positions({args.name: metrics}, beside(args, ".png"))
 
 
 def multidoc_qa_metrics(rows):
     """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
-    positions = {}
-    for row in rows:
-        positions.setdefault(row["gold_position"], []).append(row)
+    positions = {p: [r for r in rows if r["gold_position"] == p] for p in sorted({r["gold_position"] for r in rows})}
     metrics = {"prompts": len(rows), "unfinished": mean(not row["finished"] for row in rows)}
-    for kind, cut in (("accuracy", None), ("first_line", "\n")):
-        texts = {
-            p: [(r["text"].split(cut)[0] if cut else r["text"], r["answers"]) for r in positions[p]] for p in positions
-        }
-        at = {p: mean(has_answer(*pair) for pair in texts[p]) for p in sorted(positions)}
+    for kind, lines in (("accuracy", None), ("first_line", 1)):
+        at = {}
+        for p, some in positions.items():
+            at[p] = mean(has_answer("\n".join(r["text"].split("\n")[:lines]), r["answers"]) for r in some)
         metrics |= {kind: mean(at.values())} | {f"{kind}_at_{p}": x for p, x in at.items()}
-    return metrics | {"positions": {p: len(positions[p]) for p in sorted(positions)}}
+    return metrics | {"positions": {p: len(some) for p, some in positions.items()}}

@@ -3,8 +3,6 @@
 import json
 import pathlib
 
-import torch
-
 import common
 from collecting.answers import NLI_LABELS
 from common import UserError
@@ -35,12 +33,11 @@ def plot_nli(metrics, name, path):
     left.imshow(counts, cmap="Blues")
     for y, row in enumerate(counts):
         for x, value in enumerate(row):
-            left.text(
-                x, y, value, ha="center", va="center", color="white" if value > max(map(max, counts)) / 2 else "black"
-            )
-    left.set(
-        xticks=range(4), xticklabels=columns, yticks=range(3), yticklabels=NLI_LABELS, xlabel="predicted", ylabel="gold"
-    )
+            colour = "white" if value > max(map(max, counts)) / 2 else "black"
+            left.text(x, y, value, ha="center", va="center", color=colour)
+    left.set_xticks(range(4), columns)
+    left.set_yticks(range(3), NLI_LABELS)
+    left.set(xlabel="predicted", ylabel="gold")
     left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f}")
     for offset, key, colour in ((-0.2, "gold_share", "0.75"), (0.2, "predicted_share", "tab:blue")):
         shares = [metrics[key].get(c, 0) for c in columns]
@@ -50,6 +47,13 @@ def plot_nli(metrics, name, path):
     save_figure(figure, path)
 
 
+def plot_shares(axes, x, shares, counts, **style):
+    """A line of shares, each with its 95% interval of so many."""
+    spans = [wilson(share, n) for share, n in zip(shares, counts)]
+    bars = zip(*((share - low, high - share) for share, (low, high) in zip(shares, spans)))
+    axes.errorbar(x, shares, list(bars), capsize=3, **style)
+
+
 def plot_positions(systems, path):
     """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed."""
     figure, axes = new_figure()
@@ -57,10 +61,8 @@ def plot_positions(systems, path):
         counts = {int(p): n for p, n in metrics["positions"].items()}
         for kind, style in (("accuracy", "-"), ("first_line", "--")):
             values = [metrics[f"{kind}_at_{p}"] for p in counts]
-            spans = [wilson(v, n) for v, n in zip(values, counts.values())]
-            bars = [[v - low for v, (low, _) in zip(values, spans)], [high - v for v, (_, high) in zip(values, spans)]]
             label = f"{name}, {'whole answer' if kind == 'accuracy' else 'first line'}"
-            axes.errorbar(list(counts), values, bars, fmt=style + "o", color=f"C{colour}", capsize=3, label=label)
+            plot_shares(axes, list(counts), values, counts.values(), fmt=style + "o", color=f"C{colour}", label=label)
     axes.set(xlabel="place of the gold passage", ylabel="accuracy", xticks=list(counts), ylim=(0, None))
     axes.legend(frameon=False, fontsize=8)
     save_figure(figure, path)
@@ -75,13 +77,11 @@ def plot_setting(systems, path, setting):
             raise UserError(f"--plot {setting}: {name} is no run of rescue.py ({args_file} is not there)")
         trained = json.loads(args_file.read_text())["settings"]
         metrics = documents["nli"]["metrics"]
-        point = (trained[setting], metrics["accuracy"], *wilson(metrics["accuracy"], metrics["prompts"]))
+        point = (trained[setting], metrics["accuracy"], metrics["prompts"])
         lines.setdefault(trained.get("ordering", ""), []).append(point)
     figure, axes = new_figure()
     for ordering, points in sorted(lines.items()):
-        x, y, low, high = zip(*sorted(points))
-        bars = [[a - b for a, b in zip(y, low)], [b - a for a, b in zip(y, high)]]
-        axes.errorbar(x, y, bars, fmt="-o", capsize=3, label=ordering)
+        plot_shares(axes, *zip(*sorted(points)), fmt="-o", label=ordering)
     axes.set(xlabel=setting.replace("_", " "), ylabel="accuracy")
     values = sorted({x for points in lines.values() for x, *_ in points})
     if setting == "alpha" and values[0] > 0:
@@ -105,12 +105,10 @@ def plot_sources(systems, path):
         figure, axes = new_figure(13, 3.6, 3)
         labels = ("log p / |y|", r"log p / |y|$^\lambda$", "|y|, tokens")
         for column, (ax, label) in enumerate(zip(axes, labels)):
-            bins = torch.linspace(*(f(v[column] for rows in values.values() for v in rows) for f in (min, max)), 25)
+            drawn = [v[column] for rows in values.values() for v in rows]
+            style = {"bins": 24, "range": (min(drawn), max(drawn)), "density": True, "histtype": "step"}
             for source, rows in sorted(values.items()):
-                column_values = [v[column] for v in rows]
-                ax.hist(
-                    column_values, bins=bins.tolist(), density=True, histtype="step", label=f"{source} ({len(rows)})"
-                )
+                ax.hist([v[column] for v in rows], label=f"{source} ({len(rows)})", **style)
             ax.set(xlabel=label, ylabel="density", title=name)
         axes[-1].legend(frameon=False, fontsize=8)
         save_figure(figure, predictions.with_name(path.name))

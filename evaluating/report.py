@@ -13,6 +13,8 @@ from evaluating.plots import need_verb, plot_positions, plot_setting, plot_sourc
 from evaluating.shared import EVAL_FOLDER, wilson
 from runtime import say
 
+PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 (sources), and accuracy by gold_position; PLOT.png
+beside --output, sources in each system's folder"""
 PLOTS = {
     "alpha": functools.partial(plot_setting, setting="alpha"),
     "num_candidates": functools.partial(plot_setting, setting="num_candidates"),
@@ -23,19 +25,14 @@ PLOTS = {
 }
 
 
+# fmt: off
 def report_flags(add):
     add("names", nargs="+", help=f"systems: folders under {EVAL_FOLDER}, or paths")
     add("--columns", nargs="+", help="one table with just these figures, whichever verbs they come from")
-    add(
-        "--plot",
-        nargs="+",
-        choices=sorted(PLOTS),
-        default=[],
-        help="RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 "
-        "(sources), and accuracy by gold_position; PLOT.png beside --output, sources in each system's folder",
-    )
+    add("--plot", nargs="+", choices=sorted(PLOTS), default=[], help=PLOT_HELP)
     add("--paper", help="a JSON of a paper's table (recipes/paper/): ours with 95%% intervals, the paper's in brackets")
     add("--output", help="also write the Markdown there")
+# fmt: on
 
 
 def report(args):
@@ -58,9 +55,10 @@ def report(args):
             tables.setdefault(verb, {})[document["name"]] = plain
             systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}
     if args.columns:
-        merged = {name: {} for rows in tables.values() for name in rows}
-        for name, row in ((name, row) for rows in tables.values() for name, row in rows.items()):
-            merged[name] |= {k: v for k, v in row.items() if k in args.columns}
+        merged = {}
+        for rows in tables.values():
+            for name, row in rows.items():
+                merged[name] = merged.get(name, {}) | row
         if unknown := set(args.columns) - {k for row in merged.values() for k in row}:
             raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(args.names)}")
         tables = {"": {name: {k: row[k] for k in args.columns if k in row} for name, row in merged.items()}}
@@ -96,12 +94,12 @@ def beside_paper(path, tables):
                     value = (figures[figure] * (100 if percent else 1), figures.get("prompts") if percent else None)
                     runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
     columns += sorted({c for row in runs.values() for c in row} - {*columns}, key=lambda c: (len(c), c))
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
+    lines = []
     for row in dict.fromkeys([*paper["rows"], *runs]):
         cells = [paper_cell(runs.get(row, {}).get(c), paper["rows"].get(row, {}).get(c)) for c in columns]
         lines.append([paper.get("names", {}).get(row, row), *cells])
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    return f"Ours, and in brackets {paper['source']}{': ' + paper['note'] if 'note' in paper else ''}\n\n{table}"
+    head = f"Ours, and in brackets {paper['source']}{': ' + paper['note'] if 'note' in paper else ''}"
+    return f"{head}\n\n{table(columns, lines)}"
 
 
 def paper_cell(ours, printed):
@@ -128,6 +126,10 @@ def t_half_width(values):
 def markdown(rows):
     """{row name: {column: number}} -> a Markdown table."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    lines = [["", *columns], ["---"] * (len(columns) + 1)]
-    lines += [[name, *(f"{row[c]:.4g}" if c in row else "" for c in columns)] for name, row in rows.items()]
+    cells = ([f"{row[c]:.4g}" if c in row else "" for c in columns] for row in rows.values())
+    return table(columns, [[name, *line] for name, line in zip(rows, cells)])
+
+
+def table(columns, lines):
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *lines]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -18,19 +18,16 @@ from runtime import say
 PAGE = pathlib.Path(__file__).with_name("sheet.html")
 
 
+# fmt: off
 def sheet_flags(add):
-    add(
-        "--systems",
-        nargs="+",
-        metavar="PREDICTIONS",
-        help="2 to 9 files with id and text, such as runs/eval/A/nli.jsonl",
-    )
+    add("--systems", nargs="+", metavar="PREDICTIONS", help="2 to 9 files with id and text: runs/eval/A/nli.jsonl")
     add("--names", nargs="+", help="the systems' names (default: the files' folders)")
     add("--input", help="records with the prompts")
     add("--limit", type=in_range(int, 1), default=100, help="prompts on the sheet, drawn by --seed")
     add("--seed", type=int, default=0, help="which prompts, and the order of the responses")
     add("--output", default=str(EVAL_FOLDER / "sheet.html"), help="the page; who is who goes to OUTPUT.key.json")
     add("--score", nargs="+", metavar="RESULTS", help="the results that annotators saved for the page --output")
+# fmt: on
 
 
 def sheet(args):
@@ -113,9 +110,7 @@ def read_sheet_file(path, field):
 def sheet_points(answer, order, where):
     """One judgement -> {system: points}: 1, 0.5 or 0 for two systems, else n + 1 - place; {} where none was given."""
     n = len(order)
-    if not isinstance(answer, list) or (
-        n > 2 and len(answer) == n and sorted(map(str, answer)) != list(map(str, range(n)))
-    ):
+    if not isinstance(answer, list) or (n > 2 and len(answer) == n and {*map(str, answer)} != {*map(str, range(n))}):
         raise UserError(f"{where} is not a ranking of {n} responses")
     if len(answer) < (1 if n == 2 else n):
         return {}

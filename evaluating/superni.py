@@ -16,43 +16,34 @@ from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
 
 
+# fmt: off
 def superni_flags(add):
     model_flags(add, "superni", None)
     add("--superni_dir", required=True, help="clone of allenai/natural-instructions: tasks/, splits/default/")
-    add(
-        "--shots",
-        type=in_range(int, 0, 2),
-        default=0,
-        help="positive examples before the input, while they fit: 0 or 2",
-    )
-    add(
-        "--max_instances", type=in_range(int, 1), default=100, help="the first ones of each task (the benchmark's: 100)"
-    )
+    add("--shots", type=in_range(int, 0, 2), default=0, help="positive examples, while they fit: 0 or 2")
+    add("--max_instances", type=in_range(int, 1), default=100, help="the first of each task (the benchmark's: 100)")
     add("--tasks", nargs="+", help="only these of the 119 test tasks")
     add("--bertscore", metavar="MODEL", help="also BERTScore F1 under this encoder, a hub id or folder: roberta-large")
     add("--bertscore_layer", type=int, default=17, help="whose states are compared (roberta-large: 17); -1 the last")
     generation_flags(add, 128)
+# fmt: on
 
 
 def superni(args):
     """Greedy answers to the benchmark's test tasks: ROUGE-L and exact match against the best reference, x 100."""
-    rank, world, device = runtime.init_distributed()
     args.max_prompt_length = args.max_prompt_length or 1024
     root = pathlib.Path(args.superni_dir)
     args.input = str(root / "splits/default/test_tasks.txt")
     if not pathlib.Path(args.input).is_file():
-        raise UserError(
-            f"--superni_dir {root}: has no splits/default/test_tasks.txt, so it is no clone of the benchmark"
-        )
+        raise UserError(f"--superni_dir {root}: no clone of the benchmark, it has no splits/default/test_tasks.txt")
     listed = pathlib.Path(args.input).read_text().split()
     if unknown := set(args.tasks or ()) - set(listed):
         raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
     tokenizer = runtime.load_tokenizer(args.model)
-    records = [
-        r for name in args.tasks or listed for r in superni_records(root / f"tasks/{name}.json", tokenizer, args)
-    ]
-    rows = answer(args, "superni", records, rank, world, device)
-    if rank == 0:
+    records = []
+    for name in args.tasks or listed:
+        records += superni_records(root / f"tasks/{name}.json", tokenizer, args)
+    if rows := answer(args, "superni", records):
         write_metrics(args, "superni", superni_metrics(rows, args.bertscore, args.bertscore_layer))
 
 
@@ -66,9 +57,8 @@ def superni_records(file, tokenizer, args):
     definition = definition if isinstance(definition, str) else definition[0]
     for i, instance in enumerate(instances[: args.max_instances]):
         outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
-        prompt = superni_prompt(
-            definition, examples[: args.shots], instance["input"], tokenizer, args.max_prompt_length
-        )
+        shots, text = examples[: args.shots], instance["input"]
+        prompt = superni_prompt(definition, shots, text, tokenizer, args.max_prompt_length)
         yield {"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs}
 
 

@@ -3,23 +3,23 @@
 import itertools
 
 import common
-import runtime
 from collecting.flags import generation_flags
 from collecting.prompts import ALPACA_TEMPLATE, alpaca_prompt, read_template
 from common import UserError, in_range
-from evaluating.shared import answer, mean, model_flags, write_metrics
+from evaluating.shared import answer, length_figures, model_flags, write_metrics
 
 
+# fmt: off
 def vicuna_flags(add):
     model_flags(add, "vicuna", "FastChat's question.jsonl: question_id, category, turns")
     add("--prompt_file", help="a template of your own with {instruction} (default: Alpaca's of `prepare`)")
     add("--limit", type=in_range(int, 1), help="only the first questions")
     generation_flags(add, 512)
+# fmt: on
 
 
 def vicuna(args):
     """Answer the questions' first turns, greedily."""
-    rank, world, device = runtime.init_distributed()
     template, records = read_template(args, ALPACA_TEMPLATE), []
     for where, row in itertools.islice(common.read_rows(args.input), args.limit):
         if not (isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str)):
@@ -27,8 +27,5 @@ def vicuna(args):
         prompt = alpaca_prompt(template, {"instruction": row["turns"][0], "input": ""}, where)
         record = {"id": str(row.get("question_id")), "category": row.get("category"), "question": row["turns"][0]}
         records.append(record | {"prompt": prompt})
-    rows = answer(args, "vicuna", records, rank, world, device)
-    if rank == 0:
-        words = mean(len(r["text"].split()) for r in rows)
-        unfinished = mean(not r["finished"] for r in rows)
-        write_metrics(args, "vicuna", {"mean_words": words, "unfinished": unfinished, "prompts": len(rows)})
+    if rows := answer(args, "vicuna", records):
+        write_metrics(args, "vicuna", length_figures(rows))

@@ -34,7 +34,7 @@ class TestMetrics:
         ],
     )
     def test_kendall_tau_b(self, a, b, tau):
-        assert likelihood.kendall_tau(a, b) == pytest.approx(tau)
+        assert likelihood.ranking_metrics([{"scores": a, "levels": b}], 0.1)["kendall_tau"] == pytest.approx(tau)
 
     def test_nli_by_hand(self):
         def row(gold, predicted, text="a b"):
