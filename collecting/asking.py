@@ -13,18 +13,10 @@ from collecting.server import ask_server
 RE_ASKS = 2  # after an answer that could not be used
 
 
-def complete(
-    args,
-    prompts,
-    *,
-    temperature=0.0,
-    top_p=1.0,
-    num_samples=1,
-    logprobs=False,
-    completions=False,
-    follow_up=None,
-    count=None,
-):
+# fmt: off
+def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logprobs=False, completions=False,
+             follow_up=None, count=None):
+    # fmt: on
     """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
 
     prompts: texts, sent as one user message each (locally: through the chat template where there is one), or, with

@@ -1,7 +1,17 @@
 """A command of several verbs, and the flags that its verbs share."""
 
+import argparse
+
 import common
 from common import in_range
+
+
+class Help(argparse.RawDescriptionHelpFormatter):
+    """Help that names every default, unless the text does or there is none."""
+
+    def _get_help_string(self, action):
+        silent = action.default in (None, [], argparse.SUPPRESS) or action.default is False or "default:" in action.help
+        return action.help + ("" if silent else " (default: %(default)s)")
 
 
 def run_verb(verbs, description):
@@ -10,12 +20,19 @@ def run_verb(verbs, description):
     subparsers = parser.add_subparsers(dest="verb", required=True)
     for name, (flags, run) in verbs.items():
         verb = subparsers.add_parser(name, description=run.__doc__)
+        verb.formatter_class = Help
         flags(verb.add_argument)
         verb.set_defaults(run=run)
     args = parser.parse_args()
     args.run(args)
 
 
+def group(add, title):
+    """A parser's add_argument -> the add_argument of a group of flags under a heading of their own."""
+    return add.__self__.add_argument_group(title).add_argument
+
+
+# fmt: off
 def collected_flags(add, before, after):
     add("--task", default="esnli", help=f"for the default paths: data/TASK/{before}.jsonl, data/TASK/{after}.jsonl")
     add("--input", help="records, JSONL")
@@ -23,27 +40,21 @@ def collected_flags(add, before, after):
 
 
 def generation_flags(add, max_new_tokens):
+    add = group(add, "generation")
     add("--max_new_tokens", type=in_range(int, 1), default=max_new_tokens, help="tokens of a response")
     add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
-    add(
-        "--stop",
-        nargs="*",
-        default=[],
-        help="a response ends before any of these strings, which newline is written \\n",
-    )
+    add("--stop", nargs="*", default=[], help="a response ends before any of these strings, newline written \\n")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
 
 
 def api_flags(add, max_new_tokens, required=True):
-    add(
-        "--model",
-        required=required,
-        help="a model's name at --base_url; without --base_url: hub id or folder, run here",
-    )
-    add("--base_url", help="OpenAI-compatible server, e.g. https://api.openai.com/v1; its key: OPENAI_API_KEY")
-    add("--concurrency", type=in_range(int, 1), default=8, help="requests under way at once")
-    add("--max_requests", type=in_range(int, 1), help="stop after this many requests, repeated ones counted")
-    add("--retries", type=in_range(int, 0), default=5, help="repeat a failed request this often, with growing pauses")
-    add("--timeout", type=in_range(float, above=0), default=120.0, help="seconds a request may take in all")
-    add("--seed", type=int, default=0, help="of a local model's samples")
+    ask = group(add, "the model that is asked")
+    ask("--model", required=required, help="a model's name at --base_url; without that: hub id or folder, run here")
+    ask("--base_url", help="OpenAI-compatible server, e.g. https://api.openai.com/v1; its key: OPENAI_API_KEY")
+    ask("--concurrency", type=in_range(int, 1), default=8, help="requests under way at once")
+    ask("--max_requests", type=in_range(int, 1), help="stop after this many requests, repeated ones counted")
+    ask("--retries", type=in_range(int, 0), default=5, help="repeat a failed request this often, with growing pauses")
+    ask("--timeout", type=in_range(float, above=0), default=120.0, help="seconds a request may take in all")
+    ask("--seed", type=int, default=0, help="of a local model's samples")
     generation_flags(add, max_new_tokens)
+# fmt: on

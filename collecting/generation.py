@@ -50,6 +50,7 @@ class ChosenLogprobs:
 
 
 @torch.inference_mode()
+# fmt: off
 def generate(
     model,
     tokenizer,
@@ -63,6 +64,7 @@ def generate(
     max_prompt_length=None,
     stop=(),
 ):
+    # fmt: on
     """Generate `num_samples` responses to each prompt -> a list per prompt of {text, logprob, num_tokens, finished}.
 
     temperature 0 is greedy (or beam search). The prompt is read once: its cache is repeated for the samples. logprob is

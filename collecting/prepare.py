@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import common
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
+from collecting.flags import group
 from collecting.journal import Journal, settings_of
 from collecting.prompts import (
     ALPACA_TEMPLATE,
@@ -217,23 +218,25 @@ TASKS = {
 }
 
 
+# fmt: off
 def prepare_flags(add):
-    add("--task", required=True, choices=sorted(TASKS), help="which data set; default output data/TASK/train.jsonl")
-    add(
-        "--input",
-        nargs="+",
-        help="the files as downloaded, .csv, .json, .jsonl, plain or .gz, in this order (hh, alpaca: else the hub)",
-    )
-    add("--subset", nargs="+", choices=HH_RAW, default=["harmless-base"], help="hh: a subset for each file of --input")
-    add("--split", choices=["train", "test"], default="train", help="of the hub's data set")
-    add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
+    add("--task", required=True, choices=sorted(TASKS), help="which data set")
+    add("--input", nargs="+", help="the files as downloaded, CSV, JSON or JSONL, plain or .gz (hh, alpaca: or the hub)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")
-    add("--num_documents", type=in_range(int, 2), default=10, help="multidoc_qa: documents a prompt (paper: 5 and 10)")
-    add("--gold_position", type=in_range(int, 1), nargs="+", help="multidoc_qa: 1 is first; several: a record for each")
-    add("--seed", type=int, default=0, help="multidoc_qa: where the gold passage stands without --gold_position")
+    add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
+    add("--split", choices=["train", "test"], default="train", help="of the hub's data set")
+
+    hh = group(add, "hh")
+    hh("--subset", nargs="+", choices=HH_RAW, default=["harmless-base"], help="a subset for each file of --input")
+
+    qa = group(add, "multidoc_qa")
+    qa("--num_documents", type=in_range(int, 2), default=10, help="documents a prompt (paper: 5 and 10)")
+    qa("--gold_position", type=in_range(int, 1), nargs="+", help="1 is first; several: a record for each")
+    qa("--seed", type=int, default=0, help="where the gold passage stands without --gold_position")
+# fmt: on
 
 
 def prepare(args):

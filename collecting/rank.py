@@ -6,7 +6,7 @@ import random
 from tqdm import tqdm
 
 import common
-from collecting.flags import api_flags
+from collecting.flags import api_flags, group
 from collecting.journal import open_collected
 from collecting.rank_asked import rank_by_contextual, rank_by_gpt
 from collecting.rank_labels import rank_by_label
@@ -30,26 +30,30 @@ EXPANSIONS = ("alpacas", "chatgpt", "ascending", "descending", "random")
 EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
 
 
+# fmt: off
 def rank_flags(add):
     add("--by", required=True, choices=sorted(RANKERS), help="which annotation to add")
     add("--task", default="esnli", help="for the default paths: data/TASK/sampled.jsonl, data/TASK/ranked.jsonl")
     add("--input", help="records with candidates, JSONL")
     add("--output", help="the same records, annotated")
-    add("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
-    add("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
-    add("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
-    add("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
-    add("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
-    add(
-        "--max_length", type=in_range(int, 8), default=512, help="logprob, prm, reward: tokens of prompt + one response"
-    )
-    add("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
-    add("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
-    add("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")
-    add("--expand", choices=EXPANSIONS, help="first lengthen the data's own rankings with sampled ones (PRO Fig. 3)")
-    add("--expand_sources", nargs="+", default=EXPAND_SOURCES, help="for --expand: sources, the weakest first")
-    add("--ranking_length", type=in_range(int, 2), default=3, help="for --expand: candidates a prompt (PRO: 3-5)")
+
+    by = group(add, "what some rankers read")
+    by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
+    by("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
+    by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
+    by("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
+    by("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
+    by("--max_length", type=in_range(int, 8), default=512, help="logprob, prm, reward: tokens of prompt + one response")
+    by("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
+    by("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
+    by("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")
+
+    expand = group(add, "longer rankings (PRO Fig. 3)")
+    expand("--expand", choices=EXPANSIONS, help="first lengthen the data's own rankings with sampled responses")
+    expand("--expand_sources", nargs="+", default=EXPAND_SOURCES, help="sources, the weakest first")
+    expand("--ranking_length", type=in_range(int, 2), default=3, help="candidates a prompt (PRO: 3-5)")
     api_flags(add, 1024, required=False)
+# fmt: on
 
 
 def rank(args):

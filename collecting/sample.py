@@ -7,12 +7,13 @@ from collections import Counter
 
 import runtime
 from collecting import generation
-from collecting.flags import generation_flags
+from collecting.flags import generation_flags, group
 from collecting.journal import Journal, read_records, settings_of
 from common import in_range
 from runtime import say
 
 
+# fmt: off
 def sample_flags(add):
     add("--task", default="esnli", help="for the default paths: data/TASK/train.jsonl, data/TASK/sampled.jsonl")
     add("--input", help="records, JSONL")
@@ -21,12 +22,15 @@ def sample_flags(add):
     add("--source", help="the candidates' source (default: the model's name)")
     add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE Sec. 5, Tuna Sec. 2.3)")
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
-    add("--top_p", type=in_range(float, 0, 1), default=1.0)
-    add("--seed", type=int, default=0)
+    add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
+    add("--seed", type=int, default=0, help="of the samples")
+    generation_flags(add, 128)
+
+    add = group(add, "diversity (Tuna Sec. 2.3)")
     add("--max_rouge_l", type=in_range(float, 0, 1), help="resample responses more similar than this (Tuna: tau 0.8)")
     add("--temperature_step", type=in_range(float, 0), default=0.1, help="added for every resampling (Tuna: 0.1)")
     add("--max_trials", type=in_range(int, 0), default=3, help="then keep the least similar (Tuna: 3)")
-    generation_flags(add, 128)
+# fmt: on
 
 
 def max_similarity(text, others):

@@ -16,7 +16,7 @@ def teacher_flags(add):
     add("--source", help="the candidates' source (default: the model's name)")
     add("--num_samples", type=in_range(int, 1), default=1, help="responses a prompt")
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
-    add("--top_p", type=in_range(float, 0, 1), default=1.0)
+    add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
     add("--completions", action="store_true", help="continue the prompt as it stands (/completions), not as a chat")
     api_flags(add, 256)

@@ -1,4 +1,4 @@
-"""complete(): a hostile server on loopback, a local model, re-asks."""
+"""collecting/asking.py and server.py: a hostile server on loopback, a local model, re-asks."""
 
 import argparse
 import gc

@@ -1,4 +1,4 @@
-"""rankers.py: how answers and replies are read, and the rankers of RESCUE's orderings."""
+"""collecting/rank*.py: how answers and replies are read, and the rankers of RESCUE's orderings."""
 
 import json
 

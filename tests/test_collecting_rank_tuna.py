@@ -1,4 +1,4 @@
-"""rankers.py for Tuna: a ranking by a model that reads all responses at once, likelihoods, the proxy ranking model."""
+"""collecting/rank*.py for Tuna: a ranking by a model that reads all responses at once, likelihoods, the proxy model."""
 
 import re
 

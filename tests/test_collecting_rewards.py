@@ -1,4 +1,4 @@
-"""rankers.py for PRO: reward models, ranking by them, longer rankings."""
+"""collecting/reward_models.py for PRO: reward models, ranking by them, longer rankings."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""generation.py: what generate() draws, and the journal that survives a kill; test_generation_api.py has complete()."""
+"""collecting/generation.py and journal.py: what generate() draws, and the journal that survives a kill."""
 
 import fcntl
 
