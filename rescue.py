@@ -1,38 +1,45 @@
 """RESCUE: train a language model to rank partially ordered human and model responses (arXiv 2311.09136).
 
 A prompt x has one human response and several model responses y_b. The model's own length-normalised log-likelihood
-scores them,
+scores them (Sec. 3, where the fraction has no number),
 
-    Eq. 3   s(y) = log pi(y | x) / |y| ** lambda        lambda = 1.0 for human, 0.85 for model responses (Sec. 4)
-    Eq. 2   L_rank = sum over pairs (better, worse) of max(0, s(worse) - s(better))
-    Eq. 1   L_sft  = -log pi(y* | x) / |y*|              y* the best response
-            L = L_sft + alpha L_rank                     alpha "optimal between 0.01 and 0.1" (Sec. 7)
+    s(y)    = log pi(y | x) / |y| ** lambda            lambda = 1.0 for human, 0.85 for model responses (Sec. 7)
+    Eq. 1   L_SFT    = -log pi(y* | x) / |y*|           y* the human response
+    Eq. 2   L_Rank   = sum over pairs (better, worse) of max(0, s(worse) - s(better))
+    Eq. 3   L_RESCUE = L_SFT + alpha L_Rank             alpha "optimal between 0.01 and 0.1" (Sec. 7, Fig. 4)
 
-and the pairs come from an ordering, partial where that is all one knows (Sec. 3):
+and the pairs come from an ordering (Sec. 4), partial (PO) where that is all one knows, or full (FO):
 
-    human       the human response before every model response
-    label       responses with the right label (or answer) before the others; equals are not compared
-    hybrid      human, then right, then wrong (multi-document QA: right and anchored in the gold passage, then right,
-                then wrong)
-    similarity  full: by embedding similarity to the human response       gpt      full: by a stronger model's ranking
-    reward      full: by a reward model's score (with it and --length_scaling 1 this is RRHF)
-    none        supervised fine-tuning on the human response alone
+    human       PO: the human response before every model response
+    label       PO: responses with the right label (or answer) before the others; equals are not compared
+    hybrid      PO: human, then right, then wrong (multi-document QA, Sec. 5.2: right and anchored in the gold passage,
+                then right, then wrong)
+    similarity  FO: by embedding similarity to the human response
+    gpt         FO: the human response, then a stronger model's ranking of the others
+    none        supervised fine-tuning on the human response alone: Sec. 6.1's SFT
+    reward      FO: by a reward model's score, y* the best-rewarded: RRHF, with --length_scaling 1 --alpha 1
 
-Where the print and the released code (RRHF's) differ, the default is what gave the paper's results:
- 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. Used: the hinge
-    on violated pairs, summed over a prompt's pairs, then averaged over prompts.
- 2. Eq. 1 as printed is not normalised. Used: the mean token NLL of the best response, the first one among ties (so
-    the human one).
- 3. lambda goes by each candidate's `source`, not by its place in the list.
- 4. Batch 64 as printed (the released script runs 8); alpha 0.1 as released.
- 5. Multi-document QA has no human response and no SFT term: --no_sft.
+Where print and released code differ, the default is what gave the paper's results:
+ 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. Used: the
+    code's hinge (RRHF's) on violated pairs, summed over a prompt's pairs, then averaged over prompts.
+ 2. Eq. 1 as printed is not divided by |y*|; the code's is.
+ 3. y*: the code takes the best-scored response, in its data the human one. Used, except with `reward`: the human
+    response, else the best correct one, else the prompt has no SFT term.
+ 4. lambda: the code gives 1.0 to the first response of a list; here `source` decides. On multi-document QA the code has
+    1.0 for all: --length_scaling 1. Sec. 7 speaks of NLI alone.
+ 5. The paper ranks with alpha 0.01 to 0.1 and batch 64; the code's script has 0.1 and 8. Here 0.1 and 64.
+ 6. Multi-document QA has no human response and no SFT term: --no_sft. In print and code alike.
+ 7. Ours: a prompt without a pair and without y* is left out of the batches (the code computes its zeros), and of the
+    others only what is y* or in a pair is computed.
 
     torchrun --nproc_per_node 4 rescue.py --ordering label                            # the paper's main experiment
     torchrun --nproc_per_node 4 rescue.py --ordering none                             # its SFT baseline
     python rescue.py --ordering label --data d.jsonl --model demo/model --output runs/x   # one process, GPU or CPU
 """
 
+import math
 import random
+from collections import Counter
 
 import torch
 
@@ -52,37 +59,58 @@ def ranking_loss(scores, levels):
     return (violation * better).sum()
 
 
-def sft_loss(logprobs, lengths, levels):
-    """Eq. 1, normalised: mean token NLL of the best candidate, the first among ties. All [n] -> scalar."""
-    best = levels.argmax()
-    return -logprobs[best] / lengths[best]
+def sft_loss(logprobs, lengths, target):
+    """Eq. 1, divided by the length: the mean token NLL of y*, or 0 where there is none.
+
+    logprobs, lengths [n]; target [n] bool, true at y* alone -> scalar.
+    """
+    return torch.where(target, -logprobs / lengths, 0.0).sum()
 
 
 def preference(record, ordering):
-    """A record's candidates -> [n] preference levels, larger better; equal levels are not compared (Sec. 3 and 5)."""
+    """A record's candidates -> [n] preference levels, larger better (Sec. 4 and 5.2). Equal levels are not compared,
+    and NaN with nothing."""
     candidates = record["candidates"]
     human = [c["source"] in common.HUMAN for c in candidates]
-    if ordering in ("human", "none"):
+    if ordering == "none":
+        return [0.0] * len(candidates)
+    if ordering == "human":
         return [float(h) for h in human]
     if ordering in ("label", "hybrid"):
         # the human response carries the annotated label, so it is right unless it was marked otherwise
-        right = [c.get("correct", h) for c, h in zip(candidates, human)]
-        top = [h or c.get("anchor") == "gold" for c, h in zip(candidates, human)]
-        return [float(r) + (ordering == "hybrid" and r and t) for r, t in zip(right, top)]
-    if ordering == "gpt":  # annotated rank: 0 is the best; unranked records (null) have no pairs
-        return [-float(c["rank"]) if c["rank"] is not None else 0.0 for c in candidates]
-    if ordering == "similarity":  # the human response is what similarity is measured to
-        return [float("inf") if h else c["similarity"] for c, h in zip(candidates, human)]
-    return [c["reward"] for c in candidates]
+        right = [float(c.get("correct", h)) for c, h in zip(candidates, human)]
+        if ordering == "label":
+            return right
+        gold = [c.get("anchor") == "gold" for c in candidates]
+        return [2.0 if h else r + (r and g) for r, h, g in zip(right, human, gold)]
+    if ordering == "reward":
+        return [c["reward"] for c in candidates]
+    if ordering == "similarity":
+        value = [c.get("similarity") for c in candidates]
+    else:  # gpt: rank 0 is the best; null: the ranker gave none
+        value = [None if c.get("rank") is None else -c["rank"] for c in candidates]
+    return [math.inf if h else math.nan if v is None else v for v, h in zip(value, human)]
 
 
-def select_candidates(record, num_candidates, seed, human_only=False):
+def sft_target(record, levels, ordering):
+    """Where y* of Eq. 1 stands among the candidates: the human response, else the best correct one (the first among
+    equals), else None; with `reward` the best-rewarded one, as in RRHF."""
+    candidates = range(len(levels))
+    if ordering == "reward":
+        return max(candidates, key=lambda i: levels[i])
+    human = [i for i in candidates if record["candidates"][i]["source"] in common.HUMAN]
+    right = [i for i in candidates if record["candidates"][i].get("correct")]
+    best = sorted(right, key=lambda i: -math.inf if math.isnan(levels[i]) else levels[i], reverse=True)
+    return next(iter(human + best), None)
+
+
+def select_candidates(record, num_candidates, seed):
     """At most `num_candidates` of a record's candidates: the human ones always, a seeded draw of the others, in the
     file's order (Fig. 4)."""
     candidates = record["candidates"]
     human = [i for i, c in enumerate(candidates) if c["source"] in common.HUMAN]
     others = [i for i in range(len(candidates)) if i not in human]
-    room = 0 if human_only else max(0, num_candidates - len(human))
+    room = max(0, num_candidates - len(human))
     drawn = random.Random(f"{seed}-{record['id']}").sample(others, min(room, len(others)))
     return record | {"candidates": [candidates[i] for i in sorted(human[:num_candidates] + drawn)]}
 
@@ -92,12 +120,12 @@ def parse_args():
     orderings = ["human", "label", "hybrid", "similarity", "gpt", "reward", "none"]
     # fmt: off
     add = parser.add_argument_group("RESCUE").add_argument
-    add("--ordering", required=True, choices=orderings, help="Sec. 3; see above")
-    add("--alpha", type=in_range(float, 0), default=0.1, help="weight of the ranking loss; best 0.01-0.1, Sec. 7")
-    add("--length_scaling", type=in_range(float, 0), default=0.85, help="lambda of model responses, Eq. 3, Sec. 4")
-    add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses, Eq. 3, Sec. 4")
+    add("--ordering", required=True, choices=orderings, help="Sec. 4; see above")
+    add("--alpha", type=in_range(float, 0), default=0.1, help="weight of L_Rank, Eq. 3; best 0.01-0.1, Sec. 7")
+    add("--length_scaling", type=in_range(float, 0), default=0.85, help="lambda of model responses, Sec. 7, Fig. 5")
+    add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses, Sec. 7")
     add("--num_candidates", type=in_range(int, 1), default=5, help="a prompt's, the human one among them; Fig. 4")
-    add("--no_sft", action="store_true", help="drop Eq. 1, as multi-document QA does")
+    add("--no_sft", action="store_true", help="drop Eq. 1, as multi-document QA does, Sec. 6.3")
     # fmt: on
     defaults = {"lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
     common.add_training_flags(parser, model="meta-llama/Llama-2-7b-hf", **defaults)
@@ -111,42 +139,59 @@ def parse_args():
 
 NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
 RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
-COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
-  torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf --num_samples 4
+COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv --shuffle 0
+  torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf --shots 3
   python collect_candidates.py rank --task esnli --by {}"""
 
 
 def load_data(args):
-    """-> (records with their selected candidates, their levels, tensors [n]); prints what can be compared."""
+    """-> (records with the candidates to compute, their levels, their y*: tensors [n], bool); says what was found."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
     runtime.require_data(args.data, COLLECT.format(by))
     field = NEEDS.get(args.ordering)
-    records = common.load_candidates(args.data, limit=args.max_train_samples)
-    for record in records:
+    read = common.load_candidates(args.data, limit=args.max_train_samples)
+    records, levels, targets, count = [], [], [], Counter()
+    for record in read:
         where = f"{args.data}: record {record['id']!r}"
         human = [c["source"] in common.HUMAN for c in record["candidates"]]
         if not any(human) and args.ordering in ("human", "none", "similarity"):
             raise UserError(f"{where} has no human response, which --ordering {args.ordering} needs")
         for i, (c, h) in enumerate(zip(record["candidates"], human)):
-            if field and field not in c and not (h and field in ("correct", "similarity")):
+            if field and field not in c and not (h and field in ("correct", "similarity", "rank")):
                 hint = RANK_BY.format(by, args.data)
                 raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
-    records = [select_candidates(r, args.num_candidates, args.seed, args.ordering == "none") for r in records]
-    levels = [torch.tensor(preference(r, args.ordering)) for r in records]
-    pairs = [int((x[:, None] > x[None, :]).sum()) for x in levels]
-    if args.no_sft and not sum(pairs):
+        drawn = select_candidates(record, args.num_candidates, args.seed)
+        level = torch.tensor(preference(drawn, args.ordering))  # [n]
+        y = sft_target(drawn, level.tolist(), args.ordering)
+        target = torch.tensor([i == y and not args.no_sft for i in range(len(level))])  # [n]
+        better = level[:, None] > level[None, :]  # [n, n]
+        used = (target | better.any(0) | better.any(1)).nonzero()[:, 0]
+        human = y is not None and drawn["candidates"][y]["source"] in common.HUMAN
+        count["without y*" if y is None else "human" if human else "chosen"] += 1
+        count["pairs"] += int(better.sum())
+        count["not drawn"] += len(record["candidates"]) - len(drawn["candidates"])
+        if len(used):
+            records.append(drawn | {"candidates": [drawn["candidates"][i] for i in used]})
+            levels.append(level[used])
+            targets.append(target[used])
+    if not records or args.no_sft and not count["pairs"]:
         raise UserError(f"{args.data}: --ordering {args.ordering} finds no two candidates of different preference")
-    without = f"{pairs.count(0)} prompts without any (they train {'nothing' if args.no_sft else 'the SFT term alone'})"
-    say(f"{len(records)} prompts, {sum(pairs)} ordered pairs, {without}")
+    chosen = "the best-rewarded" if args.ordering == "reward" else "the best correct response"
+    found = f"the human response in {count['human']}, {chosen} in {count['chosen']}, none in {count['without y*']}"
+    say(f"{len(read)} prompts, {count['pairs']} ordered pairs; y* is", "not used: --no_sft" if args.no_sft else found)
+    if len(read) > len(records):
+        say(f"{len(read) - len(records)} prompts are left out: they have neither a pair nor an SFT term")
+    if count["not drawn"]:
+        say(f"--num_candidates {args.num_candidates} leaves out {count['not drawn']} model responses, a seeded draw")
     if args.no_sft:
         say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
-    return records, levels
+    return records, levels, targets
 
 
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    records, levels = load_data(args)
+    records, levels, targets = load_data(args)
     human = [torch.tensor([c["source"] in common.HUMAN for c in r["candidates"]]) for r in records]
     lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
     run = runtime.Run(args, device)
@@ -161,14 +206,14 @@ def main():
     for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
-        for _, weight, batch, lam, preferences in run.rows(prompts, lambdas, levels):
+        for _, weight, batch, lam, *columns in run.rows(prompts, lambdas, levels, targets):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
-            scores = logprobs / lengths**lam  # [N], Eq. 3
+            scores = logprobs / lengths**lam  # [N], s(y)
             row_loss = 0.0
-            by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, preferences)))
-            for s, logp, length, level in by_prompt:  # [n] each: pairs never cross prompts
-                rank_term, sft_term = ranking_loss(s, level), sft_loss(logp, length, level)
-                loss = args.alpha * rank_term + (0 if args.no_sft else sft_term)
+            by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, *columns)))
+            for s, logp, length, level, target in by_prompt:  # [n] each: pairs never cross prompts
+                rank_term, sft_term = ranking_loss(s, level), sft_loss(logp, length, target)
+                loss = sft_term + args.alpha * rank_term  # Eq. 3
                 row_loss = row_loss + loss
                 run.count(weight, pair_statistics(s, level), loss=loss, rank_loss=rank_term, sft_loss=sft_term)
             # FSDP averages over processes: the sum over the global batch / its prompts

@@ -1,10 +1,13 @@
-"""A reward model: any causal LM with a scalar head, trained on rankings (PRO Eq. 2, RESCUE Eq. 4).
+"""A reward model: any causal LM with a scalar head, trained on rankings (PRO Eq. 2).
 
 A response's reward r(x, y) is a linear function of the state at its last token, EOS. Of two responses the better one
 should get the larger reward (Bradley-Terry); a ranking of k responses is all its pairs:
 
     PRO Eq. 2      L = -log sigmoid( r(x, y_better) - r(x, y_worse) )
-    RESCUE Eq. 4   L = the mean of that over the prompt's ordered pairs, k (k - 1) / 2 without ties
+    of k responses L = the mean of that over the prompt's ordered pairs, k (k - 1) / 2 without ties
+
+RESCUE's Eq. 4, by which it explains rewards (it trains none), is another form: -log of the softmax of the best
+response's reward among all. For two responses it is the same.
 
 Which response is better, --ordering says: the annotated `rank` (HH's chosen and rejected, a stronger model's ranking),
 the right and the wrong `label`, another model's `reward`. Equals are not compared; a prompt's pairs share one forward,
@@ -37,7 +40,7 @@ from runtime import say
 
 
 def ranking_loss(rewards, levels):
-    """PRO Eq. 2 for two, RESCUE Eq. 4 for more: mean over pairs with levels[i] > levels[j] of -log sigmoid(r_i - r_j).
+    """PRO Eq. 2, for more than two the mean over pairs with levels[i] > levels[j] of -log sigmoid(r_i - r_j).
 
     rewards [n] fp32, levels [n], larger better -> scalar. Ties are not compared; no pairs give 0.
     """

@@ -11,7 +11,6 @@ from tqdm import tqdm
 
 import common
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
-from collecting.files import read_rows
 from collecting.flags import group
 from collecting.journal import Journal, settings_of
 from collecting.prompts import (
@@ -58,6 +57,8 @@ def prepare_esnli(row, where, index, template):
         "id": str(row.get("id", f"esnli-{index}")),
         "task": "esnli",
         "prompt": fill(template, fields, where),
+        "premise": fields["premise"],  # for the prompts that collect and evaluate: sample, teacher, nli --shots
+        "hypothesis": fields["hypothesis"],
         "label": fields["label"],
         "answers": None,
         "candidates": [human],
@@ -135,11 +136,47 @@ def check_passages(row, where):
 
 
 def prepare_multidoc_qa(row, where, index, template):
-    """A question with its documents -> record without candidates: `anchor` adds them."""
+    """A question with its documents -> record without candidates: `anchor` adds them.
+
+    With --gold_prompt (the released code's training prompt) the prompt shows the gold document alone.
+    """
     question = text_field(row, "question", where)
     keep = {k: row[k] for k in ("id", "answers", "gold_position", "documents")}
-    prompt = qa_prompt(template, question, row["documents"], where)
+    shown = [d for d in row["documents"] if d["gold"] or not row.get("gold_prompt")]
+    prompt = qa_prompt(template, question, shown, where)
     return keep | {"task": "multidoc_qa", "prompt": prompt, "label": None, "question": question, "candidates": []}
+
+
+def short_passages(rows, max_words):
+    """The questions none of whose passages has more words: for a small machine."""
+    for where, row in rows:
+        if all(len(c["text"].split()) <= max_words for c in check_passages(row, where)):
+            yield where, row
+
+
+def prepare_release(row, where, index, template):
+    """A row of the RESCUE authors' ranked files (data_dict, responses, scores) -> record.
+
+    The responses stay as they are, ``` around them included (their prompt has that too: --prompt_file). The first of
+    an e-SNLI row is the human one. `scores` become `reward`: rescue.py --ordering reward compares and chooses y* as
+    their trainer does, with --length_scaling 1 on multi-document QA.
+    """
+    data, responses, scores = (row.get(k) for k in ("data_dict", "responses", "scores"))
+    texts = isinstance(responses, list) and responses and all(isinstance(r, str) and r.strip() for r in responses)
+    if not isinstance(data, dict) or not texts or not isinstance(scores, list) or len(scores) != len(responses):
+        raise UserError(f"{where}: not a row of the released files: data_dict, responses, and as many scores")
+    if "ctxs" in data:
+        documents = check_passages(data, where)
+        documents = [{k: c[k] for k in ("title", "text")} | {"gold": c.get("isgold") is True} for c in documents]
+        place = next((i for i, d in enumerate(documents, 1) if d["gold"]), None)
+        more = {"id": f"release-{index}", "documents": documents, "gold_position": place}
+        record = prepare_multidoc_qa(data | more | {"gold_prompt": row.get("gold_prompt")}, where, index, template)
+        sources = ["model"] * len(responses)
+    else:
+        record = prepare_esnli(data, where, index, template) | {"id": f"release-{index}"}
+        sources = ["human"] + ["model"] * (len(responses) - 1)
+    candidates = zip(responses, sources, scores)
+    return record | {"candidates": [{"text": t, "source": s, "reward": r} for t, s, r in candidates]}
 
 
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -207,7 +244,7 @@ def hh_rows(args):
     if args.input and len(args.input) != len(args.subset):
         raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
     for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
-        rows = read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
+        rows = common.read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
         yield from ((where, row | {"subset": subset}) for where, row in rows)
 
 
@@ -225,9 +262,11 @@ def prepare_flags(add):
     add("--input", nargs="+", help="the files as downloaded, CSV, JSON or JSONL, plain or .gz (hh, alpaca: or the hub)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
+    add("--shuffle", type=int, metavar="SEED", help="shuffle the rows first, so that --limit draws from all of them")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")
     add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
+    add("--from_release", action="store_true", help="the rows are the RESCUE authors': data_dict, responses, scores")
     add("--split", choices=["train", "test"], default="train", help="of the hub's data set")
 
     hh = group(add, "hh")
@@ -237,6 +276,8 @@ def prepare_flags(add):
     qa("--num_documents", type=in_range(int, 2), default=10, help="documents a prompt (paper: 5 and 10)")
     qa("--gold_position", type=in_range(int, 1), nargs="+", help="1 is first; several: a record for each")
     qa("--seed", type=int, default=0, help="where the gold passage stands without --gold_position")
+    qa("--gold_prompt", action="store_true", help="the prompt shows the gold passage alone, as the released training")
+    qa("--max_words", type=in_range(int, 1), help="only questions none of whose passages has more words")
 # fmt: on
 
 
@@ -246,14 +287,27 @@ def prepare(args):
     if args.task == "hh":
         rows = hh_rows(args)
     elif args.input:
-        rows = itertools.chain.from_iterable(map(read_rows, args.input))
+        rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
     elif args.task == "alpaca":
         rows = hub_rows("tatsu-lab/alpaca", args.split)
     else:
         raise UserError(f"--task {args.task} needs --input, the files as downloaded")
-    whole = list(rows) if args.task == "multidoc_qa" else None
-    rows = itertools.islice(enumerate(whole or rows), args.skip, args.limit and args.skip + args.limit)
-    rows = rows if whole is None else choose_documents(whole, rows, args)
+    if args.from_release and args.task not in ("esnli", "multidoc_qa"):
+        raise UserError("--from_release reads RESCUE's files: --task esnli or multidoc_qa")
+    if args.max_words:
+        rows = short_passages(rows, args.max_words)
+    pool = rows = list(rows) if args.task == "multidoc_qa" or args.shuffle is not None else rows
+    rows = enumerate(rows)
+    if args.shuffle is not None:
+        rows = list(rows)
+        random.Random(args.shuffle).shuffle(rows)
+    rows = itertools.islice(rows, args.skip, args.limit and args.skip + args.limit)
+    if args.from_release:
+        convert = prepare_release
+    elif args.task == "multidoc_qa":
+        rows = choose_documents(pool, rows, args)
+    if args.gold_prompt:
+        rows = ((index, (where, row | {"gold_prompt": True})) for index, (where, row) in rows)
     records, left_out = {}, 0
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
         record = convert(row, where, index, template)

@@ -4,6 +4,7 @@ invariances."""
 import json
 import math
 import random
+import types
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import common
 import runtime
 from common import pair_statistics
-from rescue import preference, ranking_loss, select_candidates, sft_loss
+from rescue import load_data, preference, ranking_loss, select_candidates, sft_loss, sft_target
 
 
 def naive_ranking_loss(scores, ranks):
@@ -24,6 +25,14 @@ def naive_ranking_loss(scores, ranks):
             if ranks[i] > ranks[j]:
                 total += max(0.0, scores[j] - scores[i])
     return total
+
+
+RELEASED = [  # sums of token log-probabilities, tokens, scores; what the authors' rrhf_loss and sft_loss gave for them
+    ([-14.0, -11.66, -8.05, -14.84, -12.59], [7, 12, 9, 15, 11], [2.0, 1.0, 2.0, 1.0, 1.0], 1.464336, 2.0),
+    ([-4.49, -7.75, -14.26, -3.93], [5, 8, 13, 6], [3.0, 1.0, 2.0, 1.0], 1.083992, 0.898),
+    ([-12.5, -6.5, -6.2], [6, 9, 7], [1.0, 0.31, 0.74], 2.158327, 2.083333),
+    ([-9.0, -3.0, -2.0, -6.0, -1.0], [4, 3, 2, 6, 5], [5.0, 1.0, 4.0, 2.0, 3.0], 6.132484, 2.25),
+]
 
 
 class TestLoss:
@@ -70,13 +79,24 @@ class TestLoss:
     def test_infinite_levels(self):  # similarity puts the human response at infinity
         assert ranking_loss(torch.tensor([-2.0, -1.0]), torch.tensor([math.inf, 0.3])).item() == pytest.approx(1.0)
 
-    def test_sft_takes_the_first_best(self):
+    def test_sft_is_the_mean_over_the_target(self):
         logprobs, lengths = torch.tensor([-6.0, -4.0, -9.0]), torch.tensor([3.0, 4.0, 3.0])
-        assert sft_loss(logprobs, lengths, torch.tensor([1.0, 1.0, 0.0])).item() == pytest.approx(2.0)
-        assert sft_loss(logprobs, lengths, torch.tensor([0.0, 1.0, 2.0])).item() == pytest.approx(3.0)
+        assert sft_loss(logprobs, lengths, torch.tensor([False, False, True])).item() == pytest.approx(3.0)
+        assert sft_loss(logprobs, lengths, torch.tensor([False] * 3)).item() == 0.0
+
+    @pytest.mark.parametrize("logprobs, lengths, scores, rank_term, sft_term", RELEASED)
+    def test_the_released_loss(self, logprobs, lengths, scores, rank_term, sft_term):
+        logprobs, lengths, levels = (torch.tensor(x, dtype=torch.float32) for x in (logprobs, lengths, scores))
+        lambdas = torch.tensor([1.0] + [0.85] * (len(scores) - 1))
+        assert ranking_loss(logprobs / lengths**lambdas, levels).item() == pytest.approx(rank_term, abs=2e-6)
+        record = {"candidates": [{"source": "human"}] + [{"source": "m"}] * (len(scores) - 1)}
+        y = sft_target(record, scores, "label")
+        assert y == levels.argmax() and sft_loss(
+            logprobs, lengths, torch.arange(len(scores)) == y
+        ).item() == pytest.approx(sft_term, abs=2e-6)
 
     def test_length_scaling_by_hand(self):
-        # Eq. 3: -8 / 4**0.85 and -8 / 4**1
+        # s(y): -8 / 4**0.85 and -8 / 4**1
         got = common.length_normalized(torch.tensor([-8.0, -8.0]), torch.tensor([4.0, 4.0]), torch.tensor([0.85, 1.0]))
         assert got.tolist() == pytest.approx([-8 / 3.2490095854, -2.0])
 
@@ -103,7 +123,7 @@ class TestOrderings:
             ("label", [1, 1, 0, 0]),
             ("hybrid", [2, 1, 0, 0]),
             ("similarity", [math.inf, 0.4, 0.6, 0.2]),
-            ("gpt", [-1, 0, -3, -2]),
+            ("gpt", [math.inf, 0, -3, -2]),
             ("reward", [0.1, 0.5, -2.0, 0.4]),
         ],
     )
@@ -116,8 +136,62 @@ class TestOrderings:
         assert preference(record, "hybrid") == [2, 1, 0, 0]
         assert preference(record, "label") == [1, 1, 0, 0]
 
-    def test_unranked_record_has_no_pairs(self):
-        assert preference({"candidates": [{"source": "m", "rank": None}] * 2}, "gpt") == [0.0, 0.0]
+    def test_the_human_response_is_first_whatever_it_was_marked(self):
+        wrong = {"candidates": [c | {"correct": c["source"] == "m"} for c in self.record["candidates"]]}
+        assert preference(wrong, "hybrid") == [2, 1, 1, 1]
+        assert preference(wrong, "label") == [0, 1, 1, 1]  # "irrespective of whether they are human" (Sec. 4)
+        for ordering in ("human", "label", "hybrid", "similarity", "gpt"):
+            assert sft_target(wrong, preference(wrong, ordering), ordering) == 0
+
+    def test_gpt_compares_nothing_with_the_unranked(self):
+        ranks = [None, 1, None, 0]  # the human one is the ranker's reference and has none
+        record = {"candidates": [{"source": s, "rank": r} for s, r in zip("hmmm", ranks)]}
+        record["candidates"][0]["source"] = "human"
+        levels = torch.tensor(preference(record, "gpt"))
+        pairs = (levels[:, None] > levels[None, :]).nonzero().tolist()
+        assert pairs == [[0, 1], [0, 3], [3, 1]]
+        levels = torch.tensor(preference({"candidates": [{"source": "m", "rank": None}] * 2}, "gpt"))
+        assert not (levels[:, None] > levels[None, :]).any()
+
+    @pytest.mark.parametrize(
+        "candidates, ordering, at",
+        [
+            ([("m", True), ("m", False), ("human", True)], "label", 2),  # not the first of the best level
+            ([("m", False), ("m", True), ("m", True)], "label", 1),
+            ([("m", False), ("m", False)], "label", None),  # never a wrong answer
+            ([("m", None), ("m", None)], "gpt", None),
+        ],
+    )
+    def test_y_star(self, candidates, ordering, at):
+        record = {"candidates": [{"source": s, "correct": c, "rank": None} for s, c in candidates]}
+        record["candidates"] = [{k: v for k, v in c.items() if v is not None} for c in record["candidates"]]
+        assert sft_target(record, preference(record, ordering), ordering) == at
+
+    def test_y_star_is_the_best_correct_one(self):
+        anchors = [("distractor", True), ("gold", True), ("gold", False)]
+        record = {"candidates": [{"source": "m", "anchor": a, "correct": c} for a, c in anchors]}
+        assert sft_target(record, preference(record, "hybrid"), "hybrid") == 1
+        assert sft_target(self.record, preference(self.record, "reward"), "reward") == 1  # RRHF: the best-rewarded
+
+    def test_only_what_is_compared_or_fine_tuned_is_computed(self, cli, tiny, tmp_path):
+        """Four prompts without a human response: right and wrong ones; all wrong; all right; one that is right."""
+        marks = [[True, False, False], [False, False], [True, True], [False] * 4 + [True]]
+        records = [nli(i, *(f"t{j}" for j in range(len(m)))) | {"id": f"r{i}"} for i, m in enumerate(marks)]
+        for record, m in zip(records, marks):
+            for c, correct in zip(record["candidates"], m):
+                c |= {"correct": correct, "source": "m"}
+        data = write_jsonl(tmp_path / "d.jsonl", records)
+        more = ("--data", data, "--model", tiny, "--batch_size", 2, "--lr", "1e-3")
+        out = cli("rescue", "--ordering", "label", "--no_sft", *more, "--output", tmp_path / "a").out
+        assert "4 prompts, 6 ordered pairs" in out and "2 prompts are left out" in out
+        out = cli("rescue", "--ordering", "label", "--num_candidates", 4, *more, "--output", tmp_path / "b").out
+        assert "the human response in 0, the best correct response in 3, none in 1" in out
+        assert "1 prompts are left out" in out and "leaves out 1 model responses" in out
+        args = types.SimpleNamespace(data=data, ordering="label", no_sft=False, num_candidates=5, seed=0)
+        args.max_train_samples = None
+        records, levels, targets = load_data(args)
+        assert [len(r["candidates"]) for r in records] == [3, 1, 5]  # of two right ones y* alone
+        assert [x.tolist() for x in targets] == [[True, False, False], [True], [False] * 4 + [True]]
 
     def test_selection_keeps_the_human(self):
         record = make_records(1, candidates=6)[0]
