@@ -237,7 +237,8 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         model.set_attn_implementation("spans")
     if args.activation_checkpointing:
         options = {"use_reentrant": False}  # before fully_shard
-        model.activation_checkpointing_enable(options, every_n_layers=args.activation_checkpointing)
+        old = model.gradient_checkpointing_enable  # its name in transformers 5.17; 5.23 warns of it
+        getattr(model, "activation_checkpointing_enable", old)(options, every_n_layers=args.activation_checkpointing)
     weights = model.state_dict() if loaded else {}
     model = shard(model.train(), device)
     if dist.get_world_size() > 1:
