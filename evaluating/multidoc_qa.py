@@ -1,4 +1,4 @@
-"""The verb multidoc-qa: gold answers in generated ones, by the gold passage's place (RESCUE Sec. 5.2)."""
+"""The verb multidoc-qa: gold answers in generated ones, by the gold passage's place (RESCUE Sec. 6.3, Table 2)."""
 
 from collecting.answers import has_answer
 from collecting.flags import generation_flags
@@ -15,7 +15,7 @@ def multidoc_qa_flags(add):
 
 
 def multidoc_qa(args):
-    """Generate an answer to every question and look for a gold answer in it, by the gold passage's place (RESCUE 5.2).
+    """Generate an answer to every question and look for a gold answer in it, by the gold passage's place (Sec. 6.3).
 
     An answer counts if any gold answer, normalised, is a substring of it so normalised. Both readings are reported:
     the whole answer (as the RESCUE authors do) and its first non-empty line (as Liu et al. do).

@@ -1,4 +1,4 @@
-"""The verb nli: labels of generated answers (RESCUE, Tables 2 and 3)."""
+"""The verb nli: labels of generated answers (RESCUE, Table 1)."""
 
 from collecting.answers import NLI_LABELS, parse_nli
 from collecting.flags import generation_flags
@@ -16,7 +16,7 @@ def nli_flags(add):
 
 
 def nli(args):
-    """Generate an answer to every prompt and compare its label with the record's (RESCUE, Tables 2 and 3, Fig. 6)."""
+    """Generate an answer to every prompt and compare its label with the record's (RESCUE, Table 1, Fig. 6)."""
     records = list(read_records(args.input))
     for record in records:
         if record.get("label") not in NLI_LABELS:
