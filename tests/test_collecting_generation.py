@@ -13,11 +13,11 @@ from common import UserError
 
 
 class TestGenerate:
-    def test_samples_are_those_of_plain_generate(self, tiny, tokenizer):
+    def test_samples_are_those_of_plain_generate(self, tiny, tokenizer, monkeypatch):
         """The prompt is read once, and the draw is the plain one: same seed, same tokens; log-probabilities are those
         before temperature and top_p, even where the model's own configuration asks for a repetition penalty."""
         model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
-        model.generation_config.repetition_penalty = 1.5
+        monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
         options = {"max_new_tokens": 9, "temperature": 0.7, "top_p": 0.9}
         prompts = ["A man sleeps on the", "Two"]
         torch.manual_seed(1)
