@@ -1,8 +1,9 @@
 """What the three methods share: records in, packed rows, length-normalised scores, flags. No loss lives here.
 
-The one idea of the shared computation: the candidates of a prompt share its tokens, so the prompt is read once. A row
-is `prompt, candidate 1, ..., candidate n`, then the next prompt. A candidate's token sees its own prompt and itself;
-positions restart after the prompt; logits are computed only where a response token is predicted.
+The one idea of the shared computation: what sequences begin with in common, the prompt of n candidates or the examples
+before several prompts, is read once. A row is a prefix tree, depth first: a prompt, its candidates, the next prompt. A
+token sees its ancestors and itself; its position is its depth; logits are computed only where a response token is
+predicted.
 
     encode(tokenizer, record)        one prompt and its candidates as token ids
     pack(encoded_records)            a row of one or more of them; pack_padded: the plain way, one sequence a candidate
@@ -241,12 +242,14 @@ def cut_left(tokenizer, ids, room):
 
 @dataclasses.dataclass
 class PackedBatch:
-    """One row of one or more prompts, each followed by its candidates (or, padded: one sequence a candidate).
+    """One row: the prefix tree of some prompts and their candidates (or, padded: one sequence a candidate).
 
-    input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or a BlockMask
-    logit_positions [R], targets [R], candidate_index [R]: where response token r is predicted, its id, its candidate
+    input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or what else the attention reads
+    logit_positions [R], targets [R]: where token r is predicted, and its id
+    token_index [C], candidate_index [C]: prediction token_index[c] counts for candidate candidate_index[c]
+    last_positions [N]: where each candidate's last token stands
     sizes: candidates of each prompt; num_candidates N = sum(sizes); longest: tokens of the longest prompt + response
-    Padded: input_ids and attention_mask [N, L], position_ids None, logit_positions into the flattened N * L.
+    Padded: input_ids and attention_mask [N, L], position_ids None, positions into the flattened N * L.
     """
 
     input_ids: torch.Tensor
@@ -254,62 +257,63 @@ class PackedBatch:
     attention_mask: object
     logit_positions: torch.Tensor
     targets: torch.Tensor
+    token_index: torch.Tensor
     candidate_index: torch.Tensor
+    last_positions: torch.Tensor
     sizes: list[int]
     num_candidates: int
     longest: int
 
     def to(self, device):
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}  # a BlockMask is there already
-        if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
+        if device.type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-def dense_mask(spans):
-    """The spans of a row -> attention mask [1, 1, T, T] bool: what every attention takes."""
-    segment, home = segments(spans)
-    mask = visible(segment[:, None], home[:, None], segment).tril()[None, None]
-    mask.spans = spans  # for runtime.attend_spans; any other attention reads the mask itself
-    return mask
+def sees(end, query, key):
+    """Whether the token at row position `query` sees the one at `key`: an ancestor, or itself."""
+    return (key <= query) & (query < end[key])
+
+
+def dense_mask(end):
+    """end [T] of a row -> attention mask [1, 1, T, T] bool: what every attention takes."""
+    position = torch.arange(len(end))
+    return sees(end, position[:, None], position)[None, None]
+
+
+def shared_start(a, b):
+    """How many tokens two sequences begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def pack(encoded_records, mask_of=dense_mask, block=1):
-    """Pack encoded records into one row -> PackedBatch. `mask_of` makes its mask from the row's spans, (tokens, number
-    of the prompt's span) each; the row is filled up to a multiple of `block` with a span that nobody looks at."""
-    ids, positions, logit_positions, targets, candidate_index, sizes = [], [], [], [], [], []
-    spans = []  # a span is a prompt or a response: (its tokens, the span of its prompt)
-    for e in encoded_records:
-        P, prompt = len(e.prompt_ids), len(spans)
-        last = len(ids) + P - 1  # the last prompt token predicts the first token of all n responses
-        ids += e.prompt_ids
-        positions += range(P)
-        spans.append((P, prompt))
-        for n, response in enumerate(e.responses, sum(sizes)):
-            logit_positions += [last, *range(len(ids), len(ids) + len(response) - 1)]
-            targets += response
-            candidate_index += [n] * len(response)
-            ids += response
-            positions += range(P, P + len(response))
-            spans.append((len(response), prompt))
-        sizes.append(len(e.responses))
-    tensors = [torch.tensor(x)[None] for x in (ids, positions)]
-    tensors += [torch.tensor(x) for x in (logit_positions, targets, candidate_index)]
+    """Pack encoded records into one row, a prefix tree -> PackedBatch.
+
+    Sorted, the sequences prompt + response stand beside those that they share most with: each adds to the row what the
+    one before it did not begin with. So a token's descendants stand right behind it, up to end[token], and nobody else
+    there. `mask_of` makes the mask from end [T]; the row is filled up to a multiple of `block` with tokens that no
+    other token sees.
+    """
+    sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
+    ids, positions, end, path, before = [], [], [], [], []  # path: where in the row the tokens of a sequence stand
+    predictions, uses, last_positions = {}, [], [0] * len(sequences)  # predictions: {(position, target): number}
+    for n, (tokens, P) in sorted(enumerate(sequences), key=lambda x: x[1]):
+        shared = shared_start(tokens, before)
+        path = path[:shared] + [*range(len(ids), len(ids) + len(tokens) - shared)]
+        ids += tokens[shared:]
+        positions += range(shared, len(tokens))
+        end += [0] * (len(tokens) - shared)
+        for k in path:
+            end[k] = len(ids)
+        uses += [(predictions.setdefault(x, len(predictions)), n) for x in zip(path[P - 1 : -1], tokens[P:])]
+        last_positions[n], before = path[-1], tokens
     fill = -len(ids) % block
-    mask = mask_of(spans + [(fill, len(spans))] * (fill > 0))
-    tensors[:2] = [F.pad(x, (0, fill)) for x in tensors[:2]]
-    return PackedBatch(*tensors[:2], mask, *tensors[2:], sizes, sum(sizes), max(positions) + 1)
-
-
-def segments(spans):
-    """-> (segment [T], home [T]): each token's span, and the span of its prompt."""
-    lengths, home = torch.tensor(spans).unbind(1)
-    return torch.arange(len(spans)).repeat_interleave(lengths), home.repeat_interleave(lengths)
-
-
-def visible(segment, home, other):
-    """Whether a token of span `segment` with the prompt `home` sees an earlier token of span `other`."""
-    return (other == segment) | (other == home)
+    mask = mask_of(torch.tensor(end + [len(ids) + fill] * fill))
+    tensors = [F.pad(torch.tensor(x)[None], (0, fill)) for x in (ids, positions)] + [mask]
+    tensors += [*torch.tensor([*predictions]).T, *torch.tensor(uses).T, torch.tensor(last_positions)]
+    sizes = [len(e.responses) for e in encoded_records]
+    return PackedBatch(*tensors, sizes, len(sequences), max(positions) + 1)
 
 
 def pack_padded(encoded_records, pad_id=0):
@@ -326,9 +330,10 @@ def pack_padded(encoded_records, pad_id=0):
         logit_positions += range(i * L + len(p) - 1, i * L + len(p) + len(r) - 1)
         targets += r
         candidate_index += [i] * len(r)
-    indices = [torch.tensor(x) for x in (logit_positions, targets, candidate_index)]
+    last_positions = [i * L + len(p) + len(r) - 1 for i, (p, r) in enumerate(sequences)]
+    indices = [logit_positions, targets, range(len(targets)), candidate_index, last_positions]
     sizes = [len(e.responses) for e in encoded_records]
-    return PackedBatch(input_ids, None, mask, *indices, sizes, len(sequences), L)
+    return PackedBatch(input_ids, None, mask, *map(torch.tensor, indices), sizes, len(sequences), L)
 
 
 def candidate_logprobs(model, batch, max_logits=2**27):
@@ -345,6 +350,7 @@ def candidate_logprobs(model, batch, max_logits=2**27):
         logits = model(**_inputs(batch)).logits.flatten(0, 1)  # [R, V], or padded [N * L, V]
         logits = logits[batch.logit_positions] if batch.position_ids is None else logits
         token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
+    token_logprobs = token_logprobs[batch.token_index]  # [C]: a token that candidates share counts for each
     zeros = token_logprobs.new_zeros(batch.num_candidates)
     logprobs = zeros.index_add(0, batch.candidate_index, token_logprobs)
     lengths = zeros.index_add(0, batch.candidate_index, torch.ones_like(token_logprobs))
@@ -357,8 +363,8 @@ def refuse_misread(config, batch):
     if batch.position_ids is None:
         return
     attention, text = config._attn_implementation, config.get_text_config()
-    fit = ("sdpa", "spans") if isinstance(batch.attention_mask, torch.Tensor) else ("flex_attention",)
-    if attention not in fit:
+    fit = ("sdpa", "blocks") if isinstance(batch.attention_mask, torch.Tensor) else ("flex_attention",)
+    if attention not in fit[hasattr(batch.attention_mask, "blocks") :]:
         hint = f"load the model with attn_implementation={fit[0]!r}, or use pack_padded"
         raise UserError(f"attention {attention!r} misreads the mask of a packed row: {hint}")
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
@@ -451,7 +457,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add = parser.add_argument_group("rows and memory").add_argument
     add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
     add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")
-    add("--attn", choices=["auto", "spans", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, spans on CPU")
+    add("--attn", choices=["auto", "blocks", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
     add("--activation_checkpointing", nargs="?", const=1, default=0, type=in_range(int, 0), metavar="N",
         help="recompute every N-th layer (N 1: all) in the backward: less memory, up to a third more time")
     add = parser.add_argument_group("the run's folder").add_argument

@@ -70,37 +70,22 @@ def add_score_forward(model):
     model.forward = forward
 
 
-def last_positions(encoded, batch):
-    """-> [N]: where each candidate's last token, EOS, stands in the flattened rows of common.pack or pack_padded."""
-    ends, row = [], 0  # row: where the sequence, or in a packed row the prompt, begins
-    for e in encoded:
-        at = row + len(e.prompt_ids)
-        for response in e.responses:
-            ends.append(at + len(response) - 1)
-            if batch.position_ids is None:
-                row += batch.input_ids.shape[1]
-                at = row + len(e.prompt_ids)
-            else:
-                row = at = at + len(response)
-    return torch.tensor(ends, device=batch.input_ids.device)
-
-
-def candidate_rewards(model, encoded, batch):
+def candidate_rewards(model, batch):
     """-> rewards [N], fp32: the score at each candidate's last token."""
-    return model(batch.input_ids, batch.attention_mask, batch.position_ids, last_positions(encoded, batch))
+    return model(batch.input_ids, batch.attention_mask, batch.position_ids, batch.last_positions)
 
 
 @torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
-    """Score one prompt packed and padded, as runtime.check_packing does for log-likelihoods."""
+    """Score two prompts packed and padded, as runtime.check_packing does for log-likelihoods."""
     if args.padded:
         return
-    shortest = [min(encoded, key=lambda e: e.num_tokens)] * 2
+    shortest = sorted(encoded, key=lambda e: e.num_tokens)[:2]
     model.eval()
     score = torch.randn(model.config.hidden_size, device=device)  # the head may still be zero: compare states instead
     head, model.score.forward = model.score.forward, lambda states: (states.float() @ score)[:, None]
-    packed = candidate_rewards(model, shortest, runtime.make_batch(shortest, args, tokenizer, device))
-    plain = candidate_rewards(model, shortest, common.pack_padded(shortest, tokenizer.pad_token_id).to(device))
+    packed = candidate_rewards(model, runtime.make_batch(shortest, args, tokenizer, device))
+    plain = candidate_rewards(model, common.pack_padded(shortest, tokenizer.pad_token_id).to(device))
     model.score.forward = head
     model.train()
     if hasattr(model, "reshard"):
@@ -140,12 +125,12 @@ def evaluate(run):
     args, model = run.args, run.model
     records, levels = load_levels(args.eval_data, args)
     encoded = runtime.encode_all(run.tokenizer, records, args)
-    plan = runtime.plan_rows([e.num_tokens for e in encoded], run.row_budget, run.world)[run.process]
+    plan = runtime.plan_rows(encoded, run.row_budget, run.world)[run.process]
     sums = torch.zeros(3, device=run.device)
     model.eval()
     for row, weight in tqdm(plan, desc="held out", disable=run.process != 0):
         some = [encoded[i] for i in row]
-        rewards = candidate_rewards(model, some, runtime.make_batch(some, args, run.tokenizer, run.device))
+        rewards = candidate_rewards(model, runtime.make_batch(some, args, run.tokenizer, run.device))
         for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
             sums += weight * torch.stack(pair_statistics(r, levels[i].to(run.device)))
     model.train()
@@ -205,8 +190,8 @@ def main():
     for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
-        for row, weight, batch, preferences in run.rows(prompts, levels):
-            rewards = candidate_rewards(model, [encoded[i] for i in row], batch)  # [N]
+        for _, weight, batch, preferences in run.rows(prompts, levels):
+            rewards = candidate_rewards(model, batch)  # [N]
             row_loss = 0.0
             for r, level in zip(rewards.split(batch.sizes), preferences.split(batch.sizes)):  # [n] each
                 loss = ranking_loss(r, level)

@@ -1,6 +1,7 @@
 """What a training run needs around its loop: processes, loading, FSDP2, attention backends, row plan, the
 run's folder, checkpoints."""
 
+import bisect
 import contextlib
 import errno
 import fcntl
@@ -36,9 +37,12 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
 import common
-from common import UserError, encode, pack, pack_padded, segments, visible
+from common import UserError, dense_mask, encode, pack, pack_padded, sees, shared_start
 
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
+
+
+CPU_BLOCK = 64  # queries that attend_blocks takes at a time
 
 
 FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
@@ -72,89 +76,106 @@ def run_cli(main):
             dist.destroy_process_group()
 
 
-def attend_spans(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention over a packed row, span by span: a prompt over itself, a response over its prompt and itself, so that
-    what no token sees is not computed; FlexAttention does so on CUDA but has no backward on CPU. query [1, H, T, D],
-    key and value [1, KV, T, D] -> ([1, T, H, D], None), as transformers' AttentionInterface asks; SDPA elsewhere."""
-    spans = getattr(attention_mask, "spans", None)
-    if spans is None:
+def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention over a packed row, CPU_BLOCK queries at a time over the keys that one of them sees: what no token sees
+    is hardly computed; FlexAttention does so on CUDA but has no backward on CPU. query [1, H, T, D], key and value
+    [1, KV, T, D] -> ([1, T, H, D], None), as transformers' AttentionInterface asks; SDPA for any other mask."""
+    blocks = getattr(attention_mask, "blocks", None)
+    if blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
-    q, k, v = (x.split([length for length, _ in spans], dim=2) for x in (query, key, value))
     out = []
-    for i, (length, home) in enumerate(spans):
-        if home == i:
-            out.append(F.scaled_dot_product_attention(q[i], k[i], v[i], is_causal=True, **options))
-        else:
-            keys, values = torch.cat([k[home], k[i]], dim=2), torch.cat([v[home], v[i]], dim=2)
-            mask = torch.ones(length, keys.shape[2], dtype=torch.bool, device=q[i].device).tril(spans[home][0])
-            out.append(F.scaled_dot_product_attention(q[i], keys, values, attn_mask=mask, **options))
+    for queries, (keys, mask) in zip(query.split(CPU_BLOCK, dim=2), blocks, strict=True):
+        k, v, mask = key.index_select(2, keys), value.index_select(2, keys), mask.to(query.dtype)
+        out.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, **options))
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("spans", attend_spans)
+AttentionInterface.register("blocks", attend_blocks)
 
 
-AttentionMaskInterface.register("spans", sdpa_mask)  # of padded rows
+AttentionMaskInterface.register("blocks", sdpa_mask)  # of padded rows
 
 
-def pack_flex(encoded_records, device):
-    """pack() with FlexAttention's BlockMask on `device`."""
-    return pack(encoded_records, lambda spans: block_mask(spans, device), FLEX_BLOCK)
+def key_blocks(end):
+    """The mask for attend_blocks, from end [T] of a row: `blocks` holds, for CPU_BLOCK queries each, the keys that one
+    of them sees and 0 or -inf [queries, keys]. The tensor itself is one number seen as [1, 1, T, T]."""
+    position = torch.arange(len(end))
+    mask = torch.ones((), dtype=torch.bool).expand(1, 1, len(end), len(end))
+    mask.blocks = []
+    for queries in position.split(CPU_BLOCK):
+        keys = position[: queries[-1] + 1]
+        keys = keys[end[keys] > queries[0]]
+        mask.blocks.append((keys, torch.where(sees(end, queries[:, None], keys), 0.0, -torch.inf)))
+    return mask
 
 
-def block_mask(spans, device):
-    """The mask of a row of whole blocks as a BlockMask on `device`, from the few spans: nothing of size T x T."""
+def block_mask(end, device):
+    """FlexAttention's mask on `device`, from end [T] of a row of whole blocks: nothing of size T x T."""
     from torch.nn.attention.flex_attention import BlockMask
 
-    segment, home = segments(spans)
-    inside = torch.zeros(len(segment) // FLEX_BLOCK, len(spans))  # [blocks, spans]: 1 where they overlap
-    inside[torch.arange(len(segment)) // FLEX_BLOCK, segment] = 1
-    number, prompt = torch.arange(len(spans)), torch.tensor(spans)[:, 1]
-    seen_by = visible(number[:, None], prompt[:, None], number).float()  # [spans, spans]
-    seen = (inside @ seen_by @ inside.T > 0).tril()  # [blocks, blocks]: some pair is visible; in an earlier block
-    whole = (seen & ~(inside @ (1 - seen_by) @ inside.T > 0)).tril(-1)  # every key precedes every query, so exactly
-    segment, home = segment.to(device), home.to(device)
-
-    def token_mask(b, h, q, k):
-        return (q >= k) & visible(segment[q], home[q], segment[k])
-
+    ends = end.view(-1, FLEX_BLOCK)
+    first = torch.arange(0, len(end), FLEX_BLOCK)[:, None]  # the first query of each block
+    seen = (ends.amax(1) > first).tril()  # [blocks of queries, blocks of keys]: some pair is visible
+    whole = (ends.amin(1) >= first + FLEX_BLOCK).tril(-1)  # all are
+    end = end.to(device)
     ordered = []
     for blocks in (seen & ~whole, whole):
         order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
         ordered += [x.int()[None, None].to(device) for x in (blocks.sum(-1), order)]
-    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=token_mask)
+    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, q, k: sees(end, q, k))
 
 
-def plan_rows(lengths, max_tokens, world):
-    """Share out prompts of `lengths` tokens over the rows of `world` processes -> rows[process]: (indices, weight)s.
+def added_tokens(encoded_records):
+    """The records' numbers in the order that puts shared prompts side by side -> [(number, its tokens, those of them
+    that the one before it began with)]."""
+    order, before = [], []
+    for i in sorted(range(len(encoded_records)), key=lambda i: encoded_records[i].prompt_ids):
+        e = encoded_records[i]
+        order.append((i, e.num_tokens, shared_start(e.prompt_ids, before)))
+        before = e.prompt_ids
+    return order
 
-    Longest first, each into the emptiest row (rows then hold about equally much), the number of rows the smallest
-    multiple of `world` with every row within `max_tokens`; a prompt longer than that has a row of its own. All get
-    equally many rows, since each forward is a collective under FSDP: one that runs out repeats a row with weight 0.
+
+def unique_tokens(encoded_records):
+    """What a row of these records holds, but for starts that the candidates of a prompt share."""
+    return sum(tokens - shared for _, tokens, shared in added_tokens(encoded_records))
+
+
+def plan_rows(encoded_records, max_tokens, world):
+    """Share out prompts over the rows of `world` processes -> rows[process], a list of (indices, weight).
+
+    Prompts that share a start stand in one row, which reads it once. The number of rows is the smallest multiple of
+    `world` with every row within `max_tokens` (a prompt longer than that has a row of its own), and the longest of them
+    is then as short as it can be. Processes get equally many rows, since each forward is a collective under FSDP: one
+    that runs out repeats a row with weight 0.
     """
-    k = min(len(lengths), max(1, math.ceil(sum(lengths) / max_tokens)))
-    k = min(len(lengths), math.ceil(k / world) * world)
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while True:
-        rows, load = [[] for _ in range(k)], [0] * k
-        for i in order:
-            r = load.index(min(load))
-            rows[r].append(i)
-            load[r] += lengths[i]
-        if k == len(lengths) or all(n <= max_tokens or len(row) == 1 for n, row in zip(load, rows)):
-            break
-        k = min(len(lengths), k + world)
-    rows = [row for _, row in sorted(zip(load, rows), reverse=True)]
-    plan = [[(sorted(row), 1.0) for row in rows[process::world]] for process in range(world)]
-    for share in plan:
-        share += [(rows[-1], 0.0)] * (len(plan[0]) - len(share))
+    order = added_tokens(encoded_records)
+
+    def cut(budget):  # -> rows within the budget, [their indices], [their tokens]
+        rows, loads = [], []
+        for i, tokens, shared in order:
+            if rows and loads[-1] + tokens - shared <= budget:
+                rows[-1].append(i)
+                loads[-1] += tokens - shared
+            else:
+                rows.append([i])
+                loads.append(tokens)
+        return rows, loads
+
+    k = math.ceil(len(cut(max_tokens)[0]) / world) * world
+    budget = bisect.bisect_left(range(max_tokens), True, key=lambda tokens: len(cut(tokens)[0]) <= k)
+    rows, loads = cut(budget)
+    rows = [sorted(row) for _, row in sorted(zip(loads, rows), reverse=True)]  # equally long ones side by side
+    plan = [[(row, 1.0) for row in rows[process::world]] for process in range(world)]
+    for process in range(world):
+        plan[process] += [(rows[-1], 0.0)] * (len(plan[0]) - len(plan[process]))
     return plan
 
 
-def describe_plan(plan, lengths, max_tokens):
+def describe_plan(plan, encoded_records, max_tokens):
     """-> "7 rows each, 93% full, the slowest process 2% over the mean": processes wait for each other at every row."""
-    loads = [[sum(lengths[i] for i in row) for row, _ in rows] for rows in plan]  # [world][rows]
+    loads = [[unique_tokens([encoded_records[i] for i in row]) for row, _ in rows] for rows in plan]  # [world][rows]
     steps, total = list(zip(*loads)), sum(map(sum, loads))
     full = total / (len(plan) * len(steps) * max(max_tokens, *map(max, steps)))
     over = sum(map(max, steps)) * len(plan) / total - 1
@@ -216,7 +237,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     layer, then the root. Process 0 alone reads the checkpoint and gives the others their shards."""
     tokenizer = load_tokenizer(args.model)
     if args.attn == "auto":
-        args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "spans"
+        args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "blocks"
     attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
     loaded = []
 
@@ -233,8 +254,9 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
             f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded"
         )
     model.config.use_cache = False
-    if args.attn == "spans" and model.config._attn_implementation == "sdpa":  # some models need their own
-        model.set_attn_implementation("spans")
+    if args.attn == "blocks" and model.config._attn_implementation == "sdpa":  # some models need their own
+        model.set_attn_implementation("blocks")
+    args.attn = model.config._attn_implementation  # make_batch's masks are for it
     if args.activation_checkpointing:
         options = {"use_reentrant": False}  # before fully_shard
         old = model.gradient_checkpointing_enable  # its name in transformers 5.17; 5.23 warns of it
@@ -305,18 +327,25 @@ def encode_all(tokenizer, records, args):
     return encoded
 
 
+def pack_for(attn, encoded_records, device):
+    """pack() on `device` with the mask that the attention `attn` of a model's config reads."""
+    if attn == "flex_attention":
+        return pack(encoded_records, lambda end: block_mask(end, device), FLEX_BLOCK).to(device)
+    return pack(encoded_records, key_blocks if attn == "blocks" else dense_mask).to(device)
+
+
 def make_batch(encoded_records, args, tokenizer, device):
-    """pack() or, with --padded, pack_padded(), on `device`."""
+    """pack_for() the model's attention or, with --padded, pack_padded(), on `device`."""
     if args.padded:
         return pack_padded(encoded_records, tokenizer.pad_token_id).to(device)
-    return (pack_flex(encoded_records, device) if args.attn == "flex" else pack(encoded_records)).to(device)
+    return pack_for(args.attn, encoded_records, device)
 
 
 def check_packing(model, encoded, args, tokenizer, device):
-    """common.check_packing on a run's shortest prompt, twice, in its rows: a model that cannot take them: --padded."""
+    """common.check_packing on a run's two shortest prompts in its rows: a model that cannot take them: --padded."""
     if args.padded:
         return
-    some, tolerance = [min(encoded, key=lambda e: e.num_tokens)] * 2, 1e-3 if device.type == "cpu" else 0.1  # bf16
+    some, tolerance = sorted(encoded, key=lambda e: e.num_tokens)[:2], 1e-3 if device.type == "cpu" else 0.1  # bf16
     try:
         common.check_packing(model, some, tolerance, lambda row: make_batch(row, args, tokenizer, device))
     except UserError as e:
@@ -438,9 +467,9 @@ class Run:
         self.start = self.restore(model, optimizer)
 
     def plan(self, prompts):
-        """-> each process's rows over these prompts, as plan_rows gives them, and the prompts' lengths in tokens."""
-        lengths = [self.encoded[i].num_tokens for i in prompts]
-        return plan_rows(lengths, self.row_budget, self.world), lengths
+        """-> each process's rows over these prompts, as plan_rows gives them, and the encoded prompts."""
+        encoded = [self.encoded[i] for i in prompts]
+        return plan_rows(encoded, self.row_budget, self.world), encoded
 
     def steps(self, batches):
         """Yield (step, the prompts of its global batch) from `start` on, its learning rate set; after each one save a
@@ -513,7 +542,7 @@ class Run:
         line = {"step": self.step + 1} | {k: v / len(self.prompts) for k, v in zip(self.names, losses)}
         line |= {"pair_accuracy": in_order / max(pairs, 1), "gap": gap / max(pairs, 1)}
         line |= {"grad_norm": grad_norm, "lr": self.learning_rate}
-        tokens = sum(self.encoded[i].num_tokens for i in self.prompts)
+        tokens = unique_tokens([self.encoded[i] for i in self.prompts])
         line |= speed(self.model, tokens, time.perf_counter() - self.began, self.device)
         if self.process == 0:
             with open(self.output / "log.jsonl", "a") as f:

@@ -82,14 +82,10 @@ def preference_loss(scores):
 # Contenders: (model, encoded records) -> (loss to call backward on, scores or None)
 
 
-def ours(model, encoded, device, attn="sdpa"):
-    batch = (runtime.pack_flex(encoded, device) if attn == "flex" else common.pack(encoded)).to(device)
+def ours(model, encoded, device):
+    batch = runtime.pack_for(model.config._attn_implementation, encoded, device)
     scores = common.length_normalized(*common.candidate_logprobs(model, batch), 0.85)
     return sum(map(preference_loss, scores.split(batch.sizes))), scores
-
-
-def ours_flex(model, encoded, device):
-    return ours(model, encoded, device, "flex")
 
 
 def padded_rows(encoded, device):
@@ -213,7 +209,8 @@ def measure(contenders, model, optimizer, shape, args, device):
     for turn in range(args.warmup + args.repeats):
         scores = {}
         for name, contender in contenders.items():
-            model.set_attn_implementation("spans" if (name, device.type) == ("ours", "cpu") else ATTENTION[name])
+            attn = "blocks" if (name, device.type) == ("ours", "cpu") else ATTENTION[name]
+            model.set_attn_implementation(attn)
             seconds, peak, scores[name] = timed_step(contender, model, optimizer, encoded, device)
             if turn >= args.warmup:
                 result[name]["seconds"].append(seconds)
@@ -427,7 +424,7 @@ def run(args, report, output, device):
     if device.type == "cuda" and not args.contenders:
         names = ["ours", "ours_flex", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
         names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
-    makers = {"ours": ours, "ours_flex": ours_flex, "padded": padded, "flash_pref": flash_pref}
+    makers = {"ours": ours, "ours_flex": ours, "padded": padded, "flash_pref": flash_pref}
     contenders = {name: makers.get(name) or make_trl(model, tokenizer) for name in names}
     lr = 1e-6 if report["optimizer"] else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)

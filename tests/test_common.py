@@ -102,15 +102,20 @@ class TestPacking:
         assert (batch.targets == tokenizer.eos_token_id).sum() == len(e.responses)
 
     def test_layout(self):
-        e = common.Encoded("a", [5, 6], [[7, 1], [8, 9, 1]], 0, 0)
-        batch = pack([e, e])
-        assert batch.input_ids[0].tolist() == [5, 6, 7, 1, 8, 9, 1] * 2
-        assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 2, 3, 4] * 2
-        assert batch.logit_positions.tolist() == [1, 2, 1, 4, 5, 8, 9, 8, 11, 12]
-        assert batch.candidate_index.tolist() == [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
+        """Two prompts, one the start of the other, and responses that begin alike: 5 6 7 1, 5 6 7 9 1 and 5 8 1."""
+        a = common.Encoded("a", [5, 6], [[7, 9, 1], [7, 1]], 0, 0)
+        batch = pack([a, common.Encoded("b", [5], [[8, 1]], 0, 0), a])
+        assert batch.input_ids[0].tolist() == [5, 6, 7, 1, 9, 1, 8, 1]
+        assert batch.position_ids[0].tolist() == [0, 1, 2, 3, 3, 4, 1, 2]
+        predicted = list(zip(batch.logit_positions.tolist(), batch.targets.tolist()))
+        assert predicted == [(1, 7), (2, 1), (2, 9), (4, 1), (0, 8), (6, 1)]  # 7 once, for four candidates
+        uses = sorted(zip(batch.candidate_index.tolist(), batch.token_index.tolist()))
+        assert uses == [(0, 0), (0, 2), (0, 3), (1, 0), (1, 1), (2, 4), (2, 5), (3, 0), (3, 2), (3, 3), (4, 0), (4, 1)]
+        assert batch.last_positions.tolist() == [5, 3, 7, 5, 3] and batch.sizes == [2, 1, 2]
         visible = batch.attention_mask[0, 0].int().tolist()
-        assert visible[6] == [1, 1, 0, 0, 1, 1, 1] + [0] * 7  # its own prompt and itself
-        assert visible[9] == [0] * 7 + [1, 1, 1, 0, 0, 0, 0]
+        assert visible[3] == [1, 1, 1, 1, 0, 0, 0, 0]
+        assert visible[5] == [1, 1, 1, 0, 1, 1, 0, 0]  # its ancestors and itself
+        assert visible[7] == [1, 0, 0, 0, 0, 0, 1, 1]
 
     def test_flex_scores(self, tokenizer, tmp_path):
         make_model().save_pretrained(tmp_path)
@@ -119,7 +124,7 @@ class TestPacking:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             want, _ = candidate_logprobs(load(tmp_path), pack(encoded))
             model = load(tmp_path, attn_implementation="flex_attention").eval()
-            got, _ = candidate_logprobs(model, runtime.pack_flex(encoded, torch.device("cpu")))
+            got, _ = candidate_logprobs(model, runtime.pack_for("flex_attention", encoded, torch.device("cpu")))
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
     def test_length_normalisation_ignores_padding(self, tokenizer):
@@ -137,14 +142,15 @@ class TestPlan:
     @pytest.mark.parametrize("budget", [1, 100, 5000])
     def test_every_prompt_once_equal_rows_within_budget(self, world, budget):
         lengths = [30, 500, 70, 40, 99, 10, 55, 23, 41]
-        plan = plan_rows(lengths, budget, world)
+        encoded = [common.Encoded(str(i), [i] * (n - 2), [[1, 2]], 0, 0) for i, n in enumerate(lengths)]
+        plan = plan_rows(encoded, budget, world)
         assert len(plan) == world and len({len(rows) for rows in plan}) == 1
         counted = sorted(i for rows in plan for row, weight in rows if weight for i in row)
         assert counted == list(range(len(lengths)))
         assert all(len(row) == 1 or sum(lengths[i] for i in row) <= budget for rows in plan for row, _ in rows)
 
     def test_fewer_prompts_than_ranks(self):
-        plan = plan_rows([10], 100, 4)
+        plan = plan_rows([common.Encoded("a", [1] * 8, [[1, 2]], 0, 0)], 100, 4)
         assert [rows[0][1] for rows in plan] == [1.0, 0.0, 0.0, 0.0]
 
 

@@ -1,6 +1,7 @@
 """common.py's step: gradients on many architectures, FlexAttention's mask, logits in chunks, tokens that are kept."""
 
 import argparse
+import dataclasses
 import types
 
 import pytest
@@ -46,6 +47,27 @@ def make_encoded(*shapes):
 ENCODED = make_encoded((11, [5, 3, 7]), (6, [4, 9]))
 
 
+def make_tree():
+    """Records whose sequences share starts in every way there is."""
+    a, b = make_encoded((9, [6, 4]), (5, [7]))
+    follow = lambda i, prompt, *responses: Encoded(str(i), prompt, [*responses], 0, 0)  # noqa: E731
+    first, second = a.responses
+    return [
+        follow(0, a.prompt_ids, first, second, first[:3] + second, first),  # a shared start, the same candidate twice
+        follow(1, a.prompt_ids + b.prompt_ids, *b.responses, [1]),  # a prompt before it is the start of this one
+        follow(2, a.prompt_ids[:4] + b.prompt_ids, second, b.responses[0]),  # a template
+        follow(3, a.prompt_ids + first[:2], first[2:], second),  # the end of a prompt stands in another's candidate
+        follow(4, a.prompt_ids[:1], [1], [5, 1]),  # one token
+        follow(5, [2], [1], first),
+        follow(6, b.prompt_ids, second),
+    ]
+
+
+TREE = make_tree()
+LONG = make_encoded((150, [40, 90, 1]), (1, [1, 1]), (300, [128] * 3), (20, [60, 7, 130, 33]))
+FEW_SHOT = [dataclasses.replace(e, prompt_ids=LONG[2].prompt_ids + e.prompt_ids) for e in LONG]
+
+
 def gradients(model, batch, **options):
     model.zero_grad()
     logprobs, lengths = candidate_logprobs(model, batch, **options)
@@ -62,35 +84,38 @@ def assert_same_gradients(got, want, bound=1e-5):
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-@pytest.mark.parametrize("attn", ["spans", "sdpa"])
-def test_gradients_packed_and_padded(kind, attn):
+@pytest.mark.parametrize("attn", ["blocks", "sdpa"])
+@pytest.mark.parametrize("encoded", [ENCODED, TREE], ids=["two prompts", "tree"])
+def test_gradients_packed_and_padded(kind, attn, encoded, monkeypatch):
+    monkeypatch.setattr(runtime, "CPU_BLOCK", 16)  # a span begins and ends within one, and reaches over several
     model = make(kind)
     model.set_attn_implementation(attn)
-    packed, grads = gradients(model, pack(ENCODED))
-    padded, padded_grads = gradients(model, pack_padded(ENCODED))
+    packed, grads = gradients(model, runtime.pack_for(attn, encoded, torch.device("cpu")))
+    padded, padded_grads = gradients(model, pack_padded(encoded))
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
     assert_same_gradients(grads, padded_grads)
 
 
-def test_spans_never_make_what_no_token_sees(monkeypatch):
-    """4 responses of 7 and a prompt of 10, twice: 2 prompts of 10 x 10 and 8 responses of 7 x 17, not 76 x 76."""
+def test_blocks_never_hold_what_no_token_sees(monkeypatch):
+    """Prompts of 8, each with 4 responses of 6, in blocks of 8 queries: their keys are the prompt (but for a block of
+    its own) and at most two responses, never the other prompt, and the mask is not T x T in memory."""
+    monkeypatch.setattr(runtime, "CPU_BLOCK", 8)
     seen, sdpa = [], F.scaled_dot_product_attention
     spy = lambda q, k, v, **options: seen.append((q.shape[2], k.shape[2])) or sdpa(q, k, v, **options)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    model, batch = make("llama", num_hidden_layers=1), pack(make_encoded(*[(10, [7] * 4)] * 2))
-    model.set_attn_implementation("spans")
+    model, encoded = make("llama", num_hidden_layers=1), make_encoded(*[(8, [6] * 4)] * 2)
+    model.set_attn_implementation("blocks")
+    batch = runtime.pack_for("blocks", encoded, torch.device("cpu"))
     common.candidate_logprobs(model, batch)
-    assert sorted(seen) == [(7, 17)] * 8 + [(10, 10)] * 2
+    assert seen == [(8, 8), (8, 16), (8, 18), (8, 20)] * 2
+    assert batch.attention_mask.untyped_storage().nbytes() == 1
 
 
 class TestFlex:
-    SHAPES = [(150, [40, 90, 1]), (1, [1, 1]), (300, [128] * 3), (20, [60, 7, 130, 33])]
-
-    @pytest.mark.parametrize("shapes", [SHAPES, SHAPES[1:2], [(128, [64, 64])]])
-    def test_blocks_are_those_of_the_dense_mask(self, shapes):
+    @pytest.mark.parametrize("encoded", [LONG, LONG[1:2], make_encoded((128, [64, 64])), FEW_SHOT, TREE])
+    def test_blocks_are_those_of_the_dense_mask(self, encoded):
         """Block by block: partly visible, wholly visible, or absent, as the T x T mask says; nothing is left out."""
-        encoded = make_encoded(*shapes)
-        T, flex = pack(encoded).input_ids.shape[1], runtime.pack_flex(encoded, torch.device("cpu"))
+        T, flex = pack(encoded).input_ids.shape[1], runtime.pack_for("flex_attention", encoded, torch.device("cpu"))
         filled, mask = flex.input_ids.shape[1], flex.attention_mask
         index = torch.arange(filled)
         dense = mask.mask_mod(0, 0, index[:, None], index[None])
@@ -112,7 +137,7 @@ class TestFlex:
         flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend="aot_eager")
         for n in range(1, 6):
             encoded = make_encoded(*[(60 + 40 * n, [20 * n, 30])] * n)
-            plain, flex = pack(encoded), runtime.pack_flex(encoded, torch.device("cpu"))
+            plain, flex = pack(encoded), runtime.pack_for("flex_attention", encoded, torch.device("cpu"))
             T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
             q, k, v = torch.randn(3, 1, 2, filled, 16)
             with torch.no_grad():
@@ -205,5 +230,16 @@ def test_rows_are_the_plan_in_order():
 def test_describe_plan():
     """Two processes: rows of 80 and 60 tokens, then 50 and 70; the wait is for 80 + 70 = 150, the mean is 130."""
     plan = [[([0], 1.0), ([1, 2], 1.0)], [([3], 1.0), ([4], 1.0)]]
-    text = runtime.describe_plan(plan, [80, 20, 30, 60, 70], 100)
+    encoded = make_encoded((70, [5, 5]), (15, [5]), (20, [10]), (50, [10]), (60, [10]))
+    text = runtime.describe_plan(plan, encoded, 100)
     assert text == "2 rows each, 65% full, the slowest process 15% over the mean"
+
+
+def test_prompts_that_share_a_start_are_planned_into_one_row():
+    """Three templates of 50 tokens, three prompts each: 3 rows of 50 + 3 (2 + 5) = 71, where unshared it takes 9."""
+    templates = [e.prompt_ids for e in make_encoded(*[(50, [1])] * 3)]
+    encoded = [Encoded(str(i), templates[i % 3] + [60, i], [[7, 8, 9, 3, 1]], 0, 0) for i in range(9)]
+    plan = runtime.plan_rows(encoded, 80, 1)
+    assert sorted(plan[0]) == [([i, i + 3, i + 6], 1.0) for i in range(3)]
+    assert runtime.unique_tokens([encoded[i] for i in plan[0][0][0]]) == 50 + 1 + 3 * 6
+    assert runtime.describe_plan(plan, encoded, 80).startswith("3 rows each, 86% full")

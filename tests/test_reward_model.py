@@ -100,7 +100,7 @@ def test_the_saved_folder_gives_the_same_logits(trained, padded):
     batch = common.pack_padded(encoded, tokenizer.pad_token_id) if padded else common.pack(encoded)
     sequences = [{"input_ids": e.prompt_ids + r} for e in encoded for r in e.responses]
     with torch.no_grad():
-        got = reward_model.candidate_rewards(ours, encoded, batch)
+        got = reward_model.candidate_rewards(ours, batch)
         want = plain(**tokenizer.pad(sequences, return_tensors="pt")).logits[:, 0]
     assert got.shape == want.shape == (20,)
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
