@@ -12,6 +12,7 @@ predicted.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import gzip
 import json
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
-MAX_ARRAY = 2**30  # bytes of a .json file, the one format that cannot be streamed line by line
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
 
 
@@ -58,57 +58,40 @@ def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
     return parse
 
 
-def read_rows(path):
-    """Yield (where, dict) from JSONL, a JSON array, or CSV, plain or .gz; `where` is "file:line" for messages.
-
-    Streams (a JSON array excepted). Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
-    """
+@contextlib.contextmanager
+def open_data(path, kinds):
+    """Open a data file of one of these kinds, plain or .gz -> (its kind, the file of bytes); UserError where it cannot
+    be read."""
     path = pathlib.Path(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind not in ("jsonl", "json", "csv"):
-        raise UserError(f"{path}: expected .jsonl, .json or .csv, plain or .gz")
-    with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
-        try:
-            if kind == "csv":
-                yield from _csv_rows(path, f)
-            elif kind == "json":
-                content = f.read(MAX_ARRAY + 1)
-                if len(content) > MAX_ARRAY:
-                    raise UserError(f"{path}: an array of more than {MAX_ARRAY >> 20} MiB is not read: make it JSONL")
-                rows = _json(content, f"{path}:1")
-                if not isinstance(rows, list):
-                    raise UserError(f"{path}:1: expected a JSON array of objects")
-                yield from ((f"{path}:{i}", _object(row, f"{path}:{i}")) for i, row in enumerate(rows, 1))
-            else:
-                for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
-                    where = f"{path}:{number}"
-                    if len(line) > MAX_LINE:
-                        raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
-                    if line.strip():
-                        yield where, _object(_json(line, where), where)
-        except (EOFError, OSError) as e:  # a torn or false .gz
-            raise UserError(f"{path}: cannot be read ({e})") from e
-
-
-def _csv_rows(path, f):
-    import csv
-    import io
-
-    csv.field_size_limit(MAX_LINE)
-    reader = csv.DictReader(io.TextIOWrapper(f, encoding="utf-8-sig", errors="strict", newline=""), strict=True)
+    if kind not in kinds:
+        raise UserError(f"{path}: expected .{' or .'.join(kinds)}, plain or .gz")
     try:
-        for row in reader:
-            where = f"{path}:{reader.line_num}"
-            if None in row or None in row.values():
-                raise UserError(f"{where}: the row has more or fewer fields than the header")
-            yield where, row
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise UserError(f"{path}:{reader.line_num + 1}: not valid CSV in UTF-8 ({e})") from e
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
+            yield kind, f
+    except (EOFError, OSError) as e:  # a torn or false .gz
+        raise UserError(f"{path}: cannot be read ({e})") from e
 
 
-def _json(line, where):
+def read_rows(path):
+    """Yield (where, dict) for every line of a JSONL file, plain or .gz; `where` is "file:line" for messages.
+
+    Streams. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
+    """
+    with open_data(path, ["jsonl"]) as (_, f):
+        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
+            if line.strip():
+                yield where, as_object(parse_json(line, where), where)
+
+
+def parse_json(line, where):
+    """The value of JSON in UTF-8; UserError, naming `where`, for anything that could not be written back."""
+
     def constant(name):
         raise UserError(f"{where}: {name} is not a JSON value")
 
@@ -120,7 +103,7 @@ def _json(line, where):
         raise UserError(f"{where}: not valid JSON in UTF-8 ({str(e).splitlines()[0]})") from e
 
 
-def _object(value, where):
+def as_object(value, where):
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -137,10 +120,7 @@ CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
     "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
     "reward": (is_number, "a finite number"),
     "similarity": (is_number, "a finite number"),
-    "rank": (
-        lambda x: x is None or (isinstance(x, int) and not isinstance(x, bool) and x >= 0),
-        "an integer from 0, or null",
-    ),
+    "rank": (lambda x: x is None or (type(x) is int and x >= 0), "an integer from 0, or null"),
 }
 
 

@@ -418,6 +418,38 @@ def file_digest(path):
         )
 
 
+class Claim:
+    """A settings file that stays locked while its holder lives, so that two runs on one output refuse each other.
+
+    before: what it held, or None. Raises UserError, beginning with `output` (the flag and its value), where another
+    process holds it or it cannot be written.
+    """
+
+    def __init__(self, path, output):
+        path = pathlib.Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(path, "a+")  # noqa: SIM115, it stays open, locked
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{output}: another run is writing there") from None
+        except OSError as e:
+            raise UserError(f"{output}: cannot be written ({e.strerror})") from e
+        self._file.seek(0)
+        self.before = read_json(self._file.read())
+
+    @staticmethod
+    def changed(before, settings, prefix=""):
+        """-> "name old -> new, ..." for the settings that differ from those before, or ""."""
+        different = {k: v for k, v in settings.items() if before.get(k) != v}
+        return ", ".join(f"{prefix}{k} {before.get(k)!r} -> {v!r}" for k, v in different.items())
+
+    def write(self, content):
+        self._file.truncate(0)
+        json.dump(content, self._file, indent=1)
+        self._file.flush()
+
+
 class Run:
     """A training run: its folder, its place in time, and what surrounds each step.
 
@@ -588,40 +620,24 @@ class Run:
                 f"--output {out} is not empty: continue it with --resume, replace it with --overwrite, "
                 "or name another folder"
             )
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            self._lock = open(args_file, "a+")  # noqa: SIM115, it stays open, locked
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output {out}: another run is writing there") from None
-        except OSError as e:
-            raise UserError(f"--output {out}: cannot be written ({e.strerror})") from e
+        self._claim = Claim(args_file, f"--output {out}")
         if self.args.overwrite:
             for name in ("checkpoints", "model", "model.part", "bootstrap"):
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in ("log.jsonl", "latest"):
                 (out / name).unlink(missing_ok=True)
-        self._lock.seek(0)
-        before = read_json(self._lock.read())
+        before = self._claim.before
         if begun and before and not self.args.overwrite:
-            self._compare(before["settings"])
+            changed = self._claim.changed(before["settings"], self.settings, "--")
+            if changed and not self.args.allow_changed:
+                hint = f"{changed} (--allow_changed accepts them)"
+                raise UserError(f"--resume {out}: arguments differ from the run's: {hint}")
             if before["settings"] == self.settings:
                 return
-        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")} | {
-            "python": sys.version.split()[0]
-        }
-        self._lock.truncate(0)
+        versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")}
+        versions["python"] = sys.version.split()[0]
         about = {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world}
-        json.dump(about, self._lock, indent=1)
-        self._lock.flush()
-
-    def _compare(self, before):
-        changed = [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in self.settings.items() if before.get(k) != v]
-        if changed and not self.args.allow_changed:
-            raise UserError(
-                f"--resume {self.output}: arguments differ from the run's: {', '.join(changed)} "
-                "(--allow_changed accepts them)"
-            )
+        self._claim.write(about)
 
     # -- checkpoints
 

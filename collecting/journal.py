@@ -2,7 +2,6 @@
 must share with the first."""
 
 import contextlib
-import fcntl
 import json
 import os
 import pathlib
@@ -48,32 +47,18 @@ class Journal:
         self._part = open(f"{self.path}.part{rank}", "ab")  # noqa: SIM115
 
     def _claim(self, settings):
-        args_file = pathlib.Path(f"{self.path}.args.json")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = open(args_file, "a+")  # noqa: SIM115
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output {self.path}: another run is writing there") from None
-        except OSError as e:
-            raise UserError(f"--output {self.path}: cannot be written ({e.strerror})") from e
-        self._lock.seek(0)
-        before = runtime.read_json(self._lock.read())
+        self._lock = runtime.Claim(f"{self.path}.args.json", f"--output {self.path}")
+        before = self._lock.before
         if self._files():
             if before is None:
                 raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
-            changed = [f"{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]
-            if changed:
-                raise UserError(
-                    f"--output {self.path} was begun with other arguments ({', '.join(changed)}): "
-                    "name another file, or delete it"
-                )
+            if changed := runtime.Claim.changed(before, settings):
+                hint = "name another file, or delete it"
+                raise UserError(f"--output {self.path} was begun with other arguments ({changed}): {hint}")
             for file in self._files():
                 self._cut_torn_line(file)
             return
-        self._lock.truncate(0)
-        json.dump(settings, self._lock, indent=1)
-        self._lock.flush()
+        self._lock.write(settings)
 
     def _files(self):
         parts = sorted(self.path.parent.glob(self.path.name + ".part*"))

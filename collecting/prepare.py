@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 import common
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
+from collecting.files import read_rows
 from collecting.flags import group
 from collecting.journal import Journal, settings_of
 from collecting.prompts import (
@@ -244,7 +245,7 @@ def hh_rows(args):
     if args.input and len(args.input) != len(args.subset):
         raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
     for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
-        rows = common.read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
+        rows = read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
         yield from ((where, row | {"subset": subset}) for where, row in rows)
 
 
@@ -287,7 +288,7 @@ def prepare(args):
     if args.task == "hh":
         rows = hh_rows(args)
     elif args.input:
-        rows = itertools.chain.from_iterable(map(common.read_rows, args.input))
+        rows = itertools.chain.from_iterable(map(read_rows, args.input))
     elif args.task == "alpaca":
         rows = hub_rows("tatsu-lab/alpaca", args.split)
     else:

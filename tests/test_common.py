@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 import runtime
+from collecting import files
 from common import UserError, candidate_logprobs, encode, pack, pack_padded
 from runtime import plan_rows
 
@@ -173,7 +174,7 @@ class TestReaders:
         with gzip.open(tmp_path / "g.jsonl.gz", "wt") as f:
             f.write(text)
         for name in ("r.jsonl", "r.json", "r.csv", "g.jsonl.gz"):
-            assert [row for _, row in common.read_rows(tmp_path / name)] == rows, name
+            assert [row for _, row in files.read_rows(tmp_path / name)] == rows, name
 
     @pytest.mark.parametrize(
         "name, content, words",
@@ -197,13 +198,13 @@ class TestReaders:
     def test_refused_by_name(self, tmp_path, name, content, words):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as e:
-            list(common.read_rows(tmp_path / name))
+            list(files.read_rows(tmp_path / name))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
     def test_deep_nesting(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
         with pytest.raises(UserError, match="a.jsonl:1"):
-            list(common.read_rows(tmp_path / "a.jsonl"))
+            list(files.read_rows(tmp_path / "a.jsonl"))
 
     @pytest.mark.parametrize(
         "change, words",

@@ -111,6 +111,53 @@ def test_blocks_never_hold_what_no_token_sees(monkeypatch):
     assert batch.attention_mask.untyped_storage().nbytes() == 1
 
 
+class TestRefused:
+    """Never silently wrong: what would give other scores than padded rows is an error, padded rows still work."""
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
+    @pytest.mark.parametrize("attn", ["eager", "flex_attention"])
+    def test_attention_that_misreads_the_mask(self, kind, attn):
+        model = make(kind)
+        model.set_attn_implementation(attn)
+        with pytest.raises(common.UserError, match=attn):
+            candidate_logprobs(model, pack(ENCODED))
+        if attn == "eager":
+            got, _ = candidate_logprobs(model, pack_padded(ENCODED))
+            want, _ = candidate_logprobs(make(kind), pack(ENCODED))
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+    @pytest.mark.parametrize("window, refused", [(17, True), (18, False)])
+    def test_a_window_shorter_than_prompt_and_response(self, window, refused):
+        model = make("mistral", sliding_window=window)  # the longest prompt and response: 11 + 7 tokens
+        if refused:
+            with pytest.raises(common.UserError, match="window of 17 is shorter than 18"):
+                candidate_logprobs(model, pack(ENCODED))
+        else:
+            got, want = (candidate_logprobs(model, make_row(ENCODED))[0] for make_row in (pack, pack_padded))
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", ["mamba", "rwkv"])
+    def test_a_model_without_such_a_mask(self, kind):
+        model = make(kind, **(SIZES | {"state_size": 4, "intermediate_size": 64, "attention_hidden_size": 32}))
+        with pytest.raises((common.UserError, TypeError)):
+            common.check_packing(model, ENCODED)
+
+
+def test_a_wrapped_model_and_a_device_by_name():
+    runtime.init_distributed()
+    model = make("llama")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    common.check_packing(wrapped, ENCODED)
+    assert wrapped.training and model.plain_head
+    want, want_grads = gradients(model, pack(ENCODED))
+    wrapped.zero_grad()
+    got, lengths = candidate_logprobs(wrapped, pack(ENCODED).to("cpu"), max_logits=4 * 64)
+    (got / lengths**0.85 * torch.linspace(-1, 2, len(got))).sum().backward()
+    torch.distributed.destroy_process_group()
+    torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-5)
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, want_grads)
+
+
 class TestFlex:
     @pytest.mark.parametrize("encoded", [LONG, LONG[1:2], make_encoded((128, [64, 64])), FEW_SHOT, TREE])
     def test_blocks_are_those_of_the_dense_mask(self, encoded):
