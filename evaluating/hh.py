@@ -8,7 +8,7 @@ import warnings
 
 import common
 from collecting import generation, reward_models
-from collecting.flags import generation_flags
+from collecting.flags import generation_flags, group
 from common import in_range
 from evaluating.shared import generate_answers, length_figures, mean, model_flags, predict, write_metrics
 from runtime import say
@@ -19,11 +19,13 @@ EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO'
 # fmt: off
 def hh_flags(add):
     model_flags(add, "hh", "records of `prepare --task hh`, JSONL")
+    add("--limit", type=in_range(int, 1), help="only the first records")
+    generation_flags(add, 128)
+
+    add = group(add, "the reward model")
     add("--reward_model", default=EVALUATION_REWARD_MODEL, help="hub id or folder, not that of the training; or none")
     add("--dialogue", choices=["auto", *reward_models.DIALOGUE_FORMS], default="auto", help="how it reads dialogues")
     add("--allow_pickle", action="store_true", help="load the reward model's .bin weights too: they can run code")
-    add("--limit", type=in_range(int, 1), help="only the first records")
-    generation_flags(add, 128)
 # fmt: on
 
 
@@ -97,5 +99,5 @@ def char_bleu(text, reference):
     from nltk.translate.bleu_score import sentence_bleu
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "0 counts of 4-gram overlaps": then it is 0, as the authors' is
-        return sentence_bleu([reference.strip()], text.strip())
+        warnings.simplefilter("ignore")  # "0 counts of 4-gram overlaps": NLTK then gives some 1e-78, here 0
+        return round(sentence_bleu([reference.strip()], text.strip()), 12)

@@ -6,6 +6,7 @@ import torch
 
 import common
 from collecting import generation
+from collecting.flags import group
 from collecting.scoring import score_candidates
 from common import UserError, in_range
 from evaluating.shared import mean, model_flags, predict, write_metrics
@@ -33,6 +34,7 @@ def ranking_flags(add):
 
 
 def scoring_flags(add):
+    add = group(add, "scoring")
     add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + one response")
     add("--max_response_length", type=in_range(int, 2), help="tokens of a response with EOS")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts scored, and written, at once")

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoTokenizer
 
 import common
 import runtime
-from collecting.flags import generation_flags
+from collecting.flags import generation_flags, group
 from collecting.sample import rouge_scorer
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
@@ -23,9 +23,11 @@ def superni_flags(add):
     add("--shots", type=in_range(int, 0, 2), default=0, help="positive examples, while they fit: 0 or 2")
     add("--max_instances", type=in_range(int, 1), default=100, help="the first of each task (the benchmark's: 100)")
     add("--tasks", nargs="+", help="only these of the 119 test tasks")
+    generation_flags(add, 128)
+
+    add = group(add, "BERTScore")
     add("--bertscore", metavar="MODEL", help="also BERTScore F1 under this encoder, a hub id or folder: roberta-large")
     add("--bertscore_layer", type=int, default=17, help="whose states are compared (roberta-large: 17); -1 the last")
-    generation_flags(add, 128)
 # fmt: on
 
 

@@ -1,4 +1,4 @@
-"""evaluate.py multidoc-qa, the figures of report, and sheet, which is tried in a real browser where there is one."""
+"""evaluate.py sheet: the page, tried in a real browser where there is one, and the score of what people said."""
 
 import json
 import os
@@ -7,131 +7,10 @@ import subprocess
 import time
 
 import pytest
-from conftest import make_records, read_jsonl, refused, write_jsonl
+from conftest import refused, write_jsonl
 
 from common import UserError
-from evaluating import multidoc_qa, plots, shared, sheet
-
-# -- multidoc-qa
-
-
-def qa(i, position, answers=("Oslo",)):
-    return {"id": f"q{i}-{position}", "prompt": f"where? {i}", "answers": list(answers), "gold_position": position}
-
-
-def answered(position, text, answers=("Oslo",)):
-    return {"gold_position": position, "text": text, "answers": list(answers), "finished": True}
-
-
-def test_multidoc_metrics_by_hand():
-    rows = [answered(1, "In Oslo."), answered(1, "Bergen"), answered(5, "Bergen\nor oslo"), answered(5, "x\ny")]
-    rows += [answered(3, "the OS-LO!"), answered(3, "Oslo"), answered(3, "no"), answered(3, "no\nno")]
-    metrics = multidoc_qa.multidoc_qa_metrics(rows)
-    assert [metrics[f"accuracy_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.5]
-    assert [metrics[f"first_line_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.0]
-    assert metrics["accuracy"] == 0.5 and metrics["first_line"] == pytest.approx(1 / 3)  # positions weigh alike
-    assert metrics["positions"] == {1: 2, 3: 4, 5: 2} and metrics["prompts"] == 8
-
-
-def test_multidoc_qa_and_its_curve(cli, tiny, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    data = write_jsonl(tmp_path / "qa.jsonl", [qa(i, p) for i in range(2) for p in (1, 3, 5)])
-    more = ("--input", data, "--max_new_tokens", "3", "--num_beams", "2")
-    for name in ("a", "b"):
-        assert cli("evaluate", "multidoc-qa", "--model", tiny, "--name", name, *more).code == 0
-    rows = read_jsonl("runs/eval/a/multidoc-qa.jsonl")
-    assert [r["gold_position"] for r in rows] == [1, 3, 5] * 2 and all("text" in r for r in rows)
-    assert (tmp_path / "runs/eval/a/multidoc-qa.png").read_bytes().startswith(b"\x89PNG")
-    out = cli("evaluate", "report", "a", "b", "--plot", "gold_position", "--output", tmp_path / "r.md")
-    assert out.code == 0 and "accuracy_at_3" in (tmp_path / "r.md").read_text()
-    assert (tmp_path / "gold_position.png").read_bytes().startswith(b"\x89PNG")
-    other = write_jsonl(tmp_path / "n.jsonl", make_records(1))
-    refused(cli("evaluate", "multidoc-qa", "--model", tiny, "--input", other), "no answers")
-
-
-def test_wilson_against_the_book():
-    assert shared.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert shared.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert shared.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-
-
-# -- report's figures
-
-
-@pytest.fixture
-def curves(monkeypatch):
-    """What is drawn: every errorbar's label -> (x, y); every histogram's label -> its values."""
-    drawn = {}
-    real = plots.save_figure
-
-    def save(figure, path):
-        for axes in figure.axes:
-            for container in axes.containers:
-                x, y = container[0].get_data()
-                drawn[axes.get_xlabel(), container.get_label()] = (list(x), list(y))
-            labels = axes.get_legend_handles_labels()[1]
-            drawn.setdefault(axes.get_xlabel(), labels)
-        real(figure, path)
-
-    monkeypatch.setattr(plots, "save_figure", save)
-    return drawn
-
-
-def fake_run(tmp_path, name, accuracy, **settings):
-    (tmp_path / f"runs/{name}/model").mkdir(parents=True)
-    (tmp_path / f"runs/{name}/args.json").write_text(json.dumps({"settings": settings}))
-    folder = tmp_path / f"runs/eval/{name}"
-    folder.mkdir(parents=True)
-    document = {
-        "name": name,
-        "metrics": {"accuracy": accuracy, "prompts": 100},
-        "settings": {"--model": f"runs/{name}/model"},
-    }
-    (folder / "nli.metrics.json").write_text(json.dumps(document))
-
-
-def test_accuracy_against_alpha_and_candidates(cli, tmp_path, monkeypatch, curves):
-    monkeypatch.chdir(tmp_path)
-    for i, (alpha, n, accuracy) in enumerate([(0.1, 5, 0.6), (0.01, 5, 0.5), (0.1, 3, 0.4)]):
-        fake_run(tmp_path, f"r{i}", accuracy, alpha=alpha, num_candidates=n, ordering="label")
-    fake_run(tmp_path, "h", 0.3, alpha=0.1, num_candidates=5, ordering="human")
-    assert cli("evaluate", "report", "r0", "r1", "h", "--plot", "alpha", "num_candidates").code == 0
-    assert curves["alpha", "label"] == ([0.01, 0.1], [0.5, 0.6])
-    assert curves["alpha", "human"] == ([0.1], [0.3])
-    assert cli("evaluate", "report", "r0", "r2", "--plot", "num_candidates").code == 0
-    assert curves["num candidates", "label"] == ([3, 5], [0.4, 0.6])
-    assert (tmp_path / "runs/eval/alpha.png").stat().st_size > 5000
-    (tmp_path / "runs/h/args.json").unlink()
-    refused(cli("evaluate", "report", "h", "--plot", "alpha"), "h is no run")
-    refused(cli("evaluate", "report", "h", "--plot", "sources"), "no ranking.metrics.json")
-
-
-def test_sources_before_and_after_lambda(cli, tiny, data, tmp_path, monkeypatch, curves):
-    monkeypatch.chdir(tmp_path)
-    cli(
-        "evaluate",
-        "ranking",
-        "--model",
-        tiny,
-        "--name",
-        "t",
-        "--input",
-        data,
-        "--by",
-        "label",
-        "--length_scaling",
-        "0.85",
-    )
-    row = read_jsonl("runs/eval/t/ranking.jsonl")[0]
-    assert row["sources"] == ["human", "tiny", "tiny", "tiny"]
-    for source, logp, n, score in zip(row["sources"], row["logprobs"], row["lengths"], row["scores"]):
-        assert score == pytest.approx(logp / n ** (1.0 if source == "human" else 0.85), rel=1e-5)
-    assert cli("evaluate", "report", "t", "--plot", "sources").code == 0
-    assert sorted(curves["log p / |y|"]) == ["human (12)", "tiny (36)"]
-    assert (tmp_path / "runs/eval/t/sources.png").read_bytes().startswith(b"\x89PNG")
-
-
-# -- sheet
+from evaluating import shared, sheet
 
 NASTY = '</script><script>document.title="broken"</script><img src=x onerror=\'document.title="broken"\'>&amp;'
 
