@@ -40,4 +40,5 @@ def multidoc_qa_metrics(rows):
         for p, some in positions.items():
             at[p] = mean(has_answer("\n".join(r["text"].split("\n")[:lines]), r["answers"]) for r in some)
         metrics |= {kind: mean(at.values())} | {f"{kind}_at_{p}": x for p, x in at.items()}
+    metrics |= {f"prompts_at_{p}": len(positions[p]) for p in sorted(positions)}
     return metrics | {"positions": {p: len(some) for p, some in positions.items()}}

@@ -91,7 +91,11 @@ def beside_paper(path, tables):
             for figure in [cell] if cell else columns:
                 if figure in figures:
                     percent = figure.split()[-1] in paper.get("percent", ())
-                    value = (figures[figure] * (100 if percent else 1), figures.get("prompts") if percent else None)
+                    at = re.search(r"(_at_\d+)?$", figure)[0]  # of the prompts at one place of the gold document
+                    value = (
+                        figures[figure] * (100 if percent else 1),
+                        figures.get(f"prompts{at}") if percent else None,
+                    )
                     runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
     columns += sorted({c for row in runs.values() for c in row} - {*columns}, key=lambda c: (len(c), c))
     lines = []

@@ -14,3 +14,8 @@ run() {
 tiny() { # the models and data of SCALE=tiny, once
   [ -d "$DATA/tiny/model" ] || run python recipes/tiny.py "$DATA/tiny"
 }
+
+keep() { # keep NAME FOLDER: the metrics of a system, where results are kept
+  mkdir -p "$RESULTS/$1"
+  cp "$2"/*.metrics.json "$RESULTS/$1/"
+}

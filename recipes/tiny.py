@@ -2,9 +2,10 @@
 original files come, made from demo/nli.jsonl.
 
     python recipes/tiny.py FOLDER      -> FOLDER/model, FOLDER/reward-train, FOLDER/reward-eval,
-                                          FOLDER/hh/SUBSET/{train,test}.jsonl.gz
+                                          FOLDER/hh/SUBSET/{train,test}.jsonl.gz, FOLDER/esnli.csv, FOLDER/nq.jsonl.gz
 """
 
+import csv
 import gzip
 import json
 import pathlib
@@ -59,6 +60,27 @@ def hh_rows(count, start):
         yield {"chosen": f"{context} {row['explanation']}", "rejected": f"{context} {other['hypothesis']}"}
 
 
+def esnli_rows():
+    """Rows as e-SNLI's CSVs have them."""
+    for i, row in enumerate(ROWS):
+        names = {
+            "premise": "Sentence1",
+            "hypothesis": "Sentence2",
+            "label": "gold_label",
+            "explanation": "Explanation_1",
+        }
+        yield {"pairID": f"tiny-{i}"} | {new: row[old] for old, new in names.items()}
+
+
+def nq_rows(count, documents):
+    """Rows as lost-in-the-middle has them: a question, its answers, and passages of which one is the gold one. The
+    answer is what a random model says now and then: the sign for bytes that are no UTF-8."""
+    for i, row in enumerate(ROWS[:count]):
+        texts = [row["premise"], *(ROWS[(i + 5 * k) % len(ROWS)]["premise"] for k in range(1, documents))]
+        passages = [{"title": f"Scene {k}", "text": text, "isgold": k == 0} for k, text in enumerate(texts)]
+        yield {"question": f"what is in scene {i}", "answers": ["\ufffd"], "ctxs": passages}
+
+
 def main():
     folder = pathlib.Path(sys.argv[1])
     tokenizer = make_tokenizer()
@@ -74,6 +96,12 @@ def main():
         for split, count in (("train", 6), ("test", 4)):
             with gzip.open(folder / "hh" / subset / f"{split}.jsonl.gz", "wt") as f:
                 f.writelines(json.dumps(row) + "\n" for row in hh_rows(count, 100 * k + 10 * (split == "test")))
+    with gzip.open(folder / "nq.jsonl.gz", "wt") as f:
+        f.writelines(json.dumps(row) + "\n" for row in nq_rows(12, 10))
+    with open(folder / "esnli.csv", "w", newline="") as f:
+        writer = csv.DictWriter(f, ["pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1"])
+        writer.writeheader()
+        writer.writerows(esnli_rows())
 
 
 if __name__ == "__main__":

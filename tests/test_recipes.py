@@ -33,3 +33,14 @@ def test_the_warm_python_is_python(env, tmp_path):
     (tmp_path / "x.py").write_text("raise KeyError('where')")
     done = subprocess.run(["python", "x.py"], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and "KeyError" in done.stderr
+
+
+def test_rescue_multidoc(env, tmp_path):
+    out = recipe("rescue_multidoc", env, tmp_path).stdout
+    assert "| (PO) Label Prioritization, 5 documents |" in out and "(44.88)" in out
+    metrics = tmp_path / "results/rescue_multidoc-tiny/label-5-seed0/multidoc-qa.metrics.json"
+    assert metrics.is_file()
+    log = tmp_path / "runs/rescue_multidoc-tiny/label-seed0/log.jsonl"
+    before = log.read_text()
+    assert recipe("rescue_multidoc", env, tmp_path).returncode == 0  # again: nothing is collected or trained twice
+    assert log.read_text() == before
