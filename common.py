@@ -75,12 +75,12 @@ def open_data(path, kinds):
         raise UserError(f"{path}: cannot be read ({e})") from e
 
 
-def read_rows(path):
+def read_rows(path, kinds=("jsonl",)):
     """Yield (where, dict) for every line of a JSONL file, plain or .gz; `where` is "file:line" for messages.
 
     Streams. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
     """
-    with open_data(path, ["jsonl"]) as (_, f):
+    with open_data(path, kinds) as (_, f):
         for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
             where = f"{path}:{number}"
             if len(line) > MAX_LINE:
@@ -116,6 +116,7 @@ def is_number(x):
 CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
     "label": (lambda x: x is None or isinstance(x, str), "a string or null"),
     "correct": (lambda x: isinstance(x, bool), "true or false"),
+    "finished": (lambda x: isinstance(x, bool), "true or false"),
     "logprob": (is_number, "a finite number"),
     "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
     "reward": (is_number, "a finite number"),
@@ -173,7 +174,7 @@ def check_record(record, where):
 
 @dataclasses.dataclass
 class Encoded:
-    """One record as token ids. Candidate i is `prompt_ids + responses[i]`; every response ends with EOS."""
+    """One record as token ids. Candidate i is `prompt_ids + responses[i]`; a whole response ends with EOS."""
 
     id: str | None
     prompt_ids: list[int]
@@ -186,22 +187,36 @@ class Encoded:
         return len(self.prompt_ids) + sum(map(len, self.responses))
 
 
-def encode(tokenizer, record, max_length=512, max_response_length=None):
-    """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without, plus EOS) apart.
+def encode(tokenizer, record, max_length=512, max_prompt_length=None):
+    """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without) apart, so that
+    the boundary never merges. What stands between them is space_before's. A response ends with EOS if it is whole: not
+    cut here, and not marked `finished: false`.
 
-    A response keeps at most `max_response_length` tokens, its EOS among them: it is cut from the right. Then the
-    prompt is cut from the left, its BOS kept, so that it and the longest response fit `max_length`; at least one
-    prompt token always stays.
+    A prompt keeps its last `max_prompt_length` tokens, then a response its first ones that fit `max_length` with it.
+    Without `max_prompt_length` responses go first: the prompt keeps what the longest one leaves. It keeps its BOS, and
+    at least one more token, always.
     """
-    eos = tokenizer.eos_token_id
     prompt = prompt_ids(tokenizer, record["prompt"])
-    limit = min(max_response_length or max_length, max_length - 2)  # BOS and one more token of the prompt stay
-    responses = [tokenizer(c["text"], add_special_tokens=False).input_ids for c in record["candidates"]]
-    responses_cut = sum(len(r) + 1 > limit for r in responses)
-    responses = [r[: limit - 1] + [eos] for r in responses]
-    room = max_length - max(map(len, responses))
+    limit = max_length - min(len(prompt), max_prompt_length or 2, max_length - 2)
+    twice = tokenizer("a a", add_special_tokens=False).input_ids
+    own_space = twice[: len(twice) // 2] == twice[len(twice) // 2 :]  # SentencePiece begins each text with a space
+    responses = []
+    for c in record["candidates"]:
+        text = c["text"] if own_space else space_before(record["prompt"], c["text"]) + c["text"]
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        whole = c.get("finished") is not False or not ids  # of nothing there would be nothing to score
+        responses.append(ids + [tokenizer.eos_token_id] * whole)
+    responses_cut = sum(len(r) > limit for r in responses)
+    responses = [r[:limit] for r in responses]
+    room = min(max_prompt_length or max_length, max_length - max(map(len, responses)))
     prompt_cut = max(0, len(prompt) - room)
     return Encoded(record.get("id"), cut_left(tokenizer, prompt, room), responses, prompt_cut, responses_cut)
+
+
+def space_before(prompt, text):
+    """The rule of the join, in training, scoring, and export: a space between prompt and response, unless there is
+    white space already or no response. Generation strips it off again."""
+    return "" if not text or prompt[-1:].isspace() or text[0].isspace() else " "
 
 
 def prompt_ids(tokenizer, text):
@@ -416,7 +431,7 @@ def pair_statistics(scores, levels):
 
 
 # fmt: off
-def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_response_length=None):
+def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_prompt_length=None):
     """The flags that all training scripts share, with the paper's values as defaults."""
     add = parser.add_argument_group("data and model").add_argument
     add("--data", help="candidates file, JSONL")
@@ -424,8 +439,9 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--model", default=model, help="hub id or folder")
     add("--allow_pickle", action="store_true", help="load .bin weights too: they can run code, so trust their author")
     add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
-    add("--max_length", type=in_range(int, 8), default=512, help="prompt + response; the prompt's left is cut")
-    add("--max_response_length", type=in_range(int, 2), default=max_response_length, help="with EOS; its right is cut")
+    add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
+    add("--max_prompt_length", type=in_range(int, 2), default=max_prompt_length, 
+        help="of them; its left is cut, then the response's right (default: the response goes first)")
     add = parser.add_argument_group("optimisation (the defaults are the paper's)").add_argument
     add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
     add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")

@@ -98,9 +98,10 @@ def parse_args():
     add("--bootstrap_splits", type=in_range(int, 1), help="K: sample, score, insert before each split")
     add("--reward_model", help="scores the sampled responses: hub id or folder, the one that scored the data")
     add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of the sampled responses")
+    add("--max_new_tokens", type=in_range(int, 1), default=128, help="of an answer, Sec. 4.3")
     # fmt: on
     defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
-    common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
+    common.add_training_flags(parser, model="huggyllama/llama-7b", max_prompt_length=384, **defaults)
     args = parser.parse_args()
     if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
         parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
@@ -202,8 +203,8 @@ def bootstrap(run, records, rewards, split, number):
     args, model, old = run.args, run.model, [records[i] for i in split]
     path = run.output / "bootstrap" / f"split-{number + 1}.jsonl"
     journal = Journal(path, [r["id"] for r in old], {}, run.process, run.world)
-    options = {"max_new_tokens": args.max_response_length - 1, "temperature": args.sampling_temperature}
-    options["max_prompt_length"] = max(2, args.max_length - args.max_response_length)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.sampling_temperature}
+    options["max_prompt_length"] = args.max_prompt_length
     batches = generation.batches_by_length(old, 16)[run.process :: run.world]
     model.eval()
     with runtime.gathered(model), torch.no_grad():  # each process generates on its own, however long its answers are
@@ -214,10 +215,10 @@ def bootstrap(run, records, rewards, split, number):
             torch.manual_seed(zlib.crc32(f"{args.seed} {number} {batch[0]['id']}".encode()))
             prompts = [r["prompt"] for r in batch]
             answers = generation.generate(model, run.tokenizer, prompts, stop=generation.TURNS, **options)
-            texts = [a["text"] for [a] in answers]
-            pairs, pickle = list(zip(batch, texts)), args.allow_pickle
-            scored = zip(texts, reward_models.reward_logits(args.reward_model, run.device, pairs, allow_pickle=pickle))
-            new = [{"text": t, "source": "bootstrap", "reward": x} for t, x in scored]
+            new = [{"text": a["text"], "finished": a["finished"], "source": "bootstrap"} for [a] in answers]
+            pairs, pickle = list(zip(batch, new)), args.allow_pickle
+            scored = zip(new, reward_models.reward_logits(args.reward_model, run.device, pairs, allow_pickle=pickle))
+            new = [c | {"reward": x} for c, x in scored]
             journal.write(r | {"candidates": insert_candidate(r["candidates"], c)} for r, c in zip(batch, new))
     model.train()
     if run.interrupted():

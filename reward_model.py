@@ -147,7 +147,8 @@ def parse_args():
     add("--eval_data", help="held-out records: pair accuracy at the end, in OUTPUT/eval.json")
     # fmt: on
     defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
-    common.add_training_flags(parser, model="huggyllama/llama-7b", max_response_length=128, **defaults)
+    common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
+    parser.set_defaults(max_length=1024)  # what `rank --by reward` reads
     args = parser.parse_args()
     args.data = args.data or "data/hh/train.jsonl"
     args.output = args.output or f"runs/reward-{args.ordering}"

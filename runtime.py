@@ -315,9 +315,11 @@ def decoder_layers(model):
 
 
 def encode_all(tokenizer, records, args):
-    """encode() for every record; prints how much the two length limits cut."""
+    """encode() for every record; prints how much the length limits cut."""
     bar = tqdm(records, desc="tokenising", leave=False, disable=dist.get_rank() != 0)
-    encoded = [encode(tokenizer, r, args.max_length, args.max_response_length) for r in bar]
+    if (args.max_prompt_length or 0) >= args.max_length:
+        raise UserError(f"--max_length {args.max_length} leaves no response beside --max_prompt_length's prompts")
+    encoded = [encode(tokenizer, r, args.max_length, args.max_prompt_length) for r in bar]
     prompts, responses = sum(e.prompt_cut > 0 for e in encoded), sum(e.responses_cut for e in encoded)
     candidates, tokens = sum(len(e.responses) for e in encoded), sum(e.num_tokens for e in encoded)
     say(

@@ -19,16 +19,17 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
     # fmt: on
     """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
 
-    prompts: texts, sent as one user message each (locally: through the chat template where there is one), or, with
-    completions=True, continued as they stand. responses: num_samples of {text, finished, num_tokens and logprob where
-    known} (logprobs=True asks a server for them), or None with `error`, a sentence: such prompts failed and may be
-    asked again another time. follow_up(index, text) -> None, or the message to re-ask with when `text` is no use:
-    RE_ASKS times, the dialogue so far before it. What concerns all prompts (a refused key, an unknown model, no
-    server) is a UserError. count: a Counter that several calls share, so that --max_requests bounds them together.
+    prompts: texts, sent as one user message each (locally: through the chat template where there is one), or dialogues,
+    lists of {role, content}; or, with completions=True, texts continued as they stand. responses: num_samples of {text,
+    finished, num_tokens and logprob where known} (logprobs=True asks a server for them), or None with `error`, a
+    sentence: such prompts failed and may be asked again another time. follow_up(index, text) -> None, or the message to
+    re-ask with when `text` is no use: RE_ASKS times, the dialogue so far before it. What concerns all prompts (a
+    refused key, an unknown model, no server) is a UserError. count: a Counter that several calls share, so that
+    --max_requests bounds them together.
     """
     options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
     ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else ask_local
-    dialogues = {i: [{"role": "user", "content": prompt}] for i, prompt in enumerate(prompts)}
+    dialogues = {i: [{"role": "user", "content": p}] if isinstance(p, str) else p for i, p in enumerate(prompts)}
     count = Counter() if count is None else count
     with tqdm(total=len(prompts), desc=f"asking {args.model}", leave=False) as bar:
         for turn in range(1 + RE_ASKS):

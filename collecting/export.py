@@ -49,12 +49,12 @@ def hindsight(args):
 def trl_row(record, path):
     """-> {id, prompt, chosen, rejected}, the last two where there are two responses.
 
-    TRL tokenises prompt and response as one text, so white space goes between them.
+    TRL tokenises prompt and response as one text, so what common.encode puts between them stands in the file.
     """
     best, *_, worst = best_first(record, path) * 2
-    space = "" if record["prompt"][-1].isspace() else " "
-    texts = {"chosen": space + best["text"], "rejected": space + worst["text"]}
-    return {"id": record["id"], "prompt": record["prompt"]} | (texts if best is not worst else {})
+    prompt = record["prompt"]
+    texts = {k: common.space_before(prompt, c["text"]) + c["text"] for k, c in (("chosen", best), ("rejected", worst))}
+    return {"id": record["id"], "prompt": prompt} | (texts if best is not worst else {})
 
 
 EXPORTS = {"trl": trl_row}

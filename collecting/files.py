@@ -12,8 +12,8 @@ MAX_ARRAY = 2**30  # bytes of a .json file, the one format that cannot be stream
 def read_rows(path):
     """common.read_rows, also for CSV and a JSON array: yield (where, dict); streams, a JSON array excepted."""
     with common.open_data(path, ["jsonl", "json", "csv"]) as (kind, f):
-        if kind == "jsonl":
-            yield from common.read_rows(path)
+        if kind == "jsonl" or kind == "json" and f.peek(16).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] != b"[":
+            yield from common.read_rows(path, [kind])  # data sets call lines of JSON .json too
         elif kind == "csv":
             yield from csv_rows(path, f)
         else:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import common
 import runtime
 
-TURNS = ("Human:", "Assistant:")  # a response to a dialogue ends before these
+TURNS = ("Human:", "human:", "Assistant:", "assistant:")  # a response to a dialogue ends before these (PRO's code)
 
 
 @functools.cache

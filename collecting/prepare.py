@@ -4,7 +4,6 @@ import itertools
 import math
 import pathlib
 import random
-import re
 from collections import Counter
 
 from tqdm import tqdm
@@ -13,6 +12,7 @@ import common
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
 from collecting.files import read_rows
 from collecting.flags import group
+from collecting.hh import HH_PUBLISHED, hh_rows, hub_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import Journal, settings_of
 from collecting.prompts import (
     ALPACA_TEMPLATE,
@@ -180,81 +180,13 @@ def prepare_release(row, where, index, template):
     return record | {"candidates": [{"text": t, "source": s, "reward": r} for t, s, r in candidates]}
 
 
-HH_ROLES = {"Human": "user", "Assistant": "assistant"}
-HH_RAW = {  # training rows as published (PRO, Table 1)
-    "harmless-base": 42537,
-    "helpful-base": 43835,
-    "helpful-online": 22007,
-    "helpful-rejection-sampled": 52421,
-}
-
-
-def split_dialogue(text):
-    """HH's transcript -> messages; turns of one speaker that follow each other are one, as in PRO's code. That code
-    keeps a turn's first paragraph alone: here the whole turn stays."""
-    before, *parts = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    messages = []
-    for role, content in zip(map(HH_ROLES.get, parts[::2]), map(str.strip, parts[1::2])):
-        if messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n" + content
-        else:
-            messages.append({"role": role, "content": content})
-    return messages if not before.strip() else []
-
-
-def prepare_hh(row, where, index, template):
-    """A row of HH-RLHF (chosen, rejected) -> record with both as candidates.
-
-    None where the two have not the same context and number of turns (PRO's filter; its code compares the
-    number alone).
-    """
-    *context, chosen = split_dialogue(text_field(row, "chosen", where)) or [None]
-    *other, rejected = split_dialogue(text_field(row, "rejected", where)) or [None]
-    if not context or context != other or not chosen["role"] == rejected["role"] == "assistant":
-        return None
-    names = {v: k for k, v in HH_ROLES.items()}
-    dialogue = "\n\n".join(f"{names[m['role']]}: {m['content']}" for m in context)
-    return {
-        "id": f"{row['subset']}-{index}",
-        "task": "hh",
-        "subset": row["subset"],
-        "prompt": fill(template, {"dialogue": dialogue}, where),
-        "messages": context,
-        "label": None,
-        "answers": None,
-        "candidates": [
-            {"text": message["content"], "source": source, "rank": place}
-            for place, (source, message) in enumerate((("chosen", chosen), ("rejected", rejected)))
-        ],
-    }
-
-
-def hub_rows(name, split, subset=None):
-    """Yield (where, row) of a data set on the hub."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, data_dir=subset, split=split)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{name} cannot be read from the hub ({e}); give its files by --input") from e
-    yield from ((f"{name}/{subset or ''}{split}:{i}", row) for i, row in enumerate(rows, 1))
-
-
-def hh_rows(args):
-    """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
-    if args.input and len(args.input) != len(args.subset):
-        raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
-    for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
-        rows = read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
-        yield from ((where, row | {"subset": subset}) for where, row in rows)
-
-
 TASKS = {
     "esnli": (prepare_esnli, NLI_TEMPLATE),
     "multidoc_qa": (prepare_multidoc_qa, QA_TEMPLATE),
     "hh": (prepare_hh, HH_TEMPLATE),
     "alpaca": (prepare_alpaca, ALPACA_TEMPLATE),
 }
+RELEASED = {"esnli": prepare_release, "multidoc_qa": prepare_release, "hh": prepare_hh_release}  # for --from_release
 
 
 # fmt: off
@@ -266,12 +198,13 @@ def prepare_flags(add):
     add("--shuffle", type=int, metavar="SEED", help="shuffle the rows first, so that --limit draws from all of them")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")
-    add("--validation", type=in_range(int, 0), default=0, help="hold out so many in validation.jsonl (PRO: 280)")
-    add("--from_release", action="store_true", help="the rows are the RESCUE authors': data_dict, responses, scores")
-    add("--split", choices=["train", "test"], default="train", help="of the hub's data set")
+    add("--validation", type=in_range(int, 0), default=0, help="move so many, drawn, to validation.jsonl")
+    add("--keep_validation", action="store_true", help="copy them instead (PRO: 280 of the test data)")
+    add("--from_release", action="store_true", help="the rows are what the paper's authors released, ranked")
+    add("--split", choices=["train", "test"], default="train", help="of the hub's data set, or what --input is")
 
     hh = group(add, "hh")
-    hh("--subset", nargs="+", choices=HH_RAW, default=["harmless-base"], help="a subset for each file of --input")
+    hh("--subset", nargs="+", choices=HH_PUBLISHED, default=["harmless-base"], help="one for each file of --input")
 
     qa = group(add, "multidoc_qa")
     qa("--num_documents", type=in_range(int, 2), default=10, help="documents a prompt (paper: 5 and 10)")
@@ -285,6 +218,8 @@ def prepare_flags(add):
 def prepare(args):
     convert, template = TASKS[args.task]
     template = read_template(args, template)
+    if args.from_release and (args.task not in RELEASED or not args.input):
+        raise UserError(f"--from_release reads --task {' or '.join(RELEASED)}, from --input")
     if args.task == "hh":
         rows = hh_rows(args)
     elif args.input:
@@ -293,8 +228,6 @@ def prepare(args):
         rows = hub_rows("tatsu-lab/alpaca", args.split)
     else:
         raise UserError(f"--task {args.task} needs --input, the files as downloaded")
-    if args.from_release and args.task not in ("esnli", "multidoc_qa"):
-        raise UserError("--from_release reads RESCUE's files: --task esnli or multidoc_qa")
     if args.max_words:
         rows = short_passages(rows, args.max_words)
     pool = rows = list(rows) if args.task == "multidoc_qa" or args.shuffle is not None else rows
@@ -304,14 +237,15 @@ def prepare(args):
         random.Random(args.shuffle).shuffle(rows)
     rows = itertools.islice(rows, args.skip, args.limit and args.skip + args.limit)
     if args.from_release:
-        convert = prepare_release
+        convert = RELEASED[args.task]
     elif args.task == "multidoc_qa":
         rows = choose_documents(pool, rows, args)
     if args.gold_prompt:
         rows = ((index, (where, row | {"gold_prompt": True})) for index, (where, row) in rows)
-    records, left_out = {}, 0
+    records, left_out, read = {}, 0, Counter()
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
         record = convert(row, where, index, template)
+        read[row.get("subset")] += 1
         if record is None:
             left_out += 1
             continue
@@ -327,14 +261,15 @@ def prepare(args):
         )
     output = pathlib.Path(args.output or f"data/{args.task}/train.jsonl")
     held_out = set(random.Random(0).sample(sorted(records), args.validation))
-    for path, ids in ((output, records.keys() - held_out), (output.with_name("validation.jsonl"), held_out)):
+    main = records.keys() if args.keep_validation else records.keys() - held_out
+    for path, ids in ((output, main), (output.with_name("validation.jsonl"), held_out)):
         if ids:
             journal = Journal(path, [i for i in records if i in ids], settings_of(args))
             journal.write(records[i] for i in records if i in ids and i not in journal.done)
             journal.finish()
-    say(f"left out: {left_out} rows", "of two different contexts" if args.task == "hh" else "without a response")
-    for field in ("label", "subset"):
-        if count := Counter(r[field] for r in records.values() if r.get(field)):
-            say(f"{field}:", ", ".join(f"{k} {n}" for k, n in count.items()))
     if args.task == "hh":
-        say("training rows as published (PRO, Table 1):", ", ".join(f"{k} {HH_RAW[k]}" for k in args.subset))
+        return say_counts(read, Counter(r["subset"] for r in records.values()), args)
+    say(f"left out: {left_out} rows without a response")
+    if count := Counter(r["label"] for r in records.values() if r.get("label")):
+        say("label:", ", ".join(f"{k} {n}" for k, n in count.items()))
+    return None

@@ -70,7 +70,7 @@ def qa_prompt(template, question, documents, where):
     return fill(template, {"documents": "\n".join(texts), "question": question}, where)
 
 
-HH_TEMPLATE = "{dialogue}\n\nAssistant:"
+HH_TEMPLATE = "\n\n{dialogue}\n\nAssistant:"  # as HH-RLHF itself writes a dialogue
 FLIP_TEMPLATE = """Rewrite the sentence so that it says the opposite. Answer with the rewritten sentence alone.
 
 Sentence: {explanation}"""

@@ -43,7 +43,7 @@ def rank_flags(add):
     by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
     by("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
     by("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
-    by("--max_length", type=in_range(int, 8), default=512, help="logprob, prm, reward: tokens of prompt + one response")
+    by("--max_length", type=in_range(int, 8), default=512, help="logprob, prm: tokens of prompt + one response")
     by("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
     by("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
     by("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")
@@ -69,7 +69,7 @@ def rank(args):
 
 
 def expand_ranking(record, args):
-    """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Fig. 3)."""
+    """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Sec. 4.8.1)."""
     candidates = record["candidates"]
     ranking = [c for c in candidates if c["source"] in ("chosen", "rejected", *common.HUMAN)]
     sources = list(args.expand_sources)  # the weakest first
@@ -77,16 +77,19 @@ def expand_ranking(record, args):
         sources.reverse()
     elif args.expand == "random":
         random.Random(f"{args.seed}-{record['id']}").shuffle(sources)
-    pools = [[c for c in candidates if c["source"] == s] for s in sources]
+    missing = args.ranking_length - len(ranking)
     if args.expand in ("alpacas", "chatgpt"):  # several of one source: the last but one, or the strongest
-        ranking += pools[-1] if args.expand == "chatgpt" else pools[-2:][0]
-    else:
-        ranking += [pool[0] for pool in pools if pool]
+        sources = [sources[-1] if args.expand == "chatgpt" else sources[-2:][0]] * missing
+    pools = {s: [c for c in candidates if c["source"] == s] for s in sources}
+    for source in sources[:missing]:  # each source in its turn: one that is missing is not passed over
+        if not pools[source]:
+            raise UserError(
+                f"{args.input}: record {record['id']!r} has too few responses of {source!r} for --expand {args.expand} "
+                f"--ranking_length {args.ranking_length}: add them with sample or teacher, or name --expand_sources"
+            )
+        ranking.append(pools[source].pop(0))
     if len(ranking) < args.ranking_length:
-        raise UserError(
-            f"{args.input}: record {record['id']!r} has {len(ranking)} candidates for --expand {args.expand}, fewer "
-            f"than --ranking_length {args.ranking_length}; sources asked for: {', '.join(sources)}"
-        )
+        raise UserError(f"--ranking_length {args.ranking_length} is more than {len(sources)} --expand_sources allow")
     return record | {"candidates": ranking[: args.ranking_length]}
 
 

@@ -75,9 +75,9 @@ def prm_scores(records, args):
         yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"max_length": args.max_length, "batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
+    options = {"batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
     for record in records:
-        pairs = [(record, c["text"]) for c in record["candidates"]]
+        pairs = [(record, c) for c in record["candidates"]]
         yield (record, reward_logits(args.model, device, pairs, flag="--model", form=args.dialogue, **options))
 
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 import math
+from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -52,14 +53,15 @@ AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
 AutoModelForSequenceClassification.register(RewardModelConfig, RewardModel)
 TRAIN_REWARD_MODEL = "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"  # of PRO's training data; evaluation: the 6.9B
 DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
+REWARD_TOKENS = 1024  # of a dialogue, whoever asks, as released: 512 for one use and 1,024 for another are two scales
 
 
 @functools.cache
 def load_reward_model(name, device, flag, allow_pickle):
-    """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`, in
+    float32 as released: bf16 has ties."""
     model, info = runtime.load_pretrained(
-        AutoModelForSequenceClassification, name, flag, allow_pickle, dtype=dtype, output_loading_info=True
+        AutoModelForSequenceClassification, name, flag, allow_pickle, dtype=torch.float32, output_loading_info=True
     )
     if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
         raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
@@ -70,35 +72,32 @@ def load_reward_model(name, device, flag, allow_pickle):
     return model.to(device).eval(), tokenizer, getattr(model.config, "dialogue_form", form)
 
 
-def dialogue_ids(tokenizer, record, response, form):
-    """A dialogue and a response as the reward model was trained to read them -> token ids.
+def dialogue_ids(tokenizer, record, candidate, form, max_length=REWARD_TOKENS):
+    """A record's dialogue and a response as the reward model was trained to read them -> at most max_length token ids;
+    the dialogue's beginning goes first.
 
-    Records without `messages` are one user's turn, the prompt.
+    plain: what common.encode gives the training scripts. Records without `messages` are one user's turn, the prompt.
     """
-    if form == "plain":  # as the training scripts encode: prompt, response, EOS
-        response = tokenizer(response, add_special_tokens=False).input_ids
-        return [*common.prompt_ids(tokenizer, record["prompt"]), *response, tokenizer.eos_token_id]
+    if form == "plain":
+        encoded = common.encode(tokenizer, record | {"candidates": [candidate]}, max_length)
+        return encoded.prompt_ids + encoded.responses[0]
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-    messages = [*messages, {"role": "assistant", "content": response}]
+    messages = [*messages, {"role": "assistant", "content": candidate["text"]}]
     if form == "chat_template":
         text = tokenizer.apply_chat_template(messages, tokenize=False)
     else:
         marks = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}
         text = "".join(marks[m["role"]] + m["content"] + tokenizer.eos_token for m in messages)
-    return tokenizer(text, add_special_tokens=False).input_ids
+    return common.cut_left(tokenizer, tokenizer(text, add_special_tokens=False).input_ids, max_length)
 
 
 @torch.inference_mode()
-def reward_logits(
-    name, device, pairs, *, flag="--reward_model", form="auto", max_length=1024, batch_size=16, allow_pickle=False
-):
-    """Raw logits of the reward model `name` for pairs (record, response text) -> floats.
-
-    Dialogues longer than max_length lose their beginning.
-    """
+def reward_logits(name, device, pairs, *, flag="--reward_model", form="auto", batch_size=16, allow_pickle=False):
+    """Raw logits of the reward model `name` for pairs (record, candidate) -> floats: every reward of the project."""
     model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
     form = own_form if form == "auto" else form
-    ids = [common.cut_left(tokenizer, dialogue_ids(tokenizer, r, text, form), max_length) for r, text in pairs]
+    limit = min(REWARD_TOKENS, getattr(model.config, "max_position_embeddings", REWARD_TOKENS))
+    ids = [dialogue_ids(tokenizer, record, candidate, form, limit) for record, candidate in pairs]
     rewards = [0.0] * len(ids)
     order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
     for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
@@ -114,20 +113,24 @@ def reward_logits(
 
 
 def rank_by_reward(records, args):
-    """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.1)."""
+    """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.3)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"form": args.dialogue, "max_length": args.max_length, "allow_pickle": args.allow_pickle}
-    agree, pairs, records = 0, 0, iter(records)
+    options = {"form": args.dialogue, "batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
+    outcome, records = Counter(), iter(records)
     while batch := list(itertools.islice(records, args.batch_size)):
-        dialogues = [(r, c["text"]) for r in batch for c in r["candidates"]]
-        rewards = iter(reward_logits(args.reward_model, device, dialogues, batch_size=args.batch_size, **options))
+        rewards = reward_logits(args.reward_model, device, [(r, c) for r in batch for c in r["candidates"]], **options)
+        rewards = iter(rewards)
         for record in batch:
             candidates = [c | {"reward": next(rewards)} for c in record["candidates"]]
             own = {c["source"]: c["reward"] for c in candidates if c["source"] in ("chosen", "rejected")}
-            pairs += len(own) == 2
-            agree += len(own) == 2 and own["chosen"] > own["rejected"]
+            if len(own) == 2:
+                gap = own["chosen"] - own["rejected"]
+                outcome["agrees" if gap > 0 else "differs" if gap < 0 else "equal"] += 1
             candidates.sort(key=lambda c: -c["reward"])
             candidates = [c | {"rank": sum(x["reward"] > c["reward"] for x in candidates)} for c in candidates]
             yield record | {"candidates": candidates, "reward_model": args.reward_model}
-    if pairs:
-        say(f"{args.reward_model} prefers the chosen response to the rejected one in {agree} of {pairs} pairs")
+    if outcome:
+        say(
+            f"{args.reward_model} prefers the chosen response to the rejected one in {outcome['agrees']} of "
+            f"{outcome.total()} pairs; {outcome['equal']} have equal rewards"
+        )

@@ -9,12 +9,12 @@ ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row; a longer prompt has
 
 
 @torch.inference_mode()
-def score_candidates(model, tokenizer, records, max_length=512, max_response_length=None):
+def score_candidates(model, tokenizer, records, max_length=512, max_prompt_length=None):
     """-> [(logprobs [n], lengths [n])], a pair a record: each candidate's sum of token log-probabilities, EOS
     included, and its token count, fp32 on the model's device. The records share packed rows of ROW_TOKENS."""
     budget = ROW_TOKENS[model.device.type]
     rows, tokens, scored = [], budget, []
-    for encoded in (common.encode(tokenizer, r, max_length, max_response_length) for r in records):
+    for encoded in (common.encode(tokenizer, r, max_length, max_prompt_length) for r in records):
         if tokens + encoded.num_tokens > budget:
             rows, tokens = [*rows, []], 0
         rows[-1].append(encoded)

@@ -38,7 +38,8 @@ def ask_each(args, records, journal, prompt, finish, **options):
 
 
 def teacher(args):
-    """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here."""
+    """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here. A record
+    with `messages` goes as these turns, unless --completions."""
     args.source = args.source or pathlib.Path(args.model).name
     records, journal = open_collected(args, "train", "teacher")
 
@@ -52,4 +53,8 @@ def teacher(args):
         return record | {"candidates": record.get("candidates", []) + more}
 
     options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
-    ask_each(args, records, journal, lambda r: r["prompt"], finish, **options)
+
+    def prompt(record):
+        return record["prompt"] if args.completions else record.get("messages") or record["prompt"]
+
+    ask_each(args, records, journal, prompt, finish, **options)

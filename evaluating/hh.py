@@ -9,8 +9,18 @@ import warnings
 import common
 from collecting import generation, reward_models
 from collecting.flags import generation_flags, group
-from common import in_range
-from evaluating.shared import generate_answers, length_figures, mean, model_flags, predict, write_metrics
+from common import UserError, in_range
+from evaluating.shared import (
+    by_subset,
+    draw_per_subset,
+    generate_answers,
+    length_figures,
+    mean,
+    model_flags,
+    normal_interval,
+    predict,
+    write_metrics,
+)
 from runtime import say
 
 EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO's; its training data's is the 1.4B
@@ -18,8 +28,11 @@ EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO'
 
 # fmt: off
 def hh_flags(add):
-    model_flags(add, "hh", "records of `prepare --task hh`, JSONL")
-    add("--limit", type=in_range(int, 1), help="only the first records")
+    model_flags(add, "hh", "records of `prepare --task hh`, JSONL", required=False)
+    add("--source", help="no --model: the records' own responses of this source (chosen: PRO's Golden; a teacher's)")
+    add("--cue", default="", help="ends the prompt, for the model alone (chain of hindsight: ' A good answer:')")
+    add("--limit", type=in_range(int, 1), help="so many records of each subset, drawn by --seed")
+    add("--seed", type=int, default=0, help="which records --limit draws")
     generation_flags(add, 128)
 
     add = group(add, "the reward model")
@@ -34,31 +47,38 @@ def hh(args):
 
     Defaults as in PRO: 128 new tokens, prompts cut to their last 384, answers cut where a new turn begins.
     """
+    if bool(args.model) == bool(args.source):
+        raise UserError("hh needs --model, or --source for responses that are there already")
     args.max_prompt_length, args.stop = args.max_prompt_length or 384, args.stop or list(generation.TURNS)
-    records = common.load_candidates(args.input, limit=args.limit)
-    if args.reward_model in reward_models_of_training(args.model):
+    records = draw_per_subset(common.load_candidates(args.input), args.limit, args.seed)
+    if args.model and args.reward_model in reward_models_of_training(args.model):
         say(f"{args.reward_model} also scored the training data of {args.model}: its rewards flatter this model")
 
     def compute(records, device):
-        answers = generate_answers(args, records, device)
+        if args.source:
+            answers = [own_response(r, args.source, args.input) for r in records]
+        else:
+            answers = generate_answers(args, [r | {"prompt": r["prompt"] + args.cue} for r in records], device)
         rows = [
             {"subset": r.get("subset"), "question": r["prompt"], "reference": chosen_text(r)} | a
             for r, a in zip(records, answers)
         ]
         if args.reward_model != "none":
-            pairs = [(r, row["text"]) for r, row in zip(records, rows)]
-            load = {"form": args.dialogue, "allow_pickle": args.allow_pickle}
+            pairs, load = list(zip(records, answers)), {"form": args.dialogue, "allow_pickle": args.allow_pickle}
             for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
-                row |= {"reward_logit": logit, "reward": 1 / (1 + math.exp(-logit))}
+                row |= {"reward_logit": logit, "reward": 1 / (1 + math.exp(-max(logit, -700)))}
         return rows
 
     if rows := predict(args, "hh", records, compute):
-        metrics = hh_metrics(rows)
-        subsets = sorted({row["subset"] for row in rows if row["subset"]})
-        for subset in subsets if len(subsets) > 1 else []:
-            figures = hh_metrics([row for row in rows if row["subset"] == subset])
-            metrics |= {f"{subset} {k}": v for k, v in figures.items()}
-        write_metrics(args, "hh", metrics)
+        write_metrics(args, "hh", hh_metrics(rows) | by_subset(rows, hh_metrics))
+
+
+def own_response(record, source, path):
+    """-> {text, finished} of the record's first candidate of `source`."""
+    for c in record["candidates"]:
+        if c["source"] == source:
+            return {"text": c["text"], "finished": c.get("finished", True)}
+    raise UserError(f"{path}: record {record['id']!r} has no response of {source!r}")
 
 
 def chosen_text(record):
@@ -81,15 +101,16 @@ def reward_models_of_training(model):
 
 
 def hh_metrics(rows):
-    """-> sacreBLEU's corpus BLEU and the authors' char_bleu, 0-100, the mean sigmoid reward, mean words. Over several
-    subsets these are means over samples, as in Table 2."""
+    """-> all from 0 to 100 as in Table 2: sacreBLEU's corpus BLEU, over several subsets that of all their samples; the
+    means over samples of the authors' char_bleu and of the sigmoid reward, with the latter's 95% interval."""
     import sacrebleu
 
     texts, references = [r["text"] for r in rows], [r["reference"] for r in rows]
     metrics = {"bleu": sacrebleu.corpus_bleu(texts, [references]).score}
     metrics["char_bleu"] = 100 * mean(map(char_bleu, texts, references))
     if all("reward" in r for r in rows):
-        metrics["reward"] = mean(r["reward"] for r in rows)
+        low, high = normal_interval([100 * r["reward"] for r in rows])
+        metrics |= {"reward": 100 * mean(r["reward"] for r in rows), "reward 95% low": low, "reward 95% high": high}
     return metrics | length_figures(rows)
 
 

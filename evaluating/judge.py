@@ -10,7 +10,7 @@ from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
 from collecting.prompts import fill, read_template
 from common import UserError, in_range
-from evaluating.shared import EVAL_FOLDER, mean, write_metrics
+from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, write_metrics
 from runtime import say
 
 JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
@@ -37,18 +37,26 @@ def judge_flags(add):
     add("--name", help="in reports (default: NAME-vs-NAME, the answers' folders)")
     add("--output", help=f"verdicts (default: {EVAL_FOLDER}/NAME/judge.jsonl)")
     add("--prompt_file", help="a template of your own with {question}, {a}, {b}")
-    add("--limit", type=in_range(int, 1), help="only the first questions")
+    add("--limit", type=in_range(int, 1), help="so many questions of each subset, drawn by --seed")
+    add(
+        "--verdicts",
+        choices=["agree", "average"],
+        default="agree",
+        help="a win needs both orders; or is each one's half",
+    )
     api_flags(add, 512)
 # fmt: on
 
 
 def judge(args):
-    """A model compares two systems' answers in both orders, at temperature 0; only agreement of both is a win."""
+    """A model compares two systems' answers in both orders, at temperature 0. --verdicts agree: a win needs both, and
+    all else is a tie; average: each order's verdict counts half (PRO Sec. 4.2, Table 3)."""
     args.input = args.answers
     systems = [{row["id"]: row for _, row in common.read_rows(path)} for path in args.answers]
-    ids = [i for i in systems[0] if i in systems[1]][: args.limit]
-    if not ids:
+    shared = [row for i, row in systems[0].items() if i in systems[1]]
+    if not shared:
         raise UserError(f"--answers {' '.join(args.answers)}: no question has an answer in both")
+    ids = [row["id"] for row in draw_per_subset(shared, args.limit, args.seed)]
     args.name = args.name or "-vs-".join(pathlib.Path(p).resolve().parent.name for p in args.answers)
     args.output = args.output or str(EVAL_FOLDER / args.name / "judge.jsonl")
     template = read_template(args, JUDGE_TEMPLATE)
@@ -67,10 +75,17 @@ def judge(args):
         journal.write([{"id": todo[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
     if journal.finish() == len(prompts):
         verdicts = {row["id"]: row["verdict"] for _, row in common.read_rows(args.output)}
-        figures = judge_metrics([(verdicts[f"{i}/12"], verdicts[f"{i}/21"]) for i in ids])
+        rows = [
+            {"subset": systems[0][i].get("subset"), "pair": (verdicts[f"{i}/12"], verdicts[f"{i}/21"])} for i in ids
+        ]
+
+        def figures(rows):
+            return judge_metrics([row["pair"] for row in rows], args.verdicts)
+
+        metrics = figures(rows) | by_subset(rows, figures)
         for k in (0, 1):
-            figures[f"mean_words_{k + 1}"] = mean(len(systems[k][i]["text"].split()) for i in ids)
-        write_metrics(args, "judge", figures)
+            metrics[f"mean_words_{k + 1}"] = mean(len(systems[k][i]["text"].split()) for i in ids)
+        write_metrics(args, "judge", metrics)
 
 
 def verdict(text):
@@ -79,19 +94,22 @@ def verdict(text):
     return found.pop() if len(found) == 1 else None
 
 
-def judge_metrics(pairs):
-    """[(verdict with system 1 as A, verdict with system 1 as B)] -> shares of all questions that system 1 wins, loses,
-    ties, or that are unparsed (in either order); of the parsed ones, how many change with the order."""
-    swapped = {"A": "B", "B": "A", "C": "C"}
-    parsed = [(first, swapped[second]) for first, second in pairs if first and second]
-    n, outcomes = len(pairs), Counter(a if a == b else "C" for a, b in parsed)
-    shown = [v for pair in pairs for v in pair if v in ("A", "B")]
-    return {
-        "win": outcomes["A"] / n,
-        "lose": outcomes["B"] / n,
-        "tie": outcomes["C"] / n,
-        "unparsed": 1 - len(parsed) / n,
+def judge_metrics(pairs, verdicts):
+    """[(verdict with system 1 as A, verdict with system 1 as B)] -> shares that system 1 wins, ties and loses, and that
+    are unparsed: of all questions where the orders must agree (one unparsed order is enough), of all verdicts where
+    they are averaged; of the questions parsed in both orders, how many change with the order."""
+    swapped = {"A": "B", "B": "A", "C": "C", None: None}
+    pairs = [(first, swapped[second]) for first, second in pairs]  # both as system 1 sees them
+    parsed = [pair for pair in pairs if None not in pair]
+    if verdicts == "average":
+        outcomes, n = Counter(v for pair in pairs for v in pair), 2 * len(pairs)
+    else:
+        outcomes, n = Counter(a if a == b else "C" for a, b in parsed), len(pairs)
+        outcomes[None] = n - len(parsed)
+    shown = [a == "A" for a, b in pairs if a in ("A", "B")] + [b == "B" for a, b in pairs if b in ("A", "B")]
+    shares = {name: outcomes[v] / n for name, v in (("win", "A"), ("tie", "C"), ("lose", "B"), ("unparsed", None))}
+    return shares | {
         "flip_rate": mean(a != b for a, b in parsed) if parsed else 0.0,
-        "first_place_preferred": mean(v == "A" for v in shown) if shown else 0.0,
-        "questions": n,
+        "first_place_preferred": mean(shown) if shown else 0.0,
+        "questions": len(pairs),
     }

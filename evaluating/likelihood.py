@@ -36,7 +36,7 @@ def ranking_flags(add):
 def scoring_flags(add):
     add = group(add, "scoring")
     add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + one response")
-    add("--max_response_length", type=in_range(int, 2), help="tokens of a response with EOS")
+    add("--max_prompt_length", type=in_range(int, 2), help="of them; without, the response goes first (PRO: 384)")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts scored, and written, at once")
 
 
@@ -49,7 +49,7 @@ def nll_flags(add):
 def score(args, records, device):
     """-> (record, logprobs [n], lengths [n]) of each record's candidates under --model."""
     model, tokenizer = generation.load_generator(args.model, device)
-    scored = score_candidates(model, tokenizer, records, args.max_length, args.max_response_length)
+    scored = score_candidates(model, tokenizer, records, args.max_length, args.max_prompt_length)
     return [(record, *pair) for record, pair in zip(records, scored)]
 
 

@@ -114,6 +114,27 @@ def plot_sources(systems, path):
         save_figure(figure, predictions.with_name(path.name))
 
 
+def plot_training(systems, path):
+    """A run's log: loss, pair accuracy and, where it has them, held-out figures and reward, a column each."""
+    for name, documents in systems.items():
+        models = [d["settings"].get("--model") for d in documents.values() if d["settings"].get("--model")]
+        logs = [pathlib.Path(model).parent / "log.jsonl" for model in models]
+        log = next((file for file in logs if file.is_file()), None)
+        if log is None:
+            raise UserError(f"--plot training: {name} is no run of ours (no log.jsonl beside its model)")
+        rows = [row for _, row in common.read_rows(log)]
+        figures = [k for k in ("loss", "pair_accuracy", "reward") if any(k in r or f"eval_{k}" in r for r in rows)]
+        figure, axes = new_figure(4.4 * len(figures), 3.4, len(figures))
+        for ax, key in zip(axes if len(figures) > 1 else [axes], figures):
+            for column, style in ((key, "-"), (f"eval_{key}", "o--")):
+                points = [(row["step"], row[column]) for row in rows if column in row]
+                if points:
+                    ax.plot(*zip(*points), style, label="held out" if column != key else "training")
+            ax.set(xlabel="step", ylabel=key.replace("_", " "), title=name)
+            ax.legend(frameon=False)
+        save_figure(figure, path.with_name(f"{path.stem}-{name}.png"))
+
+
 def need_verb(documents, name, verb):
     if verb not in documents:
         raise UserError(f"{name} has no {verb}.metrics.json: run evaluate.py {verb} first")

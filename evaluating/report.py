@@ -9,16 +9,17 @@ import statistics
 import common
 import runtime
 from common import UserError
-from evaluating.plots import need_verb, plot_positions, plot_setting, plot_sources
+from evaluating.plots import need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, wilson
 from runtime import say
 
-PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 (sources), and accuracy by gold_position; PLOT.png
-beside --output, sources in each system's folder"""
+PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 (sources), accuracy by gold_position, the runs' logs
+(training); PLOT.png beside --output, sources in each system's folder"""
 PLOTS = {
     "alpha": functools.partial(plot_setting, setting="alpha"),
     "num_candidates": functools.partial(plot_setting, setting="num_candidates"),
     "sources": plot_sources,
+    "training": plot_training,
     "gold_position": lambda systems, path: plot_positions(
         {name: need_verb(documents, name, "multidoc-qa")["metrics"] for name, documents in systems.items()}, path
     ),

@@ -4,6 +4,8 @@ import json
 import math
 import pathlib
 import platform
+import random
+import statistics
 
 import torch
 import transformers
@@ -20,8 +22,8 @@ EVAL_FOLDER = pathlib.Path("runs/eval")
 
 
 # fmt: off
-def model_flags(add, verb, data="records, JSONL"):
-    add("--model", required=True, help="hub id or folder")
+def model_flags(add, verb, data="records, JSONL", required=True):
+    add("--model", required=required, help="hub id or folder")
     if data:
         add("--input", required=True, help=data)
     add("--name", help="the system's name in reports (default: from --model)")
@@ -30,10 +32,12 @@ def model_flags(add, verb, data="records, JSONL"):
 
 
 def system_name(args):
-    """--name, else the model's folder, or the run's where that is called `model`."""
+    """--name, else the responses' source, else the model's folder, or the run's where that is `model` or `best`."""
+    if args.name or not args.model:
+        return args.name or args.source
     path = pathlib.Path(args.model)
-    of_run = path.name == "model" and (path.parent / "args.json").exists()
-    return args.name or (path.parent.name if of_run else path.name)
+    ours = path.name in ("model", "best") and (path.parent / "args.json").exists()
+    return (path.parent.name + "-best" * (path.name == "best")) if ours else path.name
 
 
 def predict(args, verb, records, compute):
@@ -47,9 +51,11 @@ def predict(args, verb, records, compute):
     journal = Journal(args.output, [r["id"] for r in records], settings_of(args), process, world)
     batches = generation.batches_by_length(records, args.batch_size)[process::world]
     for batch in tqdm(batches, desc=verb, disable=process != 0):
-        batch = [records[i] for i in batch if records[i]["id"] not in journal.done]
-        if batch:
-            journal.write({"id": r["id"]} | p for r, p in zip(batch, compute(batch, device)))
+        batch = [records[i] for i in batch]
+        if all(r["id"] in journal.done for r in batch):
+            continue
+        done = {r["id"]: p for r, p in zip(batch, compute(batch, device))}  # whole: padding changes the last digits
+        journal.write({"id": i} | p for i, p in done.items() if i not in journal.done)
     journal.finish()
     return [row for _, row in common.read_rows(args.output)] if process == 0 else []
 
@@ -66,6 +72,22 @@ def answer(args, verb, records):
     return predict(
         args, verb, records, lambda some, device: [r | a for r, a in zip(some, generate_answers(args, some, device))]
     )
+
+
+def draw_per_subset(rows, limit, seed):
+    """At most `limit` rows of each subset (of all where they have none), drawn by `seed`, in their order."""
+    kept = set()
+    for subset in {r.get("subset") for r in rows} if limit else ():
+        ids = [r["id"] for r in rows if r.get("subset") == subset]
+        kept |= set(random.Random(f"{seed}-{subset}").sample(ids, min(limit, len(ids))))
+    return [r for r in rows if r["id"] in kept] if limit else rows
+
+
+def by_subset(rows, metrics):
+    """Rows of several subsets -> {"SUBSET FIGURE": value} for the figures of metrics(a subset's rows)."""
+    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
+    figures = {s: metrics([row for row in rows if row.get("subset") == s]) for s in subsets if len(subsets) > 1}
+    return {f"{s} {k}": v for s, values in figures.items() for k, v in values.items()}
 
 
 def mean(values):
@@ -99,3 +121,10 @@ def wilson(share, n):
     z = 1.959964
     middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def normal_interval(values):
+    """Mean of values +- 1.96 standard errors; the mean alone for one value."""
+    mean = statistics.fmean(values)
+    half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return mean - half, mean + half

@@ -2,17 +2,15 @@
 
 import hashlib
 import json
-import math
 import pathlib
 import random
-import statistics
 
 import common
 import runtime
 from collecting.journal import read_records
 from common import UserError, in_range
 from evaluating.report import markdown
-from evaluating.shared import EVAL_FOLDER, wilson
+from evaluating.shared import EVAL_FOLDER, normal_interval, wilson
 from runtime import say
 
 PAGE = pathlib.Path(__file__).with_name("sheet.html")
@@ -121,10 +119,3 @@ def sheet_points(answer, order, where):
     if answer == ["tie"]:
         return dict.fromkeys(order, 0.5)
     return {order[answer[0]]: 1, order[1 - answer[0]]: 0}
-
-
-def normal_interval(values):
-    """Mean of values +- 1.96 standard errors; the mean alone for one value."""
-    mean = statistics.fmean(values)
-    half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean - half, mean + half

@@ -51,7 +51,7 @@ def test_oasst_logits_are_the_direct_computation(oasst, tmp_path, pooling):
         {"prompt": "Human: Why?", "messages": [{"role": r, "content": c} for r, c in dialogue]},
         {"prompt": "no messages: one turn of the user"},
     ]
-    pairs = [(records[0], "Because of that."), (records[1], "Ok"), (records[0], "")]
+    pairs = [(records[i], {"text": text}) for i, text in ((0, "Because of that."), (1, "Ok"), (0, ""))]
     got = reward_models.reward_logits(str(tmp_path), torch.device("cpu"), pairs)
     weights, tokenizer = load_file(tmp_path / "model.safetensors"), AutoTokenizer.from_pretrained(tmp_path)
     known = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
@@ -80,7 +80,7 @@ def test_a_reward_that_is_not_finite_is_refused(oasst, tmp_path):
     weights["out_proj.bias"].fill_(float("inf"))
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(common.UserError, match="record 'a' is not finite"):
-        reward_models.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, "Ok")])
+        reward_models.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, {"text": "Ok"})])
 
 
 def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
@@ -102,14 +102,16 @@ def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
         assert rewards == sorted(rewards, reverse=True) and new["reward_model"] == str(oasst)
         assert [c["rank"] for c in new["candidates"]] == [0, 1]
         assert sorted(c["text"] for c in new["candidates"]) == sorted(c["text"] for c in old["candidates"])
-        alone = reward_models.reward_logits(str(oasst), torch.device("cpu"), [(old, new["candidates"][1]["text"])])
+        alone = reward_models.reward_logits(str(oasst), torch.device("cpu"), [(old, new["candidates"][1])])
         assert rewards[1] == pytest.approx(alone[0], abs=1e-4)
     agree = sum(r["candidates"][0]["source"] == "chosen" for r in after)
-    assert f"in {agree} of 3 pairs" in capsys.readouterr().out
+    assert f"in {agree} of 3 pairs; 0 have equal rewards" in capsys.readouterr().out
 
 
 def test_equal_rewards_share_a_rank(monkeypatch, tmp_path):
-    monkeypatch.setattr(reward_models, "reward_logits", lambda name, device, pairs, **_: [len(t) for _, t in pairs])
+    monkeypatch.setattr(
+        reward_models, "reward_logits", lambda name, device, pairs, **_: [len(c["text"]) for _, c in pairs]
+    )
     candidates = [{"text": t, "source": "m"} for t in ("a", "ccc", "bb", "dd")]
     source = write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "p", "candidates": candidates}])
     run(monkeypatch, "rank", "--by", "reward", "--input", source, "--output", tmp_path / "r.jsonl")
@@ -133,8 +135,8 @@ def test_dialogue_forms(tiny, form):
     tokenizer = runtime.load_tokenizer(tiny)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
     record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
-    text = tokenizer.decode(reward_models.dialogue_ids(tokenizer, record, "Yes", form))
-    assert text == {"plain": "<s>Human: Hi\n\nAssistant:Yes</s>", "chat_template": "[user]Hi;[assistant]Yes;"}[form]
+    text = tokenizer.decode(reward_models.dialogue_ids(tokenizer, record, {"text": "Yes"}, form))
+    assert text == {"plain": "<s>Human: Hi\n\nAssistant: Yes</s>", "chat_template": "[user]Hi;[assistant]Yes;"}[form]
 
 
 def expanded(**flags):
@@ -154,5 +156,32 @@ def test_expansions():
     assert expanded(expand="chatgpt", ranking_length=3) == ["0", "1", "3"]
     draws = {tuple(expanded(expand="random", ranking_length=5, seed=s)) for s in range(30)}
     assert len(draws) == 6 and {d[:2] for d in draws} == {("0", "1")}
-    with pytest.raises(common.UserError, match="has 3 candidates for --expand chatgpt"):
-        expanded(expand="chatgpt", ranking_length=4)
+    for expand, length, missing in (("chatgpt", 4, "gpt-3.5-turbo"), ("alpacas", 6, "alpaca-7b")):
+        with pytest.raises(common.UserError, match=f"too few responses of '{missing}' for --expand {expand}"):
+            expanded(expand=expand, ranking_length=length)
+    with pytest.raises(common.UserError, match="--ranking_length 6 is more"):
+        expanded(expand="ascending", ranking_length=6)
+
+
+def test_a_missing_source_is_not_passed_over():
+    """Ascending without Curie's response would be Alpaca's in Curie's place."""
+    with pytest.raises(common.UserError, match="too few responses of 'curie'"):
+        expanded(expand="ascending", ranking_length=3, expand_sources="curie")
+
+
+def test_long_dialogues_are_read_to_1024_tokens_by_whoever_asks(tiny, reward_folder):
+    """bf16 or 512 tokens for one use and fp32 or 1,024 for another would be two scales in one ranking."""
+    model, tokenizer, form = reward_models.load_reward_model(str(reward_folder), torch.device("cpu"), "--x", False)
+    assert model.dtype == torch.float32 and form == "plain"
+    record = {"prompt": "\n" * 3000, "messages": [{"role": "user", "content": "\n" * 3000}]}
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    for form in reward_models.DIALOGUE_FORMS:
+        ids = reward_models.dialogue_ids(tokenizer, record, {"text": "the end"}, form)
+        assert len(ids) == 1024 and tokenizer.decode(ids).rstrip("</s>;").endswith("the end")
+
+
+def test_a_cut_response_has_no_eos_for_a_model_of_ours(tiny):
+    tokenizer = runtime.load_tokenizer(tiny)
+    for finished in (True, False):
+        ids = reward_models.dialogue_ids(tokenizer, {"prompt": "p"}, {"text": "x", "finished": finished}, "plain")
+        assert (ids[-1] == tokenizer.eos_token_id) == finished

@@ -23,15 +23,17 @@ class TestEncode:
         e = encode(tokenizer, record)
         assert e.prompt_ids[0] == tokenizer.bos_token_id and tokenizer.decode(e.prompt_ids[1:]) == "A man"
         assert [r[-1] for r in e.responses] == [tokenizer.eos_token_id] * 2
-        assert [tokenizer.decode(r[:-1]) for r in e.responses] == [" sleeps", "runs"]
+        assert [tokenizer.decode(r[:-1]) for r in e.responses] == [" sleeps", " runs"]  # the join: see space_before
         assert all(tokenizer.bos_token_id not in r for r in e.responses)
 
     def test_the_boundary_never_merges(self, tokenizer):
-        """'ma' + 'n' joined would be another token sequence: the prompt's ids must be those of the prompt alone."""
-        together = tokenizer("man", add_special_tokens=False).input_ids
-        apart = encode(tokenizer, {"id": "a", "prompt": "ma", "candidates": [{"text": "n"}]})
+        """Two line ends joined would be another token sequence: the prompt's ids must be those of the prompt alone."""
+        merging = make_tokenizer()
+        merging.add_tokens(["\n\n"])
+        together = merging("ma\n\nn", add_special_tokens=False).input_ids
+        apart = encode(merging, {"id": "a", "prompt": "ma\n", "candidates": [{"text": "\nn"}]})
         assert apart.prompt_ids[1:] + apart.responses[0][:-1] != together
-        assert tokenizer.decode(apart.prompt_ids[1:] + apart.responses[0][:-1]) == "man"
+        assert merging.decode(apart.prompt_ids[1:] + apart.responses[0][:-1]) == "ma\n\nn"
 
     def test_response_from_the_right_then_prompt_from_the_left(self, tokenizer):
         record = {
@@ -40,15 +42,69 @@ class TestEncode:
             "candidates": [{"text": "x y z u v w"}, {"text": "x"}],
         }
         full = encode(tokenizer, record)
-        e = encode(tokenizer, record, max_length=12, max_response_length=5)
-        assert (e.responses_cut, [len(r) for r in e.responses]) == (1, [5, len(full.responses[1])])
-        assert e.responses[0] == full.responses[0][:4] + [tokenizer.eos_token_id]
+        longest = len(full.responses[0])
+        e = encode(tokenizer, record, max_length=longest + 7)  # responses first
+        assert e.responses == full.responses and e.responses_cut == 0
         assert len(e.prompt_ids) == 7 and e.prompt_ids == full.prompt_ids[:1] + full.prompt_ids[-6:]
         assert e.prompt_cut == len(full.prompt_ids) - 7
+        e = encode(tokenizer, record, max_length=12, max_prompt_length=7)  # prompts first
+        assert (e.responses_cut, [len(r) for r in e.responses]) == (1, [5, len(full.responses[1])])
+        assert e.responses[0] == full.responses[0][:5]  # cut, so without EOS
+        assert e.prompt_ids == full.prompt_ids[:1] + full.prompt_ids[-6:]
 
     def test_a_response_longer_than_everything_leaves_some_prompt(self, tokenizer):
         e = encode(tokenizer, {"id": "a", "prompt": "one two", "candidates": [{"text": "word " * 50}]}, max_length=16)
-        assert len(e.prompt_ids) == 2 and len(e.responses[0]) == 14 and e.responses[0][-1] == tokenizer.eos_token_id
+        assert len(e.prompt_ids) == 2 and len(e.responses[0]) == 14 and tokenizer.eos_token_id not in e.responses[0]
+
+    @pytest.mark.parametrize("words, kept", [(3, 384), (383, 384), (1000, 384)])
+    def test_prompts_first(self, tokenizer, words, kept):
+        """PRO: prompts to 384 tokens, prompt and response to 512; the response has all that the prompt leaves."""
+        texts = ["y" * 10, "y" * 120, "y" * 128, "y" * 5000]
+        record = {"id": "a", "prompt": "\n" * words, "candidates": [{"text": t, "source": "m"} for t in texts]}
+        e = encode(tokenizer, record, 512, max_prompt_length=384)
+        P = min(words + 1, kept)  # a token a character, and BOS
+        assert len(e.prompt_ids) == P and e.prompt_ids[0] == tokenizer.bos_token_id
+        for text, ids in zip(texts, e.responses):
+            whole = len(text) + 1 <= 512 - P  # with EOS
+            assert len(ids) == (len(text) + 1 if whole else 512 - P)
+            assert (ids[-1] == tokenizer.eos_token_id) == whole
+        assert e.responses_cut == sum(len(t) + 1 > 512 - P for t in texts) and e.prompt_cut == words + 1 - P
+
+    def test_only_whole_responses_end_with_eos(self, tokenizer):
+        finished = [{}, {"finished": True}, {"finished": False}]
+        e = encode(tokenizer, {"id": "a", "prompt": "p", "candidates": [{"text": "x y"} | f for f in finished]})
+        assert [r[-1] == tokenizer.eos_token_id for r in e.responses] == [True, True, False]
+        assert e.responses[2] == e.responses[0][:-1] and e.responses_cut == 0
+        empty = encode(tokenizer, {"id": "a", "prompt": "p", "candidates": [{"text": "", "finished": False}]})
+        assert empty.responses == [[tokenizer.eos_token_id]]  # something must be scored
+
+    @pytest.mark.parametrize(
+        "prompt, text, joined",
+        [("Assistant:", "Sure", "Assistant: Sure"), ("Answer:\n", "Sure", "Answer:\nSure")]
+        + [("a ", "Sure", "a Sure"), ("a", "\nSure", "a\nSure"), ("a", "", "a")],
+    )
+    def test_the_join(self, tokenizer, prompt, text, joined):
+        """One rule: what training scores is what export writes, and what a model says after the prompt."""
+        e = encode(tokenizer, {"id": "a", "prompt": prompt, "candidates": [{"text": text}]})
+        assert tokenizer.decode(e.prompt_ids[1:] + e.responses[0][:-1]) == joined
+        assert prompt + common.space_before(prompt, text) + text == joined
+
+    def test_a_tokenizer_that_begins_every_text_with_a_space(self):
+        """SentencePiece, as Llama's: one space all the same, and the token that stands in running text."""
+        from tokenizers import Tokenizer, decoders, models, normalizers
+        from transformers import PreTrainedTokenizerFast
+
+        vocabulary = {"<s>": 0, "</s>": 1, "\u2581Sure": 2, "\u2581": 3, "\u2581a": 4, "a": 5, ":": 6}
+        merges = [("\u2581", "a")]
+        for k in range(len("Sure")):
+            vocabulary |= {"Sure"[k]: 10 + k, "\u2581" + "Sure"[: k + 1]: 2 if k == 3 else 20 + k}
+            merges.append(("\u2581" + "Sure"[:k], "Sure"[k]))
+        model = Tokenizer(models.BPE(vocabulary, merges))
+        model.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+        model.decoder = decoders.Metaspace()
+        plain = PreTrainedTokenizerFast(tokenizer_object=model, bos_token="<s>", eos_token="</s>")
+        e = encode(plain, {"id": "a", "prompt": "a:", "candidates": [{"text": "Sure"}]})
+        assert e.prompt_ids + e.responses[0] == [4, 6, 2, 1] == [*plain("a: Sure").input_ids, 1]
 
     def test_bos_written_by_a_template_is_not_doubled(self, tokenizer):
         e = encode(tokenizer, {"id": "a", "prompt": "<s>hello", "candidates": [{"text": "x"}]})
@@ -186,7 +242,7 @@ class TestReaders:
             ("a.jsonl", b'{"a": "\\ud800"}\n', ["a.jsonl:1"]),
             ("a.jsonl", b'{"a": "\x00"}\n', ["a.jsonl:1"]),
             ("a.jsonl", b'"' + b"x" * (11 << 20), ["a.jsonl:1", "10 MiB"]),
-            ("a.json", b'{"a": 1}', ["a.json:1", "array"]),
+            ("a.json", b"[1]", ["a.json:1", "object"]),
             ("a.json", b"[1]", ["a.json:1"]),
             ("a.csv", b"a,b\n1\n", ["a.csv:2"]),
             ("a.csv", b"a,b\n1,2,3\n", ["a.csv:2"]),

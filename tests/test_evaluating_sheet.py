@@ -209,8 +209,8 @@ def test_ranking_three_systems_in_a_browser(cli, two_systems, browser):
 
 
 def test_normal_interval():
-    low, high = sheet.normal_interval([1.0, 2.0, 3.0])
+    low, high = shared.normal_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5))
-    assert sheet.normal_interval([4.0]) == (4.0, 4.0)
+    assert shared.normal_interval([4.0]) == (4.0, 4.0)
     with pytest.raises(UserError):
         sheet.sheet_points([0, 0, 1], [0, 1, 2], "here")

@@ -250,10 +250,31 @@ def test_judge_metrics_by_hand():
         ("A", "B"),
         ("B", "B"),  # the second place: a tie, flipped
     ]
-    got = judge.judge_metrics(pairs)
+    got = judge.judge_metrics(pairs, "agree")
     assert (got["win"], got["lose"], got["tie"], got["unparsed"]) == (2 / 8, 1 / 8, 4 / 8, 1 / 8)
     assert got["flip_rate"] == pytest.approx(3 / 7)
     assert got["first_place_preferred"] == pytest.approx(6 / 12)  # A: 1, 1, 2, 0, 0, 1, 1, 0
+    mean = judge.judge_metrics(pairs, "average")  # system 1 wins 2, 0, 1, 1, 0, 1, 2, 1 of 16 verdicts
+    assert (mean["win"], mean["lose"], mean["tie"], mean["unparsed"]) == (8 / 16, 4 / 16, 3 / 16, 1 / 16)
+    assert {k: mean[k] for k in ("flip_rate", "first_place_preferred")} == {
+        k: got[k] for k in ("flip_rate", "first_place_preferred")
+    }
+
+
+@pytest.mark.parametrize(
+    "pairs, average, agree",  # verdicts with system 1 as A, then as B; win, tie, lose
+    [
+        ([("A", "B"), ("A", "A"), ("B", "B"), ("C", "A")], (4 / 8, 1 / 8, 3 / 8), (1 / 4, 3 / 4, 0)),
+        ([("A", "B")] * 2, (1, 0, 0), (1, 0, 0)),
+        ([("A", "A")] * 2, (1 / 2, 0, 1 / 2), (0, 1, 0)),  # always the first place
+        ([("C", "C"), ("B", "A")], (0, 1 / 2, 1 / 2), (0, 1 / 2, 1 / 2)),
+        ([("A", None), ("B", "A")], (1 / 4, 0, 2 / 4), (0, 0, 1 / 2)),  # one order unparsed
+    ],
+)
+def test_both_readings_of_two_orders(pairs, average, agree):
+    for name, want in (("average", average), ("agree", agree)):
+        got = judge.judge_metrics(pairs, name)
+        assert (got["win"], got["tie"], got["lose"]) == want
 
 
 QUESTIONS = [{"question_id": k, "category": "generic", "turns": [f"What {{is}} {k}?"]} for k in range(3)]

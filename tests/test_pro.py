@@ -165,7 +165,7 @@ def read_log(output):
     return [json.loads(line) for line in open(output / "log.jsonl")]
 
 
-FLAGS = ["--lr", 1e-3, "--batch_size", 3, "--epochs", 1, "--max_length", 64, "--max_response_length", 24]
+FLAGS = ["--lr", 1e-3, "--batch_size", 3, "--epochs", 1, "--max_length", 64, "--max_prompt_length", 40]
 
 
 @pytest.fixture(scope="module")
@@ -277,7 +277,7 @@ def test_ranks_alone_are_enough_without_temperature(monkeypatch, tiny, tmp_path)
 
 
 def bootstrap_flags(tiny, reward_folder, data, output):
-    argv = [*FLAGS, "--batch_size", 10, "--max_response_length", 12, "--model", tiny, "--data", data]
+    argv = [*FLAGS, "--batch_size", 10, "--max_new_tokens", 12, "--model", tiny, "--data", data]
     return [*argv, "--bootstrap_splits", 2, "--reward_model", reward_folder, "--output", output]
 
 

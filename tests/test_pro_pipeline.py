@@ -21,7 +21,7 @@ def test_from_rows_to_a_table(cli, tiny, monkeypatch, tmp_path):
     rows = write_jsonl(tmp_path / "hh.jsonl", hh_rows(10))
     ok("collect_candidates", "prepare", "--task", "hh", "--input", rows, "--validation", 3)
     data, held_out = tmp_path / "data" / "hh", tmp_path / "data" / "hh" / "validation.jsonl"
-    small = ["--epochs", 1, "--batch_size", 4, "--max_length", 64, "--max_response_length", 16]
+    small = ["--epochs", 1, "--batch_size", 4, "--max_length", 64, "--max_prompt_length", 48]
     out = ok("reward_model", "--model", tiny, "--eval_data", held_out, *small)
     assert "held out: pair accuracy" in out and "on 3 pairs" in out
     reward = tmp_path / "runs" / "reward-rank" / "model"

@@ -120,7 +120,7 @@ def mutations(row, other, needed, wrong_value):
     yield "Python, not JSON", "a.jsonl", repr(row).encode() + b"\n", REFUSED
     yield "trailing comma", "a.jsonl", text[:-1].encode() + b",}\n", REFUSED
     yield "two objects on a line", "a.jsonl", (text + text).encode() + b"\n", REFUSED
-    yield "JSON, not an array", "a.json", text.encode(), REFUSED
+    yield "JSON, not an array", "a.json", json.dumps(row, indent=1).encode(), REFUSED
     yield "JSON array of strings", "a.json", b'["a"]', REFUSED
     yield "torn JSON array", "a.json", json.dumps([row, other]).encode()[:-20], REFUSED
     yield "gz that is none", "a.jsonl.gz", good, REFUSED
