@@ -1,6 +1,7 @@
 """collecting/rank*.py: how answers and replies are read, and the rankers of RESCUE's orderings."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -125,8 +126,9 @@ def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, mon
     assert server.asked.most_common(1)[0][1] == 3  # two re-asks
     out = capsys.readouterr().out
     assert "8 ranked" in out and "1 unranked" in out
-    assert rescue.preference(rows[0], "gpt") == [0.0, -3.0, -1.0, -2.0]
-    assert rescue.preference(rows[8], "gpt") == [0.0, 0.0]
+    assert rescue.preference(rows[0], "gpt") == [math.inf, -3.0, -1.0, -2.0]  # the human response is first in training
+    human, unranked = rescue.preference(rows[8], "gpt")
+    assert human == math.inf and math.isnan(unranked)  # compared with nothing
 
 
 # ----------------------------------------------------------------------------------------------------------------------
