@@ -146,10 +146,10 @@ def test_an_error_is_one_line_and_exit_code_2():
     assert done.stderr.startswith("rescue.py: error: --data nowhere.jsonl is not there")
 
 
-def readme_commands(section=""):
-    """Every `python X.py ...` and `torchrun ... X.py ...` in README's shell blocks (from a heading on, up to the next
+def readme_commands(section="", page="README.md"):
+    """Every `python X.py ...` and `torchrun ... X.py ...` in a page's shell blocks (from a heading on, up to the next
     heading), continued lines joined."""
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / page).read_text()
     if section:
         text = re.split(r"\n#+ ", text.partition(f"# {section}\n")[2])[0]
     for block in re.findall(r"```(?:sh|bash)\n(.*?)```", text, re.S):
@@ -159,7 +159,7 @@ def readme_commands(section=""):
                 yield line
 
 
-@pytest.mark.parametrize("line", list(readme_commands()))
+@pytest.mark.parametrize("line", [*readme_commands(), *readme_commands(page="recipes/README.md")])
 def test_readme_commands_parse(line, monkeypatch):
     """Each command's script exists and takes these flags (their values too); demo/demo.sh and the other tests run
     them."""
