@@ -143,8 +143,8 @@ def test_every_flag_named_exists():
 def test_every_recipe_and_result_named_exists():
     for name, note in re.findall(r"`recipes/(\w+\.sh)`(?: \((not built)\))?", page()):
         assert (ROOT / "recipes" / name).exists() != bool(note), name
-    for recipe in ROOT.glob("recipes/*.sh"):
-        assert recipe.name == "lib.sh" or f"`recipes/{recipe.name}`" in page(), recipe.name
+    for recipe in sorted({p.name for p in ROOT.glob("recipes/*.sh")} - {"lib.sh"}):
+        assert f"`recipes/{recipe}`" in page() and f"`{recipe}`" in (ROOT / "recipes/README.md").read_text(), recipe
     for folder in re.findall(r"`(results/[\w./-]+)`", page()):
         assert (ROOT / folder).exists(), folder
 
