@@ -439,6 +439,8 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--model", default=model, help="hub id or folder")
     add("--allow_pickle", action="store_true", help="load .bin weights too: they can run code, so trust their author")
     add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
+    add("--eval_data", help="held-out records: their loss and pair accuracy in the log, the best step in OUTPUT/best")
+    add("--eval_every", type=in_range(int, 1), default=100, help="steps between evaluations; the last step always")
     add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
     add("--max_prompt_length", type=in_range(int, 2), default=max_prompt_length, 
         help="of them; its left is cut, then the response's right (default: the response goes first)")

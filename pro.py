@@ -18,28 +18,35 @@ Algorithm 1, self-bootstrapping (--bootstrap_splits K --reward_model M): the pro
 the current model answers its prompts, M scores the answers, and they join the rankings (footnote 6: never in first
 place, and the rewards are sorted anew so that they still descend). With --epochs 2 each split is trained twice on.
 
+--eval_data FILE evaluates every --eval_every steps: loss and pair accuracy, with --reward_model also the reward of
+greedy answers; the best step's model stays in OUTPUT/best, which is what the released code tests.
+
 Where the print and the released code differ, or the print is silent:
  1. Temperatures multiply as reward gaps, 1/T = r_k - r_i, and each sum is a log-sum-exp in float32. The released code
     exponentiates and adds 1e-10 inside the logarithm: wrong from gaps of about 10 on, inf or NaN for negative ones.
  2. Equal rewards: the limit T -> infinity, so the term is exp(0) = 1; where all rewards from k on are equal, term k is
-    the constant log(n - k + 1) without gradient. Rewards that ascend are an error (the records are sorted on loading).
- 3. L_SFT is the token *sum*, as in the released code (beta would mean something else under a mean): --sft_reduction.
-    BoN, with no other term, is the usual token mean.
+    the constant log(n - k + 1) without gradient. They are no pair of the pair accuracy. Rewards that ascend are an
+    error (the records are sorted on loading).
+ 3. BoN and SFT, with no other term, are the usual token mean of Eq. 1; as released, L_SFT beside L_PRO is the sum that
+    Eq. 1 prints: --sft_reduction.
  4. beta is multiplied with (n - 1)^2 of each prompt's own n, which is the ranking length where all have the same.
- 5. Rewards are raw logits of a reward model that is not the one used in evaluation.
- 6. Constant learning rate 5e-6, as released.
+ 5. Print is silent on the schedule (released: constant), weight decay (released: torch's default 0.01; here 0, as in
+    the other scripts), the choice of the checkpoint (released: the best of 280 test samples by reward, every 600
+    steps), and prompts (released: their last 384 tokens; a response has what is left of 512).
+ 6. A whole response ends with EOS. In the released code the padding scores as EOS, so it ends where its row of the
+    batch is shorter than the longest, and a cut one never.
+ 7. Silent on K and on how y is sampled in Algorithm 1, line 6: K is a flag, temperature 1, 128 new tokens.
 
     torchrun --nproc_per_node 4 pro.py                                                 # data/hh/ranked.jsonl
     torchrun --nproc_per_node 4 pro.py --no_ranking                                    # BoN
+    torchrun --nproc_per_node 4 pro.py --eval_data data/hh/validation.jsonl --reward_model RM
     torchrun --nproc_per_node 4 pro.py --bootstrap_splits 4 --reward_model RM          # Algorithm 1
     python pro.py --data d.jsonl --model demo/model --output runs/x                    # one process, GPU or CPU
 """
 
 import random
-import zlib
 
 import torch
-from tqdm import tqdm
 
 import common
 import runtime
@@ -72,15 +79,17 @@ def sft_loss(logprobs, lengths, reduction):
 
 
 def insert_candidate(candidates, new):
-    """Footnote 6: insert `new` into a ranking, best first -> the longer ranking, rewards descending.
-
-    The first candidate keeps its place whatever the new one's reward; the values of the rewards are then handed out
-    anew in descending order.
-    """
+    """Footnote 6: `new` in a ranking, best first, by its reward but never in the first place -> the longer ranking."""
     rest = sorted([*candidates[1:], new], key=lambda c: -c["reward"])  # stable: among equals the new one comes last
-    ranking = [candidates[0], *rest]
-    rewards = sorted((c["reward"] for c in ranking), reverse=True)
-    return [c | {"reward": reward, "rank": place} for place, (c, reward) in enumerate(zip(ranking, rewards))]
+    return [c | {"rank": place} for place, c in enumerate([candidates[0], *rest])]
+
+
+def ranking_levels(candidates):
+    """Preference levels [n] of a ranking, best first: its rewards, where it has them (sorted anew, footnote 6: of
+    answers that joined it one may be above the first), else the negative ranks."""
+    if all("reward" in c for c in candidates):
+        return torch.tensor(sorted((float(c["reward"]) for c in candidates), reverse=True))
+    return torch.tensor([-float(c.get("rank") or 0) for c in candidates])
 
 
 def parse_args():
@@ -96,17 +105,21 @@ def parse_args():
     add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Table 5)")
     add = parser.add_argument_group("Algorithm 1").add_argument
     add("--bootstrap_splits", type=in_range(int, 1), help="K: sample, score, insert before each split")
-    add("--reward_model", help="scores the sampled responses: hub id or folder, the one that scored the data")
     add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of the sampled responses")
+    add = parser.add_argument_group("answers, of Algorithm 1 and of --eval_data").add_argument
+    add("--reward_model", help="scores them: hub id or folder, the one that scored the data (RM_train, Sec. 4.3)")
     add("--max_new_tokens", type=in_range(int, 1), default=128, help="of an answer, Sec. 4.3")
     # fmt: on
     defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
     common.add_training_flags(parser, model="huggyllama/llama-7b", max_prompt_length=384, **defaults)
+    parser.set_defaults(eval_every=600)  # as released
     args = parser.parse_args()
     if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
         parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
-    if (args.bootstrap_splits is None) != (args.reward_model is None):
-        parser.error("--bootstrap_splits and --reward_model go together")
+    if args.bootstrap_splits and not args.reward_model:
+        parser.error("--bootstrap_splits needs --reward_model")
+    if args.reward_model and not (args.bootstrap_splits or args.eval_data):
+        parser.error("--reward_model needs --bootstrap_splits or --eval_data, whose answers it scores")
     args.sft_reduction = args.sft_reduction or ("mean" if args.no_ranking else "sum")
     names = ("no_temperature", "no_sft", "first_only", "no_ranking", "bootstrap_splits")
     what = "-".join(n.removesuffix("_splits") for n in names if getattr(args, n)) or "full"
@@ -117,7 +130,8 @@ def parse_args():
 
 RANK_BY = "python collect_candidates.py rank --by reward --input {} --output NEW.jsonl"
 COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-base
-  torchrun --nproc_per_node 4 collect_candidates.py sample --task hh --model huggyllama/llama-7b --num_samples 1
+  torchrun --nproc_per_node 4 collect_candidates.py sample --task hh --model huggyllama/llama-7b --num_samples 1 \\
+      --max_prompt_length 384 --stop Human: human: Assistant: assistant:
   python collect_candidates.py rank --task hh --by reward"""
 GIVEN = ("chosen", "rejected", *common.HUMAN)  # sources of the ranking that the data came with
 
@@ -151,27 +165,28 @@ def sort_candidates(record, needs_reward, path):
     return record | {"candidates": sorted(candidates, key=lambda c: c.get("rank") or 0)}
 
 
-def load_data(args):
-    """-> records, each with its candidates best first, at most --ranking_length of them; BoN keeps the first."""
-    runtime.require_data(args.data, COLLECT)
+def load_data(args, path, limit):
+    """-> (records, each with its candidates best first, at most --ranking_length of them; their levels [n]). BoN trains
+    on the first candidate alone."""
+    runtime.require_data(path, COLLECT)
     needs_reward = bool(args.bootstrap_splits) or not (args.no_temperature or args.no_ranking)
-    records = common.load_candidates(args.data, limit=args.max_train_samples)
+    records = common.load_candidates(path, limit=limit)
     if args.ranking_length:
         records = [select_candidates(r, args.ranking_length, args.seed) for r in records]
-    records = [sort_candidates(r, needs_reward, args.data) for r in records]
-    if args.no_ranking:
-        return [r | {"candidates": r["candidates"][:1]} for r in records]
+    records = [sort_candidates(r, needs_reward, path) for r in records]
+    if args.no_ranking and path == args.data:
+        records = [r | {"candidates": r["candidates"][:1]} for r in records]
     single = next((r for r in records if len(r["candidates"]) < 2), None)
-    if single:
-        raise UserError(f"{args.data}: record {single['id']!r} has one candidate: nothing to rank (BoN: --no_ranking)")
+    if single and not args.no_ranking:
+        raise UserError(f"{path}: record {single['id']!r} has one candidate: nothing to rank (BoN: --no_ranking)")
     lengths = sorted({len(r["candidates"]) for r in records})
-    say(f"{len(records)} prompts, ranking lengths {', '.join(map(str, lengths))}")
+    say(f"{path}: {len(records)} prompts, ranking lengths {', '.join(map(str, lengths))}")
     scored_by = {r["reward_model"] for r in records if "reward_model" in r} - {args.reward_model}
     if args.bootstrap_splits and scored_by:
         say(f"the data was scored by {', '.join(sorted(scored_by))}: its rewards and --reward_model's may not compare")
     if args.no_sft or args.beta == 0:
         say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
-    return records
+    return records, [ranking_levels(r["candidates"]) for r in records]
 
 
 def plan_steps(num_prompts, args):
@@ -188,54 +203,40 @@ def plan_steps(num_prompts, args):
     return splits, batches, split_of
 
 
-def bootstrap(run, records, rewards, split, number):
-    """Algorithm 1 before one split: answer its prompts with the current model, score, insert; the split's records,
-    rewards and encoded prompts are replaced in place. Leaves the run where it was told to stop.
+def bootstrap(run, records, levels, split, number):
+    """Algorithm 1, lines 3 to 9, before the PRO of line 10: the split's records, levels and encoded prompts are
+    replaced in place. Leaves the run where it was told to stop.
 
-    Finished prompts go to OUTPUT/bootstrap/split-K.jsonl, so a killed run goes on where it was, and one that comes
-    back into the middle of a split trains on the answers that the split began with.
+    Finished prompts go to OUTPUT/bootstrap/split-K.jsonl with the reward model's own logits, so a killed run goes on
+    where it was, and one that comes back into the middle of a split trains on the answers that the split began with.
     """
-    from collecting import generation, reward_models
+    from collecting import on_policy
     from collecting.journal import Journal
 
     if run.step > run.start:
         run.save(run.step, run.model, run.optimizer)
-    args, model, old = run.args, run.model, [records[i] for i in split]
-    path = run.output / "bootstrap" / f"split-{number + 1}.jsonl"
-    journal = Journal(path, [r["id"] for r in old], {}, run.process, run.world)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.sampling_temperature}
-    options["max_prompt_length"] = args.max_prompt_length
-    batches = generation.batches_by_length(old, 16)[run.process :: run.world]
-    model.eval()
-    with runtime.gathered(model), torch.no_grad():  # each process generates on its own, however long its answers are
-        for batch in tqdm(batches, desc=f"bootstrap {number + 1}", disable=run.process != 0):
-            batch = [old[i] for i in batch if old[i]["id"] not in journal.done]
-            if not batch or run.signal:
-                continue
-            torch.manual_seed(zlib.crc32(f"{args.seed} {number} {batch[0]['id']}".encode()))
-            prompts = [r["prompt"] for r in batch]
-            answers = generation.generate(model, run.tokenizer, prompts, stop=generation.TURNS, **options)
-            new = [{"text": a["text"], "finished": a["finished"], "source": "bootstrap"} for [a] in answers]
-            pairs, pickle = list(zip(batch, new)), args.allow_pickle
-            scored = zip(new, reward_models.reward_logits(args.reward_model, run.device, pairs, allow_pickle=pickle))
-            new = [c | {"reward": x} for c, x in scored]
-            journal.write(r | {"candidates": insert_candidate(r["candidates"], c)} for r, c in zip(batch, new))
-    model.train()
+    path, data = run.output / "bootstrap" / f"split-{number + 1}.jsonl", [records[i] for i in split]
+    journal = Journal(path, [d["id"] for d in data], {}, run.process, run.world)
+    sampled = on_policy.answers(run, data, f"split {number + 1}", run.args.sampling_temperature, journal.done)
+    for batch, answers in sampled:  # lines 3-6: d, x, {y^j}, and the answer to x
+        rewards = on_policy.rewards(run, batch, answers)  # line 8: score
+        new = [y | {"reward": r} for y, r in zip(answers, rewards)]
+        rankings = [d | {"candidates": insert_candidate(d["candidates"], y)} for d, y in zip(batch, new)]  # 7, 8
+        journal.write(d for d in rankings if d["id"] not in journal.done)
     if run.interrupted():
         run.stop()
     journal.finish()
     torch.distributed.barrier()
-    new = common.load_candidates(path)
-    for i, record, e in zip(split, new, runtime.encode_all(run.tokenizer, new, args)):
-        records[i], run.encoded[i] = record, e
-        rewards[i] = torch.tensor([c["reward"] for c in record["candidates"]])
+    data = common.load_candidates(path)
+    for i, d, e in zip(split, data, runtime.encode_all(run.tokenizer, data, run.args)):
+        records[i], levels[i], run.encoded[i] = d, ranking_levels(d["candidates"]), e
 
 
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    records = load_data(args)
-    splits, batches, split_of = plan_steps(len(records), args)
+    (records, levels), train, held_out = runtime.with_held_out(load_data, args)
+    splits, batches, split_of = plan_steps(len(train), args)  # line 1
     run = runtime.Run(args, device)
     if run.finished:
         return
@@ -243,35 +244,39 @@ def main():
     encoded = runtime.encode_all(tokenizer, records, args)
     runtime.check_packing(model, encoded, args, tokenizer, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    rewards = [torch.tensor([c.get("reward", 0.0) for c in r["candidates"]]) for r in records]
     use_temperature = not (args.no_temperature or args.no_ranking)
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for step, prompts in run.steps(batches):
-        if args.bootstrap_splits and (step == run.start or split_of[step] != split_of[step - 1]):
-            bootstrap(run, records, rewards, splits[split_of[step]], split_of[step])  # Algorithm 1
+    for step, prompts in run.steps(batches, held_out):
+        if run.training and args.bootstrap_splits and (step == run.start or split_of[step] != split_of[step - 1]):
+            bootstrap(run, records, levels, splits[split_of[step]], split_of[step])  # lines 2-9
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
-        for _, weight, batch, row_rewards in run.rows(prompts, rewards):
+        for _, weight, batch, row_levels in run.rows(prompts, levels):
             logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
             scores = logprobs / lengths  # [N], Eq. 6
             row_loss = 0.0
-            for s, logp, length, r in zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, row_rewards))):
-                pro_term = pro_loss(s, r if use_temperature else None, args.first_only)  # [n] each, best first
+            for s, logp, length, r in zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, row_levels))):
+                ranked = s[:1] if args.no_ranking else s  # [n], best first; of one response L_PRO is 0
+                pro_term = pro_loss(ranked, r if use_temperature else None, args.first_only)
                 sft_term = sft_loss(logp, length, args.sft_reduction)
                 sft_weight = 1.0 if args.no_ranking else 0.0 if args.no_sft else args.beta * (len(s) - 1) ** 2
                 loss = pro_term + sft_weight * sft_term  # Eq. 7
                 row_loss = row_loss + loss
-                pairs = pair_statistics(s, -torch.arange(len(s), device=device))
-                run.count(weight, pairs, loss=loss, pro_loss=pro_term, sft_loss=sft_term)
-            # FSDP averages over processes: the sum over the global batch / its prompts
-            (weight * row_loss * world / len(prompts)).backward()
-        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(grad_norm)
-    run.finish(model, tokenizer)
+                run.count(weight, pair_statistics(s, r), loss=loss, pro_loss=pro_term, sft_loss=sft_term)
+            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
+                (weight * row_loss * world / len(prompts)).backward()
+        if run.training:
+            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
+            run.check_finite(grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(grad_norm)
+        elif args.reward_model:
+            from collecting import on_policy  # as in Algorithm 1: without them this script needs no other room
+
+            run.figures["reward"] = on_policy.mean_reward(run, [records[i] for i in prompts])
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -144,21 +144,21 @@ COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_t
   python collect_candidates.py rank --task esnli --by {}"""
 
 
-def load_data(args):
+def load_data(args, path, limit):
     """-> (records with the candidates to compute, their levels, their y*: tensors [n], bool); says what was found."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
-    runtime.require_data(args.data, COLLECT.format(by))
+    runtime.require_data(path, COLLECT.format(by))
     field = NEEDS.get(args.ordering)
-    read = common.load_candidates(args.data, limit=args.max_train_samples)
+    read = common.load_candidates(path, limit=limit)
     records, levels, targets, count = [], [], [], Counter()
     for record in read:
-        where = f"{args.data}: record {record['id']!r}"
+        where = f"{path}: record {record['id']!r}"
         human = [c["source"] in common.HUMAN for c in record["candidates"]]
         if not any(human) and args.ordering in ("human", "none", "similarity"):
             raise UserError(f"{where} has no human response, which --ordering {args.ordering} needs")
         for i, (c, h) in enumerate(zip(record["candidates"], human)):
             if field and field not in c and not (h and field in ("correct", "similarity", "rank")):
-                hint = RANK_BY.format(by, args.data)
+                hint = RANK_BY.format(by, path)
                 raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
         drawn = select_candidates(record, args.num_candidates, args.seed)
         level = torch.tensor(preference(drawn, args.ordering))  # [n]
@@ -175,7 +175,7 @@ def load_data(args):
             levels.append(level[used])
             targets.append(target[used])
     if not records or args.no_sft and not count["pairs"]:
-        raise UserError(f"{args.data}: --ordering {args.ordering} finds no two candidates of different preference")
+        raise UserError(f"{path}: --ordering {args.ordering} finds no two candidates of different preference")
     chosen = "the best-rewarded" if args.ordering == "reward" else "the best correct response"
     found = f"the human response in {count['human']}, {chosen} in {count['chosen']}, none in {count['without y*']}"
     say(f"{len(read)} prompts, {count['pairs']} ordered pairs; y* is", "not used: --no_sft" if args.no_sft else found)
@@ -191,7 +191,7 @@ def load_data(args):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    records, levels, targets = load_data(args)
+    (records, levels, targets), train, held_out = runtime.with_held_out(load_data, args)
     human = [torch.tensor([c["source"] in common.HUMAN for c in r["candidates"]]) for r in records]
     lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
     run = runtime.Run(args, device)
@@ -203,7 +203,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
+    for _, prompts in run.steps(runtime.shuffled_batches(len(train), args), held_out):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
         for _, weight, batch, lam, *columns in run.rows(prompts, lambdas, levels, targets):
@@ -216,14 +216,15 @@ def main():
                 loss = sft_term + args.alpha * rank_term  # Eq. 3
                 row_loss = row_loss + loss
                 run.count(weight, pair_statistics(s, level), loss=loss, rank_loss=rank_term, sft_loss=sft_term)
-            # FSDP averages over processes: the sum over the global batch / its prompts
-            (weight * row_loss * world / len(prompts)).backward()
-        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(grad_norm)
-    run.finish(model, tokenizer)
+            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
+                (weight * row_loss * world / len(prompts)).backward()
+        if run.training:  # not on --eval_data
+            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
+            run.check_finite(grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(grad_norm)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ response's reward among all. For two responses it is the same.
 
 Which response is better, --ordering says: the annotated `rank` (HH's chosen and rejected, a stronger model's ranking),
 the right and the wrong `label`, another model's `reward`. Equals are not compared; a prompt's pairs share one forward,
-in which its prompt is read once. With --eval_data it ends with the pair accuracy on held-out rankings.
+in which its prompt is read once. --eval_data FILE: loss and pair accuracy on held-out rankings, in the log.
 
 OUTPUT/model is a folder that AutoModelForSequenceClassification loads (one label). Its forward scores the rightmost
 token that is not padding, so the padding token differs from EOS there; its `dialogue_form` plain says that it reads
@@ -25,12 +25,8 @@ rate 1e-5 and one epoch, since a second one overfits to pairs; no dropout is add
     python reward_model.py --model demo/model --data d.jsonl --output runs/rm
 """
 
-import json
-import math
-
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import common
@@ -46,13 +42,6 @@ def ranking_loss(rewards, levels):
     """
     i, j = torch.nonzero(levels[:, None] > levels[None, :], as_tuple=True)
     return -F.logsigmoid(rewards[i] - rewards[j]).sum() / max(1, len(i))
-
-
-def interval(right, total, z=1.96):
-    """Wilson's 95% interval of a share -> (low, high)."""
-    p, n = right / total, total
-    centre, width = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return (centre - width) / (1 + z * z / n), (centre + width) / (1 + z * z / n)
 
 
 def add_score_forward(model):
@@ -103,8 +92,9 @@ LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, 
 COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-base --validation 280"
 
 
-def load_levels(path, args, limit=None):
+def load_data(args, path, limit):
     """-> (records, their candidates' levels as tensors [n]); prints how many pairs can be compared."""
+    runtime.require_data(path, COLLECT)
     field, level = LEVELS[args.ordering]
     hint = f"python collect_candidates.py rank --by {args.ordering} --input {path} --output NEW.jsonl"
     records = common.load_candidates(path, need=[field], added_by=hint, limit=limit)
@@ -119,32 +109,11 @@ def load_levels(path, args, limit=None):
     return records, levels
 
 
-@torch.no_grad()
-def evaluate(run):
-    """Pair accuracy on --eval_data -> {pair_accuracy, low, high, gap, pairs}; every process scores its share."""
-    args, model = run.args, run.model
-    records, levels = load_levels(args.eval_data, args)
-    encoded = runtime.encode_all(run.tokenizer, records, args)
-    plan = runtime.plan_rows(encoded, run.row_budget, run.world)[run.process]
-    sums = torch.zeros(3, device=run.device)
-    model.eval()
-    for row, weight in tqdm(plan, desc="held out", disable=run.process != 0):
-        some = [encoded[i] for i in row]
-        rewards = candidate_rewards(model, runtime.make_batch(some, args, run.tokenizer, run.device))
-        for i, r in zip(row, rewards.split([len(e.responses) for e in some])):
-            sums += weight * torch.stack(pair_statistics(r, levels[i].to(run.device)))
-    model.train()
-    right, pairs, gap = runtime.all_sum(sums)
-    low, high = interval(right, pairs)
-    return {"pair_accuracy": right / pairs, "low": low, "high": high, "gap": gap / pairs, "pairs": int(pairs)}
-
-
 def parse_args():
     parser = common.Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("reward model").add_argument
     add("--ordering", choices=sorted(LEVELS), default="rank", help="the annotation that says which response is better")
-    add("--eval_data", help="held-out records: pair accuracy at the end, in OUTPUT/eval.json")
     # fmt: on
     defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
     common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
@@ -175,10 +144,7 @@ def load_model(args, device):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    runtime.require_data(args.data, COLLECT)
-    if args.eval_data:
-        runtime.require_data(args.eval_data, COLLECT)
-    records, levels = load_levels(args.data, args, args.max_train_samples)
+    (records, levels), train, held_out = runtime.with_held_out(load_data, args)
     run = runtime.Run(args, device)
     if run.finished:
         return
@@ -188,7 +154,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
+    for _, prompts in run.steps(runtime.shuffled_batches(len(train), args), held_out):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
         for _, weight, batch, preferences in run.rows(prompts, levels):
@@ -198,18 +164,15 @@ def main():
                 loss = ranking_loss(r, level)
                 row_loss = row_loss + loss
                 run.count(weight, pair_statistics(r, level), loss=loss)
-            # FSDP averages over processes: the sum over the global batch / its prompts
-            (weight * row_loss * world / len(prompts)).backward()
-        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(grad_norm)
-    if args.eval_data:
-        figures = evaluate(run)
-        runtime.on_process0(lambda: runtime.write_atomically(run.output / "eval.json", json.dumps(figures, indent=1)))
-        say("held out: pair accuracy {pair_accuracy:.3f} [{low:.3f}, {high:.3f}] on {pairs} pairs".format(**figures))
-    run.finish(model, tokenizer)
+            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
+                (weight * row_loss * world / len(prompts)).backward()
+        if run.training:  # not on --eval_data
+            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
+            run.check_finite(grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(grad_norm)
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -382,6 +382,16 @@ def shuffled_batches(num_prompts, args):
     return batches
 
 
+def with_held_out(load_data, args):
+    """load_data(args, path, limit) -> lists in step, for --data and --eval_data -> (the lists joined, the indices of
+    the prompts to train on, of the held-out ones)."""
+    columns = load_data(args, args.data, args.max_train_samples)
+    train = range(len(columns[0]))
+    if args.eval_data:
+        columns = [own + more for own, more in zip(columns, load_data(args, args.eval_data, None))]
+    return columns, train, range(len(train), len(columns[0]))
+
+
 def all_sum(values):
     """Sum a list of tensors or numbers over all processes, each by itself -> floats. One collective, one sync."""
     total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
@@ -456,23 +466,24 @@ class Run:
     """A training run: its folder, its place in time, and what surrounds each step.
 
     OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
-    OUTPUT/log.jsonl      one line a logged step
+    OUTPUT/log.jsonl      one line a logged step, and one an evaluation on --eval_data
     OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last
     OUTPUT/latest         names the newest checkpoint
-    OUTPUT/model/         the trained model, a Hugging Face folder
+    OUTPUT/model/         the trained model, a Hugging Face folder; best/: the same after the best evaluation
 
     The order of the data and the dropout seed derive from (seed, step), so a checkpoint's step number is its whole
     data and RNG state. In a script's loop:
 
         run.begin(model, optimizer, tokenizer, encoded)
-        for step, prompts in run.steps(batches):                    # sets the learning rate, saves checkpoints
+        for step, prompts in run.steps(batches, held_out):          # sets the learning rate, saves checkpoints
             for row, weight, batch, levels in run.rows(prompts, all_levels):
                 ...
                 run.count(weight, pair_statistics(s, l), loss=loss)  # each prompt, for the log line
-            run.check_finite(grad_norm)
-            optimizer.step()
-            run.log(grad_norm)
-        run.finish(model, tokenizer)
+            if run.training:                                         # not where the prompts are the held-out ones
+                run.check_finite(grad_norm)
+                optimizer.step()
+                run.log(grad_norm)
+        run.finish()
     """
 
     def __init__(self, args, device):
@@ -481,7 +492,9 @@ class Run:
             raise UserError(f"--batch_size {args.batch_size} is below the {self.world} processes")
         self.output = pathlib.Path(args.output)
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
-        self.settings["data_sha256"] = on_process0(lambda: file_digest(args.data))
+        for flag in ("data", "eval_data"):
+            if path := getattr(args, flag):
+                self.settings[f"{flag}_sha256"] = on_process0(lambda path=path: file_digest(path))
         self.signal = None
         on_process0(self._claim_folder)
         if self.finished:
@@ -499,28 +512,58 @@ class Run:
         a_row = self.args.max_tokens_per_row or (8192 if self.device.type == "cuda" else 1024)
         self.row_budget = 1 if self.args.padded else a_row  # padded: a prompt a row
         self.start = self.restore(model, optimizer)
+        self.evaluated = on_process0(self._evaluations)  # step -> what the best is chosen by
 
     def plan(self, prompts):
         """-> each process's rows over these prompts, as plan_rows gives them, and the encoded prompts."""
         encoded = [self.encoded[i] for i in prompts]
         return plan_rows(encoded, self.row_budget, self.world), encoded
 
-    def steps(self, batches):
+    def steps(self, batches, held_out=()):
         """Yield (step, the prompts of its global batch) from `start` on, its learning rate set; after each one save a
-        checkpoint where it is due."""
+        checkpoint where it is due. Before a step that --eval_every divides and after the last one yield the held-out
+        prompts, for which there are no gradients; `training` says which they are."""
         rows = describe_plan(*self.plan(batches[0]), self.row_budget)
         say(f"{len(batches)} steps of {self.args.batch_size} prompts on {self.world} processes; the first: {rows}")
         self.total, every = len(batches), self.args.checkpoint_every
         todo = range(self.start, self.total)
         for step in tqdm(todo, "training", initial=self.start, total=self.total, disable=self.process != 0):
-            self.step, self.prompts, self.began = step, batches[step], time.perf_counter()
-            self.seen, self.losses, self.sums = [], [], 0
+            if held_out and step % self.args.eval_every == 0:
+                yield from self._evaluate(step, held_out)
+            self._start(step, batches[step], training=True)
             self.learning_rate = learning_rate(step, self.total, self.args)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.learning_rate
             yield step, batches[step]
             if every and (step + 1) % every == 0 and step + 1 < self.total:
                 self.save(step + 1, self.model, self.optimizer)
+        if held_out:
+            yield from self._evaluate(self.total, held_out)
+
+    def _start(self, step, prompts, training):
+        self.step, self.prompts, self.training, self.began = step, list(prompts), training, time.perf_counter()
+        self.seen, self.losses, self.sums, self.figures = [], [], 0, {}
+
+    def _evaluate(self, step, held_out):
+        """Yield the held-out prompts, log what was counted, and the script's own `figures`, after so many steps, and
+        keep the model where it is the best so far: by the reward if there is one, else by the loss."""
+        if step in self.evaluated:
+            return
+        self._start(step, held_out, training=False)
+        self.model.eval()
+        with torch.no_grad():  # in the script's loop too, until it asks for the next prompts
+            yield step, held_out
+        self.model.train()
+        if hasattr(self.model, "reshard"):
+            self.model.reshard()  # a forward leaves the root gathered
+        figures = self._means() | {"pairs": int(all_sum(self.sums[-2:-1])[0])} | self.figures
+        line = {f"eval_{k}": v for k, v in figures.items()}
+        value = line["eval_reward"] if "eval_reward" in line else -line["eval_loss"]
+        line["best"] = all(value > before for before in self.evaluated.values())
+        if line["best"]:
+            self._save_model(self.output / "best")
+        self.evaluated[step] = value
+        self._write({"step": step} | line)
 
     def rows(self, prompts, *columns):
         """Yield (row, weight, batch, *values) for each row of this process's share of the step's `prompts`.
@@ -572,12 +615,16 @@ class Run:
         of ordered pairs that are scored in order, the mean gap of a pair's scores, better - worse."""
         if (self.step + 1) % self.args.log_every and self.step + 1 < self.total:
             return
-        *losses, in_order, pairs, gap = all_sum(self.sums)
-        line = {"step": self.step + 1} | {k: v / len(self.prompts) for k, v in zip(self.names, losses)}
-        line |= {"pair_accuracy": in_order / max(pairs, 1), "gap": gap / max(pairs, 1)}
-        line |= {"grad_norm": grad_norm, "lr": self.learning_rate}
+        line = {"step": self.step + 1} | self._means() | {"grad_norm": grad_norm, "lr": self.learning_rate}
         tokens = unique_tokens([self.encoded[i] for i in self.prompts])
-        line |= speed(self.model, tokens, time.perf_counter() - self.began, self.device)
+        self._write(line | speed(self.model, tokens, time.perf_counter() - self.began, self.device))
+
+    def _means(self):
+        *losses, in_order, pairs, gap = all_sum(self.sums)
+        means = {k: v / len(self.prompts) for k, v in zip(self.names, losses)}
+        return means | {"pair_accuracy": in_order / max(pairs, 1), "gap": gap / max(pairs, 1)}
+
+    def _write(self, line):
         if self.process == 0:
             with open(self.output / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
@@ -624,7 +671,7 @@ class Run:
             )
         self._claim = Claim(args_file, f"--output {out}")
         if self.args.overwrite:
-            for name in ("checkpoints", "model", "model.part", "bootstrap"):
+            for name in ("checkpoints", "model", "model.part", "best", "best.part", "bootstrap"):
                 shutil.rmtree(out / name, ignore_errors=True)
             for name in ("log.jsonl", "latest"):
                 (out / name).unlink(missing_ok=True)
@@ -707,15 +754,24 @@ class Run:
         if len(kept) < len(lines):
             write_atomically(log, "".join(kept))
 
-    def finish(self, model, tokenizer):
-        """Gather the weights and write OUTPUT/model: safetensors in the computing dtype, tokenizer, generation
-        config; then drop the checkpoints."""
+    def _evaluations(self):
+        log = self.output / "log.jsonl"
+        lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+        return {x["step"]: x.get("eval_reward", -x["eval_loss"]) for x in lines if "eval_loss" in x}
+
+    def _save_model(self, folder):
+        """Gather the weights and write a folder: safetensors in the computing dtype, tokenizer, generation config."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on process 0 alone, one tensor at a time
-        state = get_model_state_dict(model, options=options)
+        state = get_model_state_dict(self.model, options=options)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        on_process0(
-            lambda: save_model(model, {k: v.to(dtype) for k, v in state.items()}, tokenizer, self.model_folder, dtype)
-        )
+        state = {k: v.to(dtype) for k, v in state.items()}
+        on_process0(lambda: save_model(self.model, state, self.tokenizer, folder, dtype))
+
+    def finish(self):
+        """Write OUTPUT/model, then drop the checkpoints."""
+        self._save_model(self.model_folder)
+        if self.evaluated:
+            say(f"best on --eval_data: step {max(self.evaluated, key=self.evaluated.get)}, in {self.output / 'best'}")
         on_process0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
         on_process0(lambda: (self.output / "latest").unlink(missing_ok=True))
         say(f"model saved in {self.model_folder}")
@@ -735,6 +791,8 @@ def save_model(model, state, tokenizer, folder, dtype):
     try:
         blank.save_pretrained(part, state_dict={k: v for k, v in state.items() if k not in tied})
         tokenizer.save_pretrained(part)
+        if folder.exists():
+            shutil.rmtree(folder)  # a best one; killed here, the resumed run makes it again
         os.replace(part, folder)
     except (OSError, RuntimeError) as e:
         raise UserError(

@@ -129,18 +129,18 @@ COLLECT = {
 }
 
 
-def load_data(args):
+def load_data(args, path, limit):
     """-> (records with the candidates that take part, their levels [n], whether L_MLE has them [n]), lists in step."""
-    runtime.require_data(args.data, COLLECT[args.stage])
+    runtime.require_data(path, COLLECT[args.stage])
     learn_all = args.all_candidates if args.stage == "sft" else args.mle_on == "all"
     records, levels, in_mle = [], [], []
-    for record in common.load_candidates(args.data, limit=args.max_train_samples):
-        candidates, where = record["candidates"], f"{args.data}: record {record['id']!r}"
+    for record in common.load_candidates(path, limit=limit):
+        candidates, where = record["candidates"], f"{path}: record {record['id']!r}"
         original = next((i for i, c in enumerate(candidates) if c["source"] in common.HUMAN), None)
         for i, c in enumerate(candidates):
             absent = [field for field in NEEDS[args.stage] if field not in c]
             if absent and i != original:
-                hint = ANNOTATE[args.stage].format(args.data)
+                hint = ANNOTATE[args.stage].format(path)
                 raise UserError(f"{where}: candidates[{i}] has no {absent[0]!r}; add it with: {hint}")
         if original is None and not learn_all and (args.mle_weight or args.stage == "sft"):
             raise UserError(f"{where} has no reference response, which the MLE term needs")
@@ -162,7 +162,7 @@ def load_data(args):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    records, levels, in_mle = load_data(args)
+    (records, levels, in_mle), train, held_out = runtime.with_held_out(load_data, args)
     run = runtime.Run(args, device)
     if run.finished:
         return
@@ -173,7 +173,7 @@ def main():
     mle_weight = 1.0 if args.stage == "sft" else args.mle_weight
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(runtime.shuffled_batches(len(records), args)):
+    for _, prompts in run.steps(runtime.shuffled_batches(len(train), args), held_out):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
         for _, weight, batch, *columns in run.rows(prompts, levels, in_mle):
@@ -188,14 +188,15 @@ def main():
                 loss = rank_term + mle_weight * mle_term  # Eq. 6
                 row_loss = row_loss + loss
                 run.count(weight, pair_statistics(v, level), loss=loss, rank_loss=rank_term, mle_loss=mle_term)
-            # FSDP averages over processes: the sum over the global batch / its prompts
-            (weight * row_loss * world / len(prompts)).backward()
-        grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-        run.check_finite(grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        run.log(grad_norm)
-    run.finish(model, tokenizer)
+            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
+                (weight * row_loss * world / len(prompts)).backward()
+        if run.training:  # not on --eval_data
+            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
+            run.check_finite(grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+            run.log(grad_norm)
+    run.finish()
 
 
 if __name__ == "__main__":

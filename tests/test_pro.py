@@ -114,7 +114,8 @@ def test_the_new_candidate_never_takes_the_first_place():
     new = {"text": "new", "source": "bootstrap", "reward": 9.0}
     ranking = pro.insert_candidate(rewarded(2.0, 1.0), new)
     assert [c["text"] for c in ranking] == ["0", "new", "1"]
-    assert [c["reward"] for c in ranking] == [9.0, 2.0, 1.0]  # the values are handed out anew, descending
+    assert [c["reward"] for c in ranking] == [2.0, 9.0, 1.0]  # as the reward model gave them
+    assert pro.ranking_levels(ranking).tolist() == [9.0, 2.0, 1.0]  # handed out anew, descending: what the loss reads
     assert [c["rank"] for c in ranking] == [0, 1, 2]
 
 
@@ -122,8 +123,18 @@ def test_the_new_candidate_never_takes_the_first_place():
 def test_the_new_candidate_is_inserted_by_its_reward(reward, place):
     ranking = pro.insert_candidate(rewarded(2.0, 1.0, 0.0), {"text": "new", "source": "bootstrap", "reward": reward})
     assert [c["text"] for c in ranking].index("new") == place
-    rewards = [c["reward"] for c in ranking]
-    assert rewards == sorted([2.0, 1.0, 0.0, reward], reverse=True)
+    levels = pro.ranking_levels(ranking).tolist()
+    assert levels == [c["reward"] for c in ranking] == sorted([2.0, 1.0, 0.0, reward], reverse=True)
+
+
+def test_equal_rewards_are_no_pair():
+    """Of rewards 2, 1, 1 two pairs are ordered; a mistake between the equals costs nothing."""
+    levels = pro.ranking_levels(rewarded(2.0, 1.0, 1.0))
+    for scores in ([-1.0, -2.0, -3.0], [-1.0, -3.0, -2.0]):
+        in_order, pairs, gap = common.pair_statistics(torch.tensor(scores), levels)
+        assert (in_order.item(), pairs.item(), gap.item()) == (2, 2, 3.0)
+    ranks = [{"text": "x", "source": "m", "rank": r} for r in (0, 1, 1)]
+    assert pro.ranking_levels(ranks).tolist() == [0, -1, -1]
 
 
 def test_ranking_length_keeps_the_datas_own_pair():
@@ -249,7 +260,9 @@ def test_training_orders_the_candidates(monkeypatch, tiny, tmp_path):
         ((None, None, None), ["--no_temperature"], ["neither 'reward' nor 'rank'"]),
         ((1.0,), [], ["one candidate", "--no_ranking"]),
         ((1.0, 0.0), ["--no_ranking", "--first_only"], ["--no_ranking"]),
-        ((1.0, 0.0), ["--bootstrap_splits", 2], ["go together"]),
+        ((1.0, 0.0), ["--bootstrap_splits", 2], ["--bootstrap_splits needs --reward_model"]),
+        ((1.0, 0.0), ["--reward_model", "x"], ["--bootstrap_splits or --eval_data"]),
+        ((1.0, 0.0), ["--eval_data", "x.jsonl"], ["x.jsonl is not there"]),
         ((1.0, 0.0), ["--bootstrap_splits", 9, "--reward_model", "x"], ["more than the 6 prompts"]),
     ],
 )
@@ -273,6 +286,103 @@ def test_ranks_alone_are_enough_without_temperature(monkeypatch, tiny, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# --eval_data
+
+
+def eval_lines(output):
+    return [line for line in read_log(output) if "eval_loss" in line]
+
+
+@pytest.fixture(scope="module")
+def held_out_run(tiny, reward_folder, tmp_path_factory):
+    """8 steps at a learning rate at which the held-out reward goes up and down -> (argv, output)."""
+    folder = tmp_path_factory.mktemp("held_out")
+    data, held_out = write_data(folder / "d.jsonl"), write_data(folder / "e.jsonl", 5, rewards=(1.0, 0.5, 0.0))
+    argv = [*FLAGS, "--lr", 3e-2, "--epochs", 4, "--model", tiny, "--data", data, "--eval_data", held_out]
+    argv += ["--eval_every", 2, "--reward_model", reward_folder, "--max_new_tokens", 8, "--checkpoint_every", 3]
+    with pytest.MonkeyPatch.context() as patch:
+        run(patch, *argv, "--output", folder / "run")
+    return argv, folder / "run"
+
+
+def test_the_best_step_is_kept_and_is_not_the_last(held_out_run, cli, reward_folder, tmp_path):
+    argv, output = held_out_run
+    lines = eval_lines(output)
+    assert [line["step"] for line in lines] == [0, 2, 4, 6, 8]
+    best = max(lines, key=lambda line: line["eval_reward"])
+    assert best["step"] < 8 and [line for line in lines if line["best"]][-1] == best
+    # the folder holds that step's weights: its figures again, by training's evaluation and by evaluate.py hh
+    held_out, fresh = argv[argv.index("--eval_data") + 1], [*argv, "--model", output / "best"]
+    assert cli("pro", *fresh, "--epochs", 1, "--output", tmp_path / "again").code == 0
+    again = eval_lines(tmp_path / "again")[0]
+    assert {k: again[k] for k in best if k.startswith("eval_")} == pytest.approx(
+        {k: v for k, v in best.items() if k.startswith("eval_")}, rel=1e-4
+    )
+    hh = ["hh", "--model", output / "best", "--input", held_out, "--reward_model", reward_folder, "--max_new_tokens", 8]
+    assert cli("evaluate", *hh, "--max_prompt_length", 40, "--output", tmp_path / "hh.jsonl").code == 0
+    document = json.loads((tmp_path / "hh.metrics.json").read_text())
+    assert document["name"] == "run-best" and document["metrics"]["reward"] == pytest.approx(
+        best["eval_reward"], abs=1e-3
+    )
+    figure = ["report", tmp_path, "--plot", "training", "--output", tmp_path / "report.md"]
+    assert cli("evaluate", *figure).code == 0 and (tmp_path / "training-run-best.png").exists()
+
+
+def test_held_out_figures_are_the_records(held_out_run):
+    """Before the first step: the loss and the pairs of the held-out records alone, by the printed equations."""
+    argv, output = held_out_run
+    line = eval_lines(output)[0]
+    assert line["eval_pairs"] == 5 * 3 and 0 <= line["eval_reward"] <= 100
+    assert line["eval_loss"] == pytest.approx(line["eval_pro_loss"] + 0.05 * 4 * line["eval_sft_loss"], rel=1e-5)
+    from transformers import AutoModelForCausalLM
+
+    tiny, held_out = argv[argv.index("--model") + 1], argv[argv.index("--eval_data") + 1]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), runtime.load_tokenizer(tiny)
+    losses = []
+    for record in common.load_candidates(held_out):
+        logprobs, lengths = common.candidate_logprobs(
+            model, common.pack_padded([common.encode(tokenizer, record, 64, 40)])
+        )
+        losses.append(naive_loss((logprobs / lengths).tolist(), [1.0, 0.5, 0.0]))
+    assert line["eval_pro_loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
+
+
+def test_evaluation_survives_a_kill(held_out_run, cli, monkeypatch, tmp_path):
+    """Killed after step 5, so between its checkpoints and evaluations: the same lines, best weights and model."""
+    from safetensors.torch import load_file
+
+    argv, whole = held_out_run
+    calls, clip = [], runtime.clip_grad_norm
+
+    def die_at_sixth(*args):
+        calls.append(1)
+        if len(calls) == 6:
+            raise ConnectionError("the machine went away")
+        return clip(*args)
+
+    monkeypatch.setattr(runtime, "clip_grad_norm", die_at_sixth)
+    with pytest.raises(ConnectionError):
+        cli("pro", *argv, "--output", tmp_path / "run")
+    monkeypatch.setattr(runtime, "clip_grad_norm", clip)
+    assert cli("pro", *argv, "--output", tmp_path / "run", "--resume").code == 0
+    assert eval_lines(tmp_path / "run") == eval_lines(whole)
+    for folder in ("best", "model"):
+        weights = load_file(tmp_path / "run" / folder / "model.safetensors")
+        for name, tensor in load_file(whole / folder / "model.safetensors").items():
+            assert torch.equal(tensor, weights[name])
+
+
+def test_sft_is_held_out_on_whole_rankings(cli, tiny, tmp_path):
+    data = write_data(tmp_path / "d.jsonl")
+    argv = [*FLAGS, "--model", tiny, "--data", data, "--eval_data", write_data(tmp_path / "e.jsonl", 4), "--no_ranking"]
+    assert cli("pro", *argv, "--output", tmp_path / "run").code == 0
+    lines = eval_lines(tmp_path / "run")
+    assert [line["step"] for line in lines] == [0, 2] and lines[0]["eval_pairs"] == 4 * 3
+    assert all(line["eval_pro_loss"] == 0 and line["eval_loss"] == line["eval_sft_loss"] for line in lines)
+    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and lines[-1]["best"]  # by the loss, where there is no reward
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 
 
@@ -293,7 +403,8 @@ def check_splits(output, data):
     for record in first + second:
         candidates = record["candidates"]
         rewards = [c["reward"] for c in candidates]
-        assert len(candidates) == 4 and rewards == sorted(rewards, reverse=True)
+        assert len(candidates) == 4 and rewards[1:] == sorted(rewards[1:], reverse=True)
+        assert [c["rank"] for c in candidates] == [0, 1, 2, 3]
         assert [c["source"] == "bootstrap" for c in candidates].count(True) == 1
         best = max(before[record["id"]]["candidates"], key=lambda c: c["reward"])
         assert candidates[0]["text"] == best["text"] and candidates[0]["source"] != "bootstrap"
@@ -320,6 +431,20 @@ def test_bootstrap_inserts_scored_answers(whole_run):
 def test_bootstrap_loss_counts_the_longer_ranking(whole_run):
     line = read_log(whole_run[1])[0]
     assert line["loss"] == pytest.approx(line["pro_loss"] + 0.05 * 3**2 * line["sft_loss"], rel=1e-5)  # n = 4
+
+
+def test_rewards_of_a_bootstrapped_ranking_are_those_of_rank(cli, tiny, reward_folder, tmp_path):
+    """One scale in one ranking: each stored reward is what `rank --by reward` gives the same response."""
+    raw = write_data(tmp_path / "raw.jsonl", 20, rewards=(None, None, None))
+    rank = ["rank", "--by", "reward", "--reward_model", reward_folder, "--input"]
+    assert cli("collect_candidates", *rank, raw, "--output", tmp_path / "d.jsonl").code == 0
+    argv = bootstrap_flags(tiny, reward_folder, tmp_path / "d.jsonl", tmp_path / "run")
+    assert cli("pro", *argv, "--bootstrap_splits", 1).code == 0
+    split = tmp_path / "run" / "bootstrap" / "split-1.jsonl"
+    assert cli("collect_candidates", *rank, split, "--output", tmp_path / "again.jsonl").code == 0
+    for one, again in zip(read_jsonl(split), read_jsonl(tmp_path / "again.jsonl"), strict=True):
+        want = {c["text"]: c["reward"] for c in again["candidates"]}
+        assert {c["text"]: c["reward"] for c in one["candidates"]} == pytest.approx(want, abs=1e-5)
 
 
 def same_run(one, other):
@@ -355,7 +480,10 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
         result = cli("pro", *argv)
         assert result.code == 0 and "--resume" in result.out
         assert not (tmp_path / "run" / "bootstrap" / "split-2.jsonl").exists()
-        assert len(read_jsonl(tmp_path / "run" / "bootstrap" / "split-2.jsonl.part0")) == 16
+        part = tmp_path / "run" / "bootstrap" / "split-2.jsonl.part0"
+        lines = part.read_text().splitlines(keepends=True)
+        assert len(lines) == 16
+        part.write_text("".join(lines[:5]))  # killed within the batch: it must be drawn again whole
         monkeypatch.setattr(generation, "generate", generate)
     else:
         clip = runtime.clip_grad_norm

@@ -23,7 +23,7 @@ def test_from_rows_to_a_table(cli, tiny, monkeypatch, tmp_path):
     data, held_out = tmp_path / "data" / "hh", tmp_path / "data" / "hh" / "validation.jsonl"
     small = ["--epochs", 1, "--batch_size", 4, "--max_length", 64, "--max_prompt_length", 48]
     out = ok("reward_model", "--model", tiny, "--eval_data", held_out, *small)
-    assert "held out: pair accuracy" in out and "on 3 pairs" in out
+    assert "best on --eval_data: step" in out
     reward = tmp_path / "runs" / "reward-rank" / "model"
     more = ["--max_new_tokens", 8, "--num_samples", 1, "--source", "alpaca-7b"]
     ok("collect_candidates", "sample", "--task", "hh", "--model", tiny, *more, "--stop", "Human:", "Assistant:")
@@ -51,4 +51,4 @@ def test_from_rows_to_a_table(cli, tiny, monkeypatch, tmp_path):
     lines = [line.split("|")[1].strip() for line in table.splitlines() if line.startswith("| ") and "---" not in line]
     assert lines == ["", *runs]
     figures = json.loads((tmp_path / "runs" / "eval" / "pro-full" / "hh.metrics.json").read_text())["metrics"]
-    assert 0 < figures["reward"] < 1 and figures["prompts"] == 3
+    assert 0 < figures["reward"] < 100 and figures["prompts"] == 3

@@ -187,9 +187,8 @@ class TestOrderings:
         out = cli("rescue", "--ordering", "label", "--num_candidates", 4, *more, "--output", tmp_path / "b").out
         assert "the human response in 0, the best correct response in 3, none in 1" in out
         assert "1 prompts are left out" in out and "leaves out 1 model responses" in out
-        args = types.SimpleNamespace(data=data, ordering="label", no_sft=False, num_candidates=5, seed=0)
-        args.max_train_samples = None
-        records, levels, targets = load_data(args)
+        args = types.SimpleNamespace(ordering="label", no_sft=False, num_candidates=5, seed=0)
+        records, levels, targets = load_data(args, data, None)
         assert [len(r["candidates"]) for r in records] == [3, 1, 5]  # of two right ones y* alone
         assert [x.tolist() for x in targets] == [[True, False, False], [True], [False] * 4 + [True]]
 
@@ -258,9 +257,7 @@ class TestTraining:
     def test_saved_folder_gives_the_same_logits(self, cli, tiny, data, tmp_path, monkeypatch):
         seen = {}
         save = runtime.Run.finish
-        monkeypatch.setattr(
-            runtime.Run, "finish", lambda run, model, tok: (seen.update(model=model), save(run, model, tok))
-        )
+        monkeypatch.setattr(runtime.Run, "finish", lambda run: (seen.update(model=run.model), save(run)))
         train(cli, tiny, data, tmp_path / "run", "--ordering", "none")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
         ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run/model")("A man sleeps.").input_ids])
