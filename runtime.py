@@ -232,6 +232,21 @@ def load_tokenizer(name, flag="--model"):
     return tokenizer
 
 
+def run_name(model):
+    """What a model is called in records and reports: its folder's name, or its run's where that is RUN/model (or
+    RUN/best: RUN-best)."""
+    path = pathlib.Path(model)
+    return path.parent.name + "-best" * (path.name == "best") if run_settings(model) else path.name
+
+
+def run_settings(model):
+    """The arguments of the run that left this model, RUN/model or RUN/best -> dict, empty where it is no run's."""
+    path = pathlib.Path(model)
+    args_file = path.parent / "args.json"
+    ours = path.name in ("model", "best") and args_file.is_file()
+    return (read_json(args_file.read_text()) or {}).get("settings", {}) if ours else {}
+
+
 def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all processes, layer by
     layer, then the root. Process 0 alone reads the checkpoint and gives the others their shards."""

@@ -39,15 +39,17 @@ def collected_flags(add, before, after):
     add("--output", help="the same records with more in them, JSONL")
 
 
-def generation_flags(add, max_new_tokens):
+def generation_flags(add, max_new_tokens, alpaca=None):
     add = group(add, "generation")
-    add("--max_new_tokens", type=in_range(int, 1), default=max_new_tokens, help="tokens of a response")
+    by_task = f" (default: {max_new_tokens}; --task alpaca: {alpaca})" if alpaca else ""
+    default = None if alpaca else max_new_tokens
+    add("--max_new_tokens", type=in_range(int, 1), default=default, help="tokens of a response" + by_task)
     add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
     add("--stop", nargs="*", default=[], help="a response ends before any of these strings, newline written \\n")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
 
 
-def api_flags(add, max_new_tokens, required=True):
+def api_flags(add, max_new_tokens, required=True, alpaca=None):
     ask = group(add, "the model that is asked")
     ask("--model", required=required, help="a model's name at --base_url; without that: hub id or folder, run here")
     ask("--base_url", help="OpenAI-compatible server, e.g. https://api.openai.com/v1; its key: OPENAI_API_KEY")
@@ -56,5 +58,5 @@ def api_flags(add, max_new_tokens, required=True):
     ask("--retries", type=in_range(int, 0), default=5, help="repeat a failed request this often, with growing pauses")
     ask("--timeout", type=in_range(float, above=0), default=120.0, help="seconds a request may take in all")
     ask("--seed", type=int, default=0, help="of a local model's samples")
-    generation_flags(add, max_new_tokens)
+    generation_flags(add, max_new_tokens, alpaca)
 # fmt: on

@@ -68,9 +68,9 @@ def generate(
     """Generate `num_samples` responses to each prompt -> a list per prompt of {text, logprob, num_tokens, finished}.
 
     temperature 0 is greedy (or beam search). The prompt is read once: its cache is repeated for the samples. logprob is
-    the sum of the model's own log-probabilities, before temperature and top_p, of the num_tokens tokens, EOS included
-    where it came; finished: it ended by itself within max_new_tokens. The text ends before the first of the `stop`
-    strings.
+    the sum of the model's own log-probabilities, before temperature and top_p, of the num_tokens tokens. EOS counts in
+    neither (an empty response is its EOS): servers leave it out too, and `rank --by logprob`. finished: it ended by
+    itself within max_new_tokens. The text ends before the first of the `stop` strings.
     """
     ids = [common.cut_left(tokenizer, common.prompt_ids(tokenizer, p), max_prompt_length or 2**30) for p in prompts]
     L = max(map(len, ids))
@@ -110,8 +110,7 @@ def generate(
         end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)
         text = tokenizer.decode(sequence[:end], skip_special_tokens=True)
         cut = min((text.index(s) for s in stop if s in text), default=None)
-        # after a stop string EOS is padding, not the model's
-        num_tokens = end if cut is not None else min(end + 1, len(sequence))
+        num_tokens = max(1, end)
         response = {
             "text": text[:cut].strip(),
             "num_tokens": num_tokens,
@@ -129,6 +128,11 @@ OPTIONS = ("max_new_tokens", "max_prompt_length", "num_samples", "temperature", 
 def options_of(args):
     """What a command's flags say about `generate`, as far as it has them -> keyword arguments."""
     return {k: getattr(args, k) for k in OPTIONS if hasattr(args, k)} | {"stop": unescape(args.stop)}
+
+
+def new_tokens(args, default):
+    """--max_new_tokens, else 512 for Alpaca's responses (Tuna's released code), else the verb's own default."""
+    return args.max_new_tokens or {"alpaca": 512}.get(args.task, default)
 
 
 def unescape(strings):

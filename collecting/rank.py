@@ -1,6 +1,7 @@
 """The verb rank: annotations by a ranker for each --by. A ranker takes (records, args) and yields the records,
 annotated."""
 
+import pathlib
 import random
 
 from tqdm import tqdm
@@ -33,9 +34,9 @@ EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
 # fmt: off
 def rank_flags(add):
     add("--by", required=True, choices=sorted(RANKERS), help="which annotation to add")
-    add("--task", default="esnli", help="for the default paths: data/TASK/sampled.jsonl, data/TASK/ranked.jsonl")
-    add("--input", help="records with candidates, JSONL")
-    add("--output", help="the same records, annotated")
+    add("--task", default="esnli", help="for the default paths, which are under data/TASK")
+    add("--input", help="records with candidates, JSONL (default: sampled.jsonl)")
+    add("--output", help="the same records, annotated (default: ranked.jsonl; of sampled-RUN.jsonl: ranked-RUN.jsonl)")
 
     by = group(add, "what some rankers read")
     by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
@@ -60,7 +61,9 @@ def rank(args):
     """Annotate every candidate; see --by."""
     if args.by not in ("label", "similarity", "probabilistic", "reward") and not args.model:
         raise UserError(f"--by {args.by} needs --model")
-    records, journal = open_collected(args, "sampled", "ranked", common.load_candidates)
+    student = pathlib.Path(args.input or "").name.removesuffix(".jsonl").partition("sampled-")[2]
+    ranked = f"ranked-{student}" if student else "ranked"
+    records, journal = open_collected(args, "sampled", ranked, common.load_candidates)
     todo = [expand_ranking(r, args) if args.expand else r for r in records if r["id"] not in journal.done]
     for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False), args):
         journal.write([record])

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 import common
+import runtime
 from collecting import asking
 from collecting.prompts import CONTEXTUAL_TEMPLATE, GPT_TEMPLATE, fill, read_template
 from runtime import say
@@ -139,7 +140,8 @@ def rank_by_contextual(records, args):
         except ValueError as e:
             record = record | {"unparsed_reply": replies[0]["text"]}
             count.update(["unparsed", f"unparsed ({e})"])
-        yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict, args)}
+        by = {"ranked_by": runtime.run_name(args.model)}
+        yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict, args)} | by
     say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none asked for")
 
 

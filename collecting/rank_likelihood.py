@@ -6,6 +6,7 @@ import torch
 from scipy.stats import spearmanr
 from transformers import AutoConfig
 
+import common
 import runtime
 from collecting import generation
 from collecting.reward_models import reward_logits
@@ -14,43 +15,50 @@ from common import UserError
 from runtime import say
 
 
-def log_likelihoods(records, args):
+def log_likelihoods(records, args, eos):
     """Yield (record, logprobs [n], token counts [n]) under --model, --batch_size prompts at once."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device)
     records = iter(records)
     while batch := list(itertools.islice(records, args.batch_size)):
-        for record, scored in zip(batch, score_candidates(model, tokenizer, batch, args.max_length)):
+        for record, scored in zip(batch, score_candidates(model, tokenizer, batch, args.max_length, eos=eos)):
             yield record, *scored
 
 
 def rank_by_logprob(records, args):
-    """Set every candidate's `logprob` and `num_tokens` under a local teacher, --model (Tuna Eq. 3 reads them)."""
-    for record, logprobs, lengths in log_likelihoods(records, args):
+    """Set every candidate's `logprob` and `num_tokens` under a local teacher, --model (Tuna Eq. 3 reads them), which
+    `teacher` names. EOS counts in neither, as in `sample` and `teacher`."""
+    by = {"teacher": runtime.run_name(args.model)}
+    for record, logprobs, lengths in log_likelihoods(records, args, eos=False):
         values = zip(record["candidates"], logprobs.tolist(), lengths.tolist())
-        yield record | {"candidates": [c | {"logprob": logp, "num_tokens": int(n)} for c, logp, n in values]}
+        yield record | {"candidates": [c | {"logprob": logp, "num_tokens": int(n)} | by for c, logp, n in values]}
 
 
 def rank_by_probabilistic(records, args):
     """Set `rank` by the teacher's likelihood, logprob / num_tokens ** --length_penalty (Tuna Eq. 3).
 
-    It is null where the likelihood is not known. tuna.py --stage probabilistic does this by itself; here it is for
-    Table 4 and for mixtures.
+    It is null where the likelihood is not known; `ranked_by` is the teacher. tuna.py --stage probabilistic does this
+    by itself; here it is for Table 4 and for mixtures.
     """
     for record in records:
         known = [c for c in record["candidates"] if "logprob" in c and "num_tokens" in c]
         if not known:
             raise UserError(f"{args.input}: record {record['id']!r} has no logprob; add it with rank --by logprob")
+        if len(teachers := {c.get("teacher", "a teacher not named") for c in known}) > 1:
+            names = " and ".join(sorted(teachers))
+            raise UserError(f"{args.input}: record {record['id']!r} has log-probabilities of {names}: two scales")
         scores = {id(c): c["logprob"] / c["num_tokens"] ** args.length_penalty for c in known}
         ranks = {i: sum(other > score for other in scores.values()) for i, score in scores.items()}
-        yield record | {"candidates": [c | {"rank": ranks.get(id(c))} for c in record["candidates"]]}
+        ranked = [c | {"rank": ranks.get(id(c))} for c in record["candidates"]]
+        yield record | {"candidates": ranked, "ranked_by": teachers.pop()}
 
 
 def rank_by_prm(records, args):
     """Rank by a model trained on ranked records, Tuna's proxy ranking model: a language model by log p / length, a
     reward model (reward_model.py's) by its logit.
 
-    A record that carries ranks keeps them: there the two rankings are compared (Spearman, averaged over prompts).
+    The original response is not ranked, unless --rank_original: it is not the model's own (Sec. 2.3). A record that
+    carries ranks keeps them: there the two rankings are compared (Spearman, averaged over prompts).
     """
     agreement = []
     for record, scores in prm_scores(records, args):
@@ -59,9 +67,11 @@ def rank_by_prm(records, args):
         if len(ranked) > 1:
             agreement.append(spearman([-candidates[i]["rank"] for i in ranked], [scores[i] for i in ranked]))
         if not ranked:
-            ranks = [sum(other > score for other in scores) for score in scores]
+            own = [args.rank_original or c["source"] not in common.HUMAN for c in candidates]
+            scores = [score if some else None for score, some in zip(scores, own)]
+            ranks = [s if s is None else sum(x > s for x in scores if x is not None) for s in scores]
             candidates = [c | {"rank": k} for c, k in zip(candidates, ranks)]
-            record = record | {"candidates": candidates, "ranked_by": args.model}
+            record = record | {"candidates": candidates, "ranked_by": runtime.run_name(args.model)}
         yield record
     if agreement:
         mean = sum(agreement) / len(agreement)
@@ -72,7 +82,7 @@ def prm_scores(records, args):
     """Yield (record, scores [n]) under --model."""
     architectures = runtime.load_pretrained(AutoConfig, args.model).architectures or []
     if not any("SequenceClassification" in name or name == "RewardModel" for name in architectures):
-        yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args))
+        yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args, True))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     options = {"batch_size": args.batch_size, "allow_pickle": args.allow_pickle}

@@ -2,7 +2,6 @@
 
 import functools
 import itertools
-import pathlib
 from collections import Counter
 
 import runtime
@@ -15,16 +14,16 @@ from runtime import say
 
 # fmt: off
 def sample_flags(add):
-    add("--task", default="esnli", help="for the default paths: data/TASK/train.jsonl, data/TASK/sampled.jsonl")
-    add("--input", help="records, JSONL")
-    add("--output", help="records with the new candidates, JSONL")
+    add("--task", default="esnli", help="for the default paths, which are under data/TASK")
+    add("--input", help="records, JSONL (default: train.jsonl)")
+    add("--output", help="with the new candidates (default: sampled.jsonl; of RUN/model: sampled-RUN.jsonl)")
     add("--model", required=True, help="hub id or folder")
-    add("--source", help="the candidates' source (default: the model's name)")
+    add("--source", help="the candidates' source (default: the model's name; of RUN/model: RUN)")
     add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE Sec. 5, Tuna Sec. 2.3)")
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--seed", type=int, default=0, help="of the samples")
-    generation_flags(add, 128)
+    generation_flags(add, 128, alpaca=512)
 
     add = group(add, "diversity (Tuna Sec. 2.3)")
     add("--max_rouge_l", type=in_range(float, 0, 1), help="resample responses more similar than this (Tuna: tau 0.8)")
@@ -95,9 +94,13 @@ def sample(args):
     process, processes, device = runtime.init_distributed()
     args.input = args.input or f"data/{args.task}/train.jsonl"
     records = list(read_records(args.input))
-    args.source = args.source or pathlib.Path(args.model).name
-    output = args.output or f"data/{args.task}/sampled.jsonl"
+    name = runtime.run_name(args.model)
+    args.source = args.source or name
+    args.max_new_tokens = generation.new_tokens(args, 128)
+    of_run = f"-{name}" if runtime.run_settings(args.model) else ""  # the samples of two students never share a file
+    output = args.output or f"data/{args.task}/sampled{of_run}.jsonl"
     journal = Journal(output, [r["id"] for r in records], settings_of(args), process, processes)
+    by = {"source": args.source, "teacher": name}
     options, count, diversity = generation.options_of(args), Counter(), Counter()
     batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
     for batch, model, tokenizer in batches:
@@ -110,7 +113,7 @@ def sample(args):
 
             drawn = keep_diverse(drawn, draw, args, diversity)
         for record, responses in zip(batch, drawn):
-            record["candidates"] = record.get("candidates", []) + [r | {"source": args.source} for r in responses]
+            record["candidates"] = record.get("candidates", []) + [r | by for r in responses]
             count["responses"] += len(responses)
             count["unfinished"] += sum(not r["finished"] for r in responses)
             count["empty"] += sum(not r["text"] for r in responses)

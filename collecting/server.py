@@ -142,24 +142,37 @@ def read_reply(text):
     """A completion's JSON, chat or text -> (its responses, the number of their tokens). ValueError on anything else."""
     try:
         reply = json.loads(text)
-        tokens = (reply.get("usage") or {}).get("completion_tokens")
+        used = (reply.get("usage") or {}).get("completion_tokens")
         responses = []
         for choice in reply["choices"]:
             content = choice["message"]["content"] if "message" in choice else choice["text"]
             responses.append({"text": (content or "").strip(), "finished": choice.get("finish_reason") == "stop"})
             responses[-1]["text"].encode()  # a lone surrogate cannot be written to a file
             logprobs = choice.get("logprobs") or {}
-            values = logprobs.get("token_logprobs") or [token["logprob"] for token in logprobs.get("content") or ()]
+            tokens = [(t["token"], t["logprob"]) for t in logprobs.get("content") or ()]
+            if logprobs.get("token_logprobs"):
+                tokens = list(zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True))
+            values = [value for _, value in without_eos(tokens, content or "")]
             if values:
                 responses[-1] |= {"logprob": math.fsum(values), "num_tokens": len(values)}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
     if not responses or not all(common.is_number(r.get("logprob", 0)) for r in responses):
         raise ValueError("the reply holds no choices, or a log-probability that is no number")
-    tokens = tokens if common.is_number(tokens) else 0
-    if len(responses) == 1 and tokens > 0:
-        responses[0].setdefault("num_tokens", tokens)
-    return responses, tokens
+    used = used if common.is_number(used) else 0
+    if len(responses) == 1 and used > 0:
+        responses[0].setdefault("num_tokens", used)
+    return responses, used
+
+
+def without_eos(tokens, text):
+    """[(token, value)] without the special tokens behind the text, which some servers report and others do not: what
+    ends a response counts in no log-probability here. Of an empty text all stay."""
+    joined = "".join(token for token, _ in tokens)
+    while len(tokens) > 1 and text and joined.removesuffix(tokens[-1][0]).startswith(text):
+        joined = joined.removesuffix(tokens[-1][0])
+        tokens = tokens[:-1]
+    return tokens
 
 
 def status_error(e, args):

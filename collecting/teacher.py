@@ -1,9 +1,9 @@
 """The verb teacher: responses of another model, behind a server or run here."""
 
-import pathlib
 from collections import Counter
 
-from collecting import asking
+import runtime
+from collecting import asking, generation
 from collecting.flags import api_flags, collected_flags
 from collecting.journal import open_collected
 from collecting.server import BUDGET_SPENT
@@ -19,7 +19,7 @@ def teacher_flags(add):
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
     add("--completions", action="store_true", help="continue the prompt as it stands (/completions), not as a chat")
-    api_flags(add, 256)
+    api_flags(add, 256, alpaca=512)
 
 
 def ask_each(args, records, journal, prompt, finish, **options):
@@ -40,7 +40,9 @@ def ask_each(args, records, journal, prompt, finish, **options):
 def teacher(args):
     """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here. A record
     with `messages` goes as these turns, unless --completions."""
-    args.source = args.source or pathlib.Path(args.model).name
+    name = runtime.run_name(args.model)
+    args.source = args.source or name
+    args.max_new_tokens = generation.new_tokens(args, 256)
     records, journal = open_collected(args, "train", "teacher")
 
     def finish(record, responses):
@@ -49,7 +51,8 @@ def teacher(args):
                 f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does: drop "
                 "--logprobs and add them from a local model with rank --by logprob, or ask a server that gives them"
             )
-        more = [r | {"source": args.source} for r in responses]
+        by = {"source": args.source}
+        more = [r | by | ({"teacher": name} if "logprob" in r else {}) for r in responses]
         return record | {"candidates": record.get("candidates", []) + more}
 
     options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}

@@ -35,9 +35,7 @@ def system_name(args):
     """--name, else the responses' source, else the model's folder, or the run's where that is `model` or `best`."""
     if args.name or not args.model:
         return args.name or args.source
-    path = pathlib.Path(args.model)
-    ours = path.name in ("model", "best") and (path.parent / "args.json").exists()
-    return (path.parent.name + "-best" * (path.name == "best")) if ours else path.name
+    return runtime.run_name(args.model)
 
 
 def predict(args, verb, records, compute):

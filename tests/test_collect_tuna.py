@@ -9,6 +9,7 @@ from api_server import Server
 from conftest import read_jsonl, refused, run, write_jsonl
 
 from collecting.sample import keep_diverse, max_similarity
+from collecting.server import read_reply
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare
@@ -180,8 +181,29 @@ def test_teacher_keeps_likelihoods(tmp_path, cli):
     [body] = server.bodies
     assert body["prompt"] == "Task: x\n" and body["logprobs"] == 1 and body["n"] == 2 and "messages" not in body
     [record] = read_jsonl(tmp_path / "o.jsonl")
-    likelihood = {"logprob": -1.75, "num_tokens": 3, "finished": True, "source": "m"}
+    likelihood = {"logprob": -1.75, "num_tokens": 3, "finished": True, "source": "m", "teacher": "m"}
     assert record["candidates"][1:] == [{"text": "one"} | likelihood, {"text": "two"} | likelihood]
+
+
+@pytest.mark.parametrize(
+    "text, tokens, kept",
+    [
+        ("one two", ["one", " two"], 2),  # llama-cpp-python leaves EOS out
+        ("one two", ["one", " two", "</s>"], 2),  # others report it
+        ("one two", ["one", " two", ""], 2),  # as nothing
+        ("one </s", ["one", " </s"], 2),  # the text's own end stays
+        ("", ["</s>"], 1),  # an empty response is its EOS
+        ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9"], 3),
+    ],
+)
+def test_eos_counts_in_no_log_probability(text, tokens, kept):
+    values = [-0.5 - i for i in range(len(tokens))]
+    old = {"text": text, "finish_reason": "stop", "logprobs": {"tokens": tokens, "token_logprobs": values}}
+    content = [{"token": t, "logprob": v} for t, v in zip(tokens, values)]
+    new = {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": content}}
+    for choice in (old, new):
+        [response], _ = read_reply(json.dumps({"choices": [choice]}))
+        assert (response["num_tokens"], response["logprob"]) == (kept, sum(values[:kept]))
 
 
 def test_a_server_that_ignores_logprobs_is_named(tmp_path, cli):

@@ -10,6 +10,7 @@ import common
 import runtime
 from collecting.rank_asked import parse_contextual
 from collecting.rank_likelihood import spearman
+from collecting.scoring import score_candidates
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Contextual ranking: the strict parser, and the whole way through a server
@@ -179,8 +180,17 @@ def test_rank_by_probabilistic(tmp_path, monkeypatch, capsys):
     for beta, ranks in ((0.5, [None, 0, 1]), (1.3, [None, 1, 0])):
         flags = ["--by", "probabilistic", "--length_penalty", beta]
         [got] = rank(monkeypatch, tmp_path, [record], *flags, output=f"{beta}.jsonl")
-        assert [c["rank"] for c in got["candidates"]] == ranks
+        assert got["ranked_by"] == "a teacher not named" and [c["rank"] for c in got["candidates"]] == ranks
     assert "mean words: 0: 2.0, 1: 1.0, unranked: 3.0" in capsys.readouterr().out
+    candidates[1]["teacher"] = "davinci"  # two teachers in one record: two scales
+    with pytest.raises(SystemExit):
+        rank(monkeypatch, tmp_path, [record], "--by", "probabilistic", output="two.jsonl")
+    assert "log-probabilities of a teacher not named and davinci: two scales" in capsys.readouterr().err
+
+
+def scored_with_eos(model, tokenizer, record):
+    [(logprobs, lengths)] = score_candidates(model, tokenizer, [record])
+    return [{"logprob": p, "num_tokens": n} for p, n in zip(logprobs.tolist(), lengths.tolist())]
 
 
 def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
@@ -194,19 +204,22 @@ def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
     for record in scored:
         for c in record["candidates"]:
             prompt = common.prompt_ids(tokenizer, record["prompt"])
-            response = [*tokenizer(c["text"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+            text = common.space_before(record["prompt"], c["text"]) + c["text"]
+            response = tokenizer(text, add_special_tokens=False).input_ids  # EOS does not count
             logits = model(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected = logits.gather(-1, torch.tensor(response)[:, None]).sum().item()
             assert c["logprob"] == pytest.approx(expected, abs=1e-4) and c["num_tokens"] == len(response)
 
     labelled = rank(monkeypatch, tmp_path, records, "--by", "prm", *flags, output="prm.jsonl")
     for record, new in zip(scored, labelled):
-        worth = [c["logprob"] / c["num_tokens"] for c in record["candidates"]]
-        ranks = [c["rank"] for c in new["candidates"]]
-        assert sorted(range(5), key=lambda i: -worth[i]) == sorted(range(5), key=lambda i: ranks[i])
+        [original, *own] = new["candidates"]
+        assert original["rank"] is None and new["ranked_by"] == tiny.name  # the original is not ranked
+        worth = [c["logprob"] / c["num_tokens"] for c in scored_with_eos(model, tokenizer, record)[1:]]
+        ranks = [c["rank"] for c in own]
+        assert sorted(range(4), key=lambda i: -worth[i]) == sorted(range(4), key=lambda i: ranks[i])
     assert "Spearman" not in capsys.readouterr().out
     for record in labelled:  # the other way round: a record with ranks keeps them, and the agreement is -1
-        record["candidates"] = [c | {"rank": 4 - c["rank"]} for c in record["candidates"]]
+        record["candidates"][1:] = [c | {"rank": 3 - c["rank"]} for c in record["candidates"][1:]]
     again = rank(monkeypatch, tmp_path, labelled, "--by", "prm", *flags, output="again.jsonl")
     assert again == labelled
     assert "agreement with the ranking of 2 records: Spearman -1.000" in capsys.readouterr().out

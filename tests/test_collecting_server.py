@@ -131,7 +131,7 @@ def test_fewer_samples_than_asked_for_are_completed():
 
 
 def test_log_probabilities_and_the_newer_name_of_the_limit():
-    tokens = {"content": [{"logprob": -0.5}, {"logprob": -1.25}]}
+    tokens = {"content": [{"token": "h", "logprob": -0.5}, {"token": "i", "logprob": -1.25}]}
     choice = {"message": {"content": "hi"}, "finish_reason": "length", "logprobs": tokens}
     refused = (400, {}, b'{"error": {"message": "use \'max_completion_tokens\' instead"}}')
     reply = json.dumps({"choices": [choice]}).encode()

@@ -3,11 +3,12 @@
 import gc
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, command
+from conftest import ROOT, command, read_jsonl, refused, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
@@ -100,17 +101,17 @@ def test_mle_loss_by_hand():
 # From end to end
 
 
-def write_data(path, num_records=6, annotate=True, reference=True):
+def write_data(path, num_records=6, annotate=True, reference=True, candidates=4):
     words = ["red", "green", "blue", "a long grey one", "an even longer yellow one"]
     with open(path, "w") as f:
         for i in range(num_records):
-            candidates = [
+            responses = [
                 {"text": f"{words[(i + k) % 5]} {i}", "source": "teacher"}
                 | ({"logprob": -3.0 - k, "num_tokens": 2 + k, "rank": k} if annotate else {})
-                for k in range(4)
+                for k in range(candidates)
             ]
             original = [{"text": f"original answer {i}", "source": "reference"}] if reference else []
-            record = {"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": original + candidates}
+            record = {"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": original + responses}
             f.write(json.dumps(record) + "\n")
 
 
@@ -139,7 +140,7 @@ def test_stage_trains_and_packed_equals_padded(tmp_path, tiny, monkeypatch, flag
     for name, extra in (("packed", []), ("padded", ["--padded"])):
         run(monkeypatch, *flags, *common_flags, "--epochs", 2, "--output", tmp_path / name, *extra)
     packed, padded = read_log(tmp_path / "packed"), read_log(tmp_path / "padded")
-    assert len(packed) == 4
+    assert len(packed) == (20 if "--all_candidates" in flags else 4)  # 30 responses or 6 prompts, 3 a step, 2 epochs
     for a, b in zip(packed, padded):
         assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
@@ -149,6 +150,76 @@ def test_stage_trains_and_packed_equals_padded(tmp_path, tiny, monkeypatch, flag
         assert packed[0]["rank_loss"] == 0 and packed[0]["loss"] == packed[0]["mle_loss"]
     weight = 0 if "0" in flags else 1
     assert packed[0]["loss"] == pytest.approx(packed[0]["rank_loss"] + weight * packed[0]["mle_loss"], abs=1e-5)
+
+
+def test_alpaca_mul_is_eq_2_on_every_response(tmp_path, tiny, monkeypatch, cli):
+    """Sec. 3.4: every response an example: the first loss is the mean of -log p / |r| over all, each scored alone."""
+    write_data(tmp_path / "d.jsonl", num_records=2, annotate=False)
+    flags = ["--stage", "sft", "--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 10]
+    run(monkeypatch, *flags, "--all_candidates", "--output", tmp_path / "mul")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), runtime.load_tokenizer(tiny)
+    losses = []
+    for record in common.load_candidates(tmp_path / "d.jsonl"):
+        e = common.encode(tokenizer, record)
+        for response in e.responses:
+            logits = model(torch.tensor([e.prompt_ids + response])).logits[0, len(e.prompt_ids) - 1 : -1]
+            losses.append(-logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).mean().item())
+    [line] = read_log(tmp_path / "mul")  # one step of ten responses
+    assert len(losses) == 10 and line["loss"] == pytest.approx(sum(losses) / 10, abs=1e-4)
+    write_data(tmp_path / "one.jsonl", candidates=0)
+    one = ["--data", tmp_path / "one.jsonl", "--output", tmp_path / "o"]
+    result = cli("tuna", "--stage", "sft", "--model", tiny, "--all_candidates", *one)
+    refused(result, "one.jsonl: record 'r0' has one response: Alpaca-Mul needs more")
+
+
+def test_a_student_does_not_teach_itself(tmp_path, tiny, cli):
+    """Log-probabilities of the student, or of a run it came from, are refused; so are ranks made of them."""
+    student = tmp_path / "tuna-sft"
+    for run, model in ((student, tiny), (tmp_path / "tuna-contextual", student / "model")):
+        shutil.copytree(tiny, run / "model")
+        (run / "args.json").write_text(json.dumps({"settings": {"model": str(model), "stage": "sft"}}))
+    write_data(tmp_path / "d.jsonl")
+    records = read_jsonl(tmp_path / "d.jsonl")
+    for record in records:
+        record["ranked_by"] = "tuna-sft"
+        for c in record["candidates"][1:]:
+            c["teacher"] = "tuna-sft"
+    write_jsonl(tmp_path / "d.jsonl", records)
+    for n, run in enumerate(("tuna-sft", "tuna-contextual")):
+        for stage in ("probabilistic", "contextual"):
+            flags = ["--model", tmp_path / run / "model", "--data", tmp_path / "d.jsonl", "--batch_size", 6]
+            flags += ["--stage", stage, "--output", tmp_path / f"{stage}{n}"]
+            refused(cli("tuna", *flags), "record 'r0': the log-probabilities are the student's own (tuna-sft)")
+    assert cli("tuna", *flags, "--own_logprobs").code == 0
+    other = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--stage", "probabilistic", "--output", tmp_path / "o"]
+    assert cli("tuna", *other).code == 0
+
+
+def test_what_a_model_came_from_sets_lr_data_and_output(tmp_path, monkeypatch):
+    """Table 7, and files of different students are different files."""
+    monkeypatch.chdir(tmp_path)
+
+    def parsed(stage, run=None, before=None, *flags):
+        if run:
+            (tmp_path / f"runs/{run}").mkdir(parents=True, exist_ok=True)
+            settings = {"stage": before, "model": "m"}
+            (tmp_path / f"runs/{run}/args.json").write_text(json.dumps({"settings": settings}))
+        model = ["--model", f"runs/{run}/model"] if run else []
+        monkeypatch.setattr(sys, "argv", ["tuna.py", "--stage", stage, *model, *flags])
+        args = tuna.parse_args()
+        return args.lr, args.data, args.output
+
+    alpaca = "data/alpaca"
+    assert parsed("sft") == (2e-5, f"{alpaca}/train.jsonl", "runs/tuna-sft")
+    assert parsed("sft", None, None, "--all_candidates") == (2e-5, f"{alpaca}/teacher.jsonl", "runs/tuna-sft-mul")
+    p, c = (1e-5, f"{alpaca}/teacher.jsonl", "runs/tuna-probabilistic"), f"{alpaca}/ranked-tuna-sft.jsonl"
+    assert parsed("probabilistic", "tuna-sft", "sft") == p
+    assert parsed("contextual", "tuna-sft", "sft") == (1e-5, c, "runs/tuna-contextual")
+    tuna_data = f"{alpaca}/ranked-tuna-probabilistic.jsonl"
+    assert parsed("contextual", "tuna-probabilistic", "probabilistic") == (1e-6, tuna_data, "runs/tuna")
+    cp = parsed("probabilistic", "tuna-contextual", "contextual")
+    assert cp == (1e-6, f"{alpaca}/teacher.jsonl", "runs/tuna-cp")
+    assert parsed("contextual", "x", "sft", "--lr", "5e-6")[0] == 5e-6
 
 
 def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
@@ -249,12 +320,17 @@ def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
     step("tuna", "--stage", "sft", "--model", tiny)
     teacher = ["--model", tiny, "--source", "teacher", "--output", "data/alpaca/teacher.jsonl"]
     step("collect_candidates", "sample", *alpaca, *sampling, *teacher)
+    assert "15 examples" in step("tuna", "--stage", "sft", "--model", tiny, "--all_candidates")
     assert "12 ranked candidates" in step("tuna", "--stage", "probabilistic")
     student = ["--model", "runs/tuna-probabilistic/model", "--max_rouge_l", 0.8]
     assert "diversity: kept at once" in step("collect_candidates", "sample", *alpaca, *sampling, *student)
-    assert "3 parsed" in step("collect_candidates", "rank", *alpaca, "--by", "contextual", "--model", "ranker")
-    assert "12 ranked candidates" in step("tuna", "--stage", "contextual", *student[:2], "--lr", 1e-6)
-    final = ["--model", "runs/tuna-contextual/model", "--input", "data/alpaca/ranked.jsonl"]
+    sampled, ranked = (f"data/alpaca/{kind}-tuna-probabilistic.jsonl" for kind in ("sampled", "ranked"))
+    ranking = [*alpaca, "--by", "contextual", "--model", "ranker", "--input", sampled]
+    assert "3 parsed" in step("collect_candidates", "rank", *ranking)
+    record = read_jsonl(ranked)[0]
+    assert record["ranked_by"] == "ranker" and record["candidates"][1]["source"] == "tuna-probabilistic"
+    assert "12 ranked candidates" in step("tuna", "--stage", "contextual", *student[:2])
+    final = ["--model", "runs/tuna/model", "--input", ranked]
     assert "token_nll" in step("evaluate", "nll", *final) and "18" in step(
         "evaluate", "ranking", *final, "--by", "rank"
     )
