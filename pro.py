@@ -51,6 +51,7 @@ import torch
 import common
 import runtime
 from common import UserError, candidate_logprobs, in_range, pair_statistics
+from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
 
@@ -198,7 +199,7 @@ def plan_steps(num_prompts, args):
     if count > 1:
         random.Random(f"{args.seed}-splits").shuffle(order)
     splits = [order[k::count] for k in range(count)]
-    planned = [(k, [s[i] for i in b]) for k, s in enumerate(splits) for b in runtime.shuffled_batches(len(s), args)]
+    planned = [(k, [s[i] for i in b]) for k, s in enumerate(splits) for b in shuffled_batches(len(s), args)]
     split_of, batches = zip(*planned)
     return splits, batches, split_of
 
@@ -235,9 +236,9 @@ def bootstrap(run, records, levels, split, number):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    (records, levels), train, held_out = runtime.with_held_out(load_data, args)
+    (records, levels), train, held_out = with_held_out(load_data, args)
     splits, batches, split_of = plan_steps(len(train), args)  # line 1
-    run = runtime.Run(args, device)
+    run = Run(args, device)
     if run.finished:
         return
     model, tokenizer = runtime.load_for_training(args, device)

@@ -46,6 +46,7 @@ import torch
 import common
 import runtime
 from common import UserError, candidate_logprobs, in_range, pair_statistics
+from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
 
@@ -191,10 +192,10 @@ def load_data(args, path, limit):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    (records, levels, targets), train, held_out = runtime.with_held_out(load_data, args)
+    (records, levels, targets), train, held_out = with_held_out(load_data, args)
     human = [torch.tensor([c["source"] in common.HUMAN for c in r["candidates"]]) for r in records]
     lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
-    run = runtime.Run(args, device)
+    run = Run(args, device)
     if run.finished:
         return
     model, tokenizer = runtime.load_for_training(args, device)
@@ -203,7 +204,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(runtime.shuffled_batches(len(train), args), held_out):
+    for _, prompts in run.steps(shuffled_batches(len(train), args), held_out):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
         for _, weight, batch, lam, *columns in run.rows(prompts, lambdas, levels, targets):

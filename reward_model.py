@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification
 import common
 import runtime
 from common import UserError, pair_statistics
+from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
 
@@ -144,8 +145,8 @@ def load_model(args, device):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    (records, levels), train, held_out = runtime.with_held_out(load_data, args)
-    run = runtime.Run(args, device)
+    (records, levels), train, held_out = with_held_out(load_data, args)
+    run = Run(args, device)
     if run.finished:
         return
     model, tokenizer = load_model(args, device)
@@ -154,7 +155,7 @@ def main():
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(runtime.shuffled_batches(len(train), args), held_out):
+    for _, prompts in run.steps(shuffled_batches(len(train), args), held_out):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
         for _, weight, batch, preferences in run.rows(prompts, levels):

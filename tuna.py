@@ -47,6 +47,7 @@ import torch
 import common
 import runtime
 from common import UserError, candidate_logprobs, in_range, pair_statistics
+from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
 RUNS = {  # (stage, the stage of the run that --model came from) -> learning rate (Table 7; sft: Sec. 3.1), output
@@ -212,8 +213,8 @@ def load_data(args, path, limit):
 def main():
     args = parse_args()
     _, world, device = runtime.init_distributed()
-    (records, levels, in_mle), train, held_out = runtime.with_held_out(load_data, args)
-    run = runtime.Run(args, device)
+    (records, levels, in_mle), train, held_out = with_held_out(load_data, args)
+    run = Run(args, device)
     if run.finished:
         return
     model, tokenizer = runtime.load_for_training(args, device)
@@ -223,7 +224,7 @@ def main():
     mle_weight = 1.0 if args.stage == "sft" else args.mle_weight
 
     run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(runtime.shuffled_batches(len(train), args), held_out):
+    for _, prompts in run.steps(shuffled_batches(len(train), args), held_out):
         # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
         # batch.sizes says how many of the row's N candidates belong to each prompt.
         for _, weight, batch, *columns in run.rows(prompts, levels, in_mle):

@@ -45,6 +45,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import runtime  # noqa: E402
 from common import in_range  # noqa: E402
+from run import PEAK_FLOPS, write_atomically  # noqa: E402
 from runtime import say  # noqa: E402
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
@@ -246,7 +247,7 @@ def peak_flops(device):
     """-> (FLOP/s, what it is)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [f for k, f in runtime.PEAK_FLOPS.items() if k in name]
+        known = [f for k, f in PEAK_FLOPS.items() if k in name]
         return (known[0], f"{name}, dense bf16") if known else (None, None)
     a = torch.randn(2048, 2048)
     times = []
@@ -439,7 +440,7 @@ def run(args, report, output, device):
             same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
             rows = json.loads(output.read_text())["rows"] if output.exists() else []
             report["rows"] = [r for r in rows if not same(r)] + [row]
-            runtime.write_atomically(output, json.dumps(report, indent=1) + "\n")
+            write_atomically(output, json.dumps(report, indent=1) + "\n")
             medians = {name: round(statistics.median(c["seconds"]), 2) for name, c in result.items()}
             say(workload, shape, medians)
 

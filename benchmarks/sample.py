@@ -22,6 +22,7 @@ import common  # noqa: E402
 import runtime  # noqa: E402
 from collecting import generation  # noqa: E402
 from common import in_range  # noqa: E402
+from run import write_atomically  # noqa: E402
 from runtime import say  # noqa: E402
 
 
@@ -66,7 +67,7 @@ def main():
         say(sizes, "new tokens", new_tokens, {k: round(statistics.median(v), 2) for k, v in seconds.items()}, ratio)
     output = ROOT / f"benchmarks/results/{device.type}-sample.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_atomically(output, json.dumps(report, indent=1) + "\n")
+    write_atomically(output, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

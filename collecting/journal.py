@@ -12,6 +12,7 @@ import torch
 import common
 import runtime
 from common import UserError
+from run import Claim, file_digest, read_json
 from runtime import say
 
 
@@ -47,12 +48,12 @@ class Journal:
         self._part = open(f"{self.path}.part{rank}", "ab")  # noqa: SIM115
 
     def _claim(self, settings):
-        self._lock = runtime.Claim(f"{self.path}.args.json", f"--output {self.path}")
+        self._lock = Claim(f"{self.path}.args.json", f"--output {self.path}")
         before = self._lock.before
         if self._files():
             if before is None:
                 raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
-            if changed := runtime.Claim.changed(before, settings):
+            if changed := Claim.changed(before, settings):
                 hint = "name another file, or delete it"
                 raise UserError(f"--output {self.path} was begun with other arguments ({changed}): {hint}")
             for file in self._files():
@@ -77,7 +78,7 @@ class Journal:
         with open(file, "rb") as f:
             offset = 0
             for line in f:
-                record = runtime.read_json(line)
+                record = read_json(line)
                 if not isinstance(record, dict) or "id" not in record:
                     raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
                 yield offset, record
@@ -130,7 +131,7 @@ def settings_of(args):
     # how a server is asked, not what
     free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
     inputs = args.input if isinstance(args.input, list) else [args.input]
-    digests = {f"sha256 of {p}": runtime.file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
+    digests = {f"sha256 of {p}": file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
     return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
 
 

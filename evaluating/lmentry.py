@@ -5,10 +5,10 @@ import json
 import pathlib
 import sys
 
-import runtime
 from collecting.flags import generation_flags
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
+from run import write_atomically
 
 ARGUMENT_ORDER = {  # core tasks whose two arguments may change places
     *("more_letters", "less_letters", "first_alphabetically", "rhyming_word", "homophones"),
@@ -84,7 +84,7 @@ def write_lmentry_layout(rows, folder, name):
         for row in (r for r in rows if r["task"] == task):
             scored = {"score": row["score"], "certainty": row["certainty"]}
             predictions[row["id"].partition("/")[2]] = {"input": row["prompt"], "prediction": row["text"]} | scored
-        runtime.write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
+        write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
 
 
 def lmentry_metrics(rows, complete):

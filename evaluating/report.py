@@ -7,10 +7,10 @@ import re
 import statistics
 
 import common
-import runtime
 from common import UserError
 from evaluating.plots import need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, wilson
+from run import write_atomically
 from runtime import say
 
 PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 (sources), accuracy by gold_position, the runs' logs
@@ -69,7 +69,7 @@ def report(args):
         text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
     say(text)
     if args.output:
-        runtime.write_atomically(pathlib.Path(args.output), text + "\n")
+        write_atomically(pathlib.Path(args.output), text + "\n")
     for plot in args.plot:
         PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
 

@@ -16,6 +16,7 @@ import runtime
 from collecting import generation
 from collecting.journal import Journal, settings_of
 from common import UserError
+from run import write_atomically
 from runtime import say
 
 EVAL_FOLDER = pathlib.Path("runs/eval")
@@ -105,7 +106,7 @@ def write_metrics(args, verb, metrics):
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     document = {"name": args.name, "verb": verb, "metrics": metrics, "settings": settings_of(args), "device": device}
     document |= {"versions": versions | {"python": platform.python_version()}}
-    runtime.write_atomically(beside(args, ".metrics.json"), json.dumps(document, indent=1, ensure_ascii=False))
+    write_atomically(beside(args, ".metrics.json"), json.dumps(document, indent=1, ensure_ascii=False))
     say(f"{args.name}:", "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if common.is_number(v)))
 
 

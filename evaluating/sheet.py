@@ -6,11 +6,11 @@ import pathlib
 import random
 
 import common
-import runtime
 from collecting.journal import read_records
 from common import UserError, in_range
 from evaluating.report import markdown
 from evaluating.shared import EVAL_FOLDER, normal_interval, wilson
+from run import write_atomically
 from runtime import say
 
 PAGE = pathlib.Path(__file__).with_name("sheet.html")
@@ -52,8 +52,8 @@ def sheet(args):
     if output.exists():
         raise UserError(f"--output {output} is there already: name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
-    runtime.write_atomically(key_file(output), json.dumps(key))
-    runtime.write_atomically(output, PAGE.read_text(encoding="utf-8").replace("@DATA@", data))
+    write_atomically(key_file(output), json.dumps(key))
+    write_atomically(output, PAGE.read_text(encoding="utf-8").replace("@DATA@", data))
     say(f"{len(records)} prompts, {len(names)} systems: {output} (do not give {key_file(output)} to the judges)")
     return None
 
@@ -91,7 +91,7 @@ def score_sheet(args):
             every = [points for scores in judged for points in scores[s]]
             row |= {k: every.count(v) / len(every) for k, v in (("win", 1), ("tie", 0.5), ("lose", 0))}
         table[name] = row
-    runtime.write_atomically(pathlib.Path(f"{args.output}.score.json"), json.dumps(table, indent=1))
+    write_atomically(pathlib.Path(f"{args.output}.score.json"), json.dumps(table, indent=1))
     say(markdown(table))
 
 

@@ -17,13 +17,14 @@ SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text(
 FLOORS = {  # a script, or a package as a whole: what it may import; inside a package no import goes round
     "common": set(),
     "runtime": {"common"},
-    "collecting": {"common", "runtime"},
+    "run": {"common", "runtime"},
+    "collecting": {"common", "runtime", "run"},
     "collect_candidates": {"runtime", "collecting"},
-    "rescue": {"common", "runtime"},
-    "tuna": {"common", "runtime"},
-    "reward_model": {"common", "runtime"},
-    "pro": {"common", "runtime", "collecting"},
-    "evaluating": {"common", "runtime", "collecting"},
+    "rescue": {"common", "runtime", "run"},
+    "tuna": {"common", "runtime", "run"},
+    "reward_model": {"common", "runtime", "run"},
+    "pro": {"common", "runtime", "run", "collecting"},
+    "evaluating": {"common", "runtime", "run", "collecting"},
     "evaluate": {"runtime", "collecting", "evaluating"},
 }
 
@@ -112,12 +113,12 @@ def test_no_import_goes_round_in_a_package(package):
     ],
 )
 def test_a_copied_script_trains(tiny, reward_folder, tmp_path, script, flags):
-    """Beside common.py and runtime.py alone; PRO's bootstrapping also has collecting/."""
-    for name in (f"{script}.py", "common.py", "runtime.py"):
+    """Beside common.py, runtime.py and run.py alone; PRO's bootstrapping also has collecting/."""
+    for name in (f"{script}.py", "common.py", "runtime.py", "run.py"):
         shutil.copy(ROOT / name, tmp_path)
     if "bootstrap" in flags:
         shutil.copytree(ROOT / "collecting", tmp_path / "collecting")
-        flags += f" --reward_model {reward_folder} --max_response_length 12"
+        flags += f" --reward_model {reward_folder} --max_new_tokens 12"
     records = make_records(4)
     for r in records:
         r["candidates"] = [c | {"rank": k, "reward": -float(k)} for k, c in enumerate(r["candidates"])]

@@ -14,6 +14,7 @@ import common
 import runtime
 from collecting import files
 from common import UserError, candidate_logprobs, encode, pack, pack_padded
+from run import learning_rate, write_atomically
 from runtime import plan_rows
 
 
@@ -213,11 +214,11 @@ class TestPlan:
 
 def test_learning_rate():
     args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
-    rates = [runtime.learning_rate(s, 10, args) for s in range(10)]
+    rates = [learning_rate(s, 10, args) for s in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[6] == pytest.approx(0.5)
     assert 0 < rates[-1] < 0.05
     args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
-    assert [runtime.learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert [learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
 class TestReaders:
@@ -312,5 +313,5 @@ def test_in_range(value, low, ok):
 
 
 def test_atomic_write(tmp_path):
-    runtime.write_atomically(tmp_path / "x", "new")
+    write_atomically(tmp_path / "x", "new")
     assert (tmp_path / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1

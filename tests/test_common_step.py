@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 import common
 import runtime
 from common import Encoded, candidate_logprobs, pack, pack_padded
+from run import Run
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -261,7 +262,7 @@ def test_an_unfilled_model_is_the_loaded_one_without_its_weights():
 def test_rows_are_the_plan_in_order():
     """Each row with its own prompts' tokens and values; the repeated one has weight 0."""
     runtime.init_distributed()
-    run = object.__new__(runtime.Run)
+    run = object.__new__(Run)
     run.args = argparse.Namespace(padded=False, attn="sdpa", seed=0)
     run.device, run.process, run.world, run.step, run.seen, run.signal = torch.device("cpu"), 0, 1, 0, [], None
     run.encoded, run.tokenizer, run.row_budget = ENCODED, None, 1

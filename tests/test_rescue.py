@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
-import runtime
 from common import pair_statistics
 from rescue import load_data, preference, ranking_loss, select_candidates, sft_loss, sft_target
+from run import Run
 
 
 def naive_ranking_loss(scores, ranks):
@@ -256,8 +256,8 @@ class TestTraining:
 
     def test_saved_folder_gives_the_same_logits(self, cli, tiny, data, tmp_path, monkeypatch):
         seen = {}
-        save = runtime.Run.finish
-        monkeypatch.setattr(runtime.Run, "finish", lambda run: (seen.update(model=run.model), save(run)))
+        save = Run.finish
+        monkeypatch.setattr(Run, "finish", lambda run: (seen.update(model=run.model), save(run)))
         train(cli, tiny, data, tmp_path / "run", "--ordering", "none")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
         ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run/model")("A man sleeps.").input_ids])
@@ -288,15 +288,15 @@ class TestTraining:
 def interrupt_after(monkeypatch, steps):
     """Make Run.interrupted say yes after that many optimizer steps' micro-batches; undo() takes it back."""
     context = pytest.MonkeyPatch()
-    original = runtime.Run.log
+    original = Run.log
     state = {"steps": 0}
 
     def log(run, grad_norm):
         state["steps"] = run.step + 1
         original(run, grad_norm)
 
-    context.setattr(runtime.Run, "log", log)
-    context.setattr(runtime.Run, "interrupted", lambda run: state["steps"] >= steps)
+    context.setattr(Run, "log", log)
+    context.setattr(Run, "interrupted", lambda run: state["steps"] >= steps)
     return context
 
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import common
 import runtime
 import tuna
+from run import Run
 
 
 def naive_loss(scores, ranks, margin, mean_by_distance):
@@ -273,14 +274,14 @@ def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cl
     flags += ["--batch_size", 4, "--epochs", 2, "--checkpoint_every", 2]
     cli("tuna", *flags, "--output", tmp_path / "one")
     cli("tuna", *flags, "--output", tmp_path / "rows", "--max_tokens_per_row", 1)
-    save = runtime.Run.save
+    save = Run.save
 
     def save_and_die(self, step, *args):
         save(self, step, *args)
         raise ZeroDivisionError  # as good a crash as any
 
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(runtime.Run, "save", save_and_die)
+        patch.setattr(Run, "save", save_and_die)
         cli("tuna", *flags, "--output", tmp_path / "halves")
     gc.collect()  # the dead run's lock goes with it
     assert len(read_log(tmp_path / "halves")) == 2
