@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from common import UserError
-from runtime import all_sum, describe_plan, make_batch, on_process0, plan_rows, say, unique_tokens
+from runtime import all_sum, describe_plan, make_batch, on_process0, plan_rows, read_json, say, unique_tokens
 
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU of the log line
@@ -451,14 +451,6 @@ def file_digest(path):
             if hasattr(hashlib, "file_digest")
             else hashlib.sha256(f.read()).hexdigest()
         )
-
-
-def read_json(text):
-    """The value of a JSON text, or None where it is empty or torn."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def write_atomically(path, text):

@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import errno
+import json
 import math
 import os
 import pathlib
@@ -367,3 +368,11 @@ def require_data(path, how):
     """Raise UserError with `how`, the commands that make `path`, where it is missing."""
     if not pathlib.Path(path).exists():
         raise UserError(f"--data {path} is not there. Make it with:\n{how}")
+
+
+def read_json(text):
+    """The value of a JSON text, or None where it is empty or torn."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None

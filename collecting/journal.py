@@ -12,7 +12,7 @@ import torch
 import common
 import runtime
 from common import UserError
-from run import Claim, file_digest, read_json
+from run import Claim, file_digest
 from runtime import say
 
 
@@ -78,7 +78,7 @@ class Journal:
         with open(file, "rb") as f:
             offset = 0
             for line in f:
-                record = read_json(line)
+                record = runtime.read_json(line)
                 if not isinstance(record, dict) or "id" not in record:
                     raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
                 yield offset, record
