@@ -140,8 +140,8 @@ def unescape(strings):
 
 
 def batches_by_length(records, batch_size):
-    """Indices in batches of similar prompt length, longest first, so that too little memory shows at once."""
-    order = sorted(range(len(records)), key=lambda i: -len(records[i]["prompt"]))
+    """The records in batches of similar prompt length, longest first, so that too little memory shows at once."""
+    order = sorted(records, key=lambda r: -len(r["prompt"]))
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
@@ -149,7 +149,6 @@ def seeded_batches(args, records, journal, batch_size, process, processes, devic
     """Yield (batch, model, tokenizer) for every batch of this process that is not all done, the draw seeded by the
     batch's own content and planned over all prompts: a restart, or another number of processes, samples the same."""
     for batch in tqdm(batches_by_length(records, batch_size)[process::processes], desc=args.verb, disable=process != 0):
-        batch = [records[i] for i in batch]
         if not all(r["id"] in journal.done for r in batch):
             model, tokenizer = load_generator(args.model, device)
             torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))

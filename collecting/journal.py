@@ -149,11 +149,11 @@ def read_records(path):
         raise UserError(f"{path}: holds no records")
 
 
-def open_collected(args, before, after, read=read_records):
+def open_collected(args, before, after, read=read_records, process=0, processes=1):
     """The records of --input and the journal of --output, both with their default paths -> (records, journal)."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > processes:
         raise UserError(f"{args.verb} runs in one process: start it with python, not torchrun")
     args.input = args.input or f"data/{args.task}/{before}.jsonl"
     records = list(read(args.input))
     output = args.output or f"data/{args.task}/{after}.jsonl"
-    return records, Journal(output, [r["id"] for r in records], settings_of(args))
+    return records, Journal(output, [r["id"] for r in records], settings_of(args), process, processes)

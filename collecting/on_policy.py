@@ -28,7 +28,6 @@ def answers(run, records, what, temperature, done=()):
     with runtime.gathered(model), torch.no_grad():  # each process on its own, however long its answers are
         batches = generation.batches_by_length(records, BATCH)[run.process :: run.world]
         for batch in tqdm(batches, desc=what, leave=False, disable=run.process != 0):
-            batch = [records[i] for i in batch]
             if run.signal or all(r["id"] in done for r in batch):
                 continue
             torch.manual_seed(zlib.crc32(f"{args.seed} {run.step} {batch[0]['id']}".encode()))

@@ -7,6 +7,8 @@ import random
 from tqdm import tqdm
 
 import common
+import runtime
+from collecting import scoring
 from collecting.flags import api_flags, group
 from collecting.journal import open_collected
 from collecting.rank_asked import rank_by_contextual, rank_by_gpt
@@ -27,6 +29,7 @@ RANKERS = {
     "probabilistic": rank_by_probabilistic,
     "prm": rank_by_prm,
 }
+SCORERS = ("reward", "similarity", "logprob", "prm")  # by a model on this machine, on every process under torchrun
 EXPANSIONS = ("alpacas", "chatgpt", "ascending", "descending", "random")
 EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
 
@@ -58,15 +61,21 @@ def rank_flags(add):
 
 
 def rank(args):
-    """Annotate every candidate; see --by."""
+    """Annotate every candidate; see --by. Under torchrun a model on this machine scores on every process."""
     if args.by not in ("label", "similarity", "probabilistic", "reward") and not args.model:
         raise UserError(f"--by {args.by} needs --model")
     student = pathlib.Path(args.input or "").name.removesuffix(".jsonl").partition("sampled-")[2]
     ranked = f"ranked-{student}" if student else "ranked"
-    records, journal = open_collected(args, "sampled", ranked, common.load_candidates)
-    todo = [expand_ranking(r, args) if args.expand else r for r in records if r["id"] not in journal.done]
-    for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False), args):
-        journal.write([record])
+    process, processes = runtime.init_distributed()[:2] if args.by in SCORERS else (0, 1)
+    records, journal = open_collected(args, "sampled", ranked, common.load_candidates, process, processes)
+    records = [expand_ranking(r, args) if args.expand else r for r in records]
+    if args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits
+        share = [*scoring.chunks(records)][process::processes]
+        todo = [r for chunk in share if not all(r["id"] in journal.done for r in chunk) for r in chunk]
+    else:
+        todo = [r for r in records if r["id"] not in journal.done]
+    for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0), args):
+        journal.write([record] * (record["id"] not in journal.done))
     if journal.finish() == len(records):
         print_length_by_rank(common.load_candidates(journal.path), args.by)
 

@@ -1,27 +1,23 @@
 """rank --by logprob, probabilistic and prm: a language model's likelihood, a proxy ranking model (Tuna)."""
 
-import itertools
-
 import torch
 from scipy.stats import spearmanr
 from transformers import AutoConfig
 
 import common
 import runtime
-from collecting import generation
+from collecting import generation, scoring
 from collecting.reward_models import reward_logits
-from collecting.scoring import score_candidates
 from common import UserError
 from runtime import say
 
 
 def log_likelihoods(records, args, eos):
-    """Yield (record, logprobs [n], token counts [n]) under --model, --batch_size prompts at once."""
+    """Yield (record, logprobs [n], token counts [n]) under --model."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device)
-    records = iter(records)
-    while batch := list(itertools.islice(records, args.batch_size)):
-        for record, scored in zip(batch, score_candidates(model, tokenizer, batch, args.max_length, eos=eos)):
+    for chunk in scoring.chunks(records):
+        for record, scored in zip(chunk, scoring.score_candidates(model, tokenizer, chunk, args.max_length, eos=eos)):
             yield record, *scored
 
 
@@ -73,9 +69,9 @@ def rank_by_prm(records, args):
             candidates = [c | {"rank": k} for c, k in zip(candidates, ranks)]
             record = record | {"candidates": candidates, "ranked_by": runtime.run_name(args.model)}
         yield record
-    if agreement:
-        mean = sum(agreement) / len(agreement)
-        say(f"agreement with the ranking of {len(agreement)} records: Spearman {mean:.3f}")
+    total, number = runtime.all_sum([sum(agreement), len(agreement)])
+    if number:
+        say(f"agreement with the ranking of {number:.0f} records: Spearman {total / number:.3f}")
 
 
 def prm_scores(records, args):
@@ -85,10 +81,10 @@ def prm_scores(records, args):
         yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args, True))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
-    for record in records:
-        pairs = [(record, c) for c in record["candidates"]]
-        yield (record, reward_logits(args.model, device, pairs, flag="--model", form=args.dialogue, **options))
+    options = {"flag": "--model", "form": args.dialogue, "allow_pickle": args.allow_pickle}
+    for chunk in scoring.chunks(records):
+        rewards = iter(reward_logits(args.model, device, [(r, c) for r in chunk for c in r["candidates"]], **options))
+        yield from ((record, [next(rewards) for _ in record["candidates"]]) for record in chunk)
 
 
 def spearman(a, b):

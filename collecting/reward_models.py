@@ -1,7 +1,6 @@
 """Reward models, and rank --by reward (PRO)."""
 
 import functools
-import itertools
 import math
 from collections import Counter
 
@@ -18,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import common
 import runtime
+from collecting import scoring
 from common import UserError
 from runtime import say
 
@@ -39,6 +39,10 @@ class RewardModel(GPTNeoXPreTrainedModel):
         self.gpt_neox = GPTNeoXModel(config)
         self.out_proj = torch.nn.Linear(config.hidden_size, 1)
         self.post_init()
+
+    @property
+    def score(self):
+        return self.out_proj  # by the name that transformers' own classes give it
 
     def forward(self, input_ids, attention_mask):
         states = self.gpt_neox(input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state  # [B, L, H]
@@ -66,8 +70,6 @@ def load_reward_model(name, device, flag, allow_pickle):
     if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
         raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
     tokenizer = runtime.load_tokenizer(name, flag)
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
     form = "oasst" if isinstance(model, RewardModel) else "chat_template" if tokenizer.chat_template else "plain"
     return model.to(device).eval(), tokenizer, getattr(model.config, "dialogue_form", form)
 
@@ -91,36 +93,54 @@ def dialogue_ids(tokenizer, record, candidate, form, max_length=REWARD_TOKENS):
     return common.cut_left(tokenizer, tokenizer(text, add_special_tokens=False).input_ids, max_length)
 
 
-@torch.inference_mode()
-def reward_logits(name, device, pairs, *, flag="--reward_model", form="auto", batch_size=16, allow_pickle=False):
+def reward_logits(name, device, pairs, *, flag="--reward_model", form="auto", allow_pickle=False):
     """Raw logits of the reward model `name` for pairs (record, candidate) -> floats: every reward of the project."""
     model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
     form = own_form if form == "auto" else form
     limit = min(REWARD_TOKENS, getattr(model.config, "max_position_embeddings", REWARD_TOKENS))
-    ids = [dialogue_ids(tokenizer, record, candidate, form, limit) for record, candidate in pairs]
-    rewards = [0.0] * len(ids)
-    order = sorted(range(len(ids)), key=lambda i: -len(ids[i]))
-    for batch in (order[i : i + batch_size] for i in range(0, len(order), batch_size)):
-        L, pad = len(ids[batch[0]]), model.config.pad_token_id
-        input_ids = torch.tensor([ids[i] + [pad] * (L - len(ids[i])) for i in batch], device=device)
-        mask = torch.tensor([[1] * len(ids[i]) + [0] * (L - len(ids[i])) for i in batch], device=device)
-        for i, logit in zip(batch, model(input_ids=input_ids, attention_mask=mask).logits[:, 0].tolist()):
-            rewards[i] = logit
+    rewards = score_dialogues(model, [dialogue_ids(tokenizer, r, c, form, limit) for r, c in pairs]).tolist()
     if not all(map(math.isfinite, rewards)):
         record = pairs[next(i for i, r in enumerate(rewards) if not math.isfinite(r))][0]
         raise UserError(f"{flag} {name}: its reward of a response to record {record.get('id')!r} is not finite")
     return rewards
 
 
+def score_dialogues(model, dialogues):
+    """dialogues, lists of token ids -> [N], float32: the logit that the model's own forward gives each by itself."""
+    pad = None if isinstance(model, RewardModel) else model.config.get_text_config().pad_token_id
+    sequences = []
+    for ids in dialogues:
+        end = max(i for i, token in enumerate(ids) if token != pad or i == 0)  # what transformers' classes look at
+        sequences.append(common.Encoded(None, ids[:end], [ids[end : end + 1]], 0, 0))
+
+    def values_of(batch):
+        if batch.position_ids is None:
+            return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float()
+        common.refuse_misread(model.config, batch)
+        inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
+        states = model.base_model(batch.input_ids, **inputs).last_hidden_state[0]  # [T, H]
+        return model.score(states[batch.last_positions])[:, 0].float()
+
+    def check(some):
+        if not hasattr(model, "score"):
+            raise UserError("its head does not read the last token's state")
+        alone = torch.cat([values_of(common.pack_padded([s]).to(model.device)) for s in some])
+        gap = ((values_of(scoring.pack(model, some)) - alone).abs().max() / alone.abs().max()).item()
+        if not gap <= 1e-3:
+            raise UserError(f"packed and single sequences differ by {gap:.2g}")
+
+    return scoring.score_rows(model, sequences, values_of, check)
+
+
 def rank_by_reward(records, args):
     """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.3)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"form": args.dialogue, "batch_size": args.batch_size, "allow_pickle": args.allow_pickle}
-    outcome, records = Counter(), iter(records)
-    while batch := list(itertools.islice(records, args.batch_size)):
-        rewards = reward_logits(args.reward_model, device, [(r, c) for r in batch for c in r["candidates"]], **options)
-        rewards = iter(rewards)
-        for record in batch:
+    options = {"form": args.dialogue, "allow_pickle": args.allow_pickle}
+    outcome = Counter()
+    for chunk in scoring.chunks(records):
+        pairs = [(r, c) for r in chunk for c in r["candidates"]]
+        rewards = iter(reward_logits(args.reward_model, device, pairs, **options))
+        for record in chunk:
             candidates = [c | {"reward": next(rewards)} for c in record["candidates"]]
             own = {c["source"]: c["reward"] for c in candidates if c["source"] in ("chosen", "rejected")}
             if len(own) == 2:
@@ -129,8 +149,9 @@ def rank_by_reward(records, args):
             candidates.sort(key=lambda c: -c["reward"])
             candidates = [c | {"rank": sum(x["reward"] > c["reward"] for x in candidates)} for c in candidates]
             yield record | {"candidates": candidates, "reward_model": args.reward_model}
-    if outcome:
+    agrees, differs, equal = runtime.all_sum([outcome[x] for x in ("agrees", "differs", "equal")])
+    if total := agrees + differs + equal:
         say(
-            f"{args.reward_model} prefers the chosen response to the rejected one in {outcome['agrees']} of "
-            f"{outcome.total()} pairs; {outcome['equal']} have equal rewards"
+            f"{args.reward_model} prefers the chosen response to the rejected one in {agrees:.0f} of "
+            f"{total:.0f} pairs; {equal:.0f} have equal rewards"
         )

@@ -1,29 +1,92 @@
-"""Likelihoods of candidates under a model, in packed rows, for `rank --by logprob` and prm, `evaluate.py ranking` and
-nll."""
+"""One reading for all that is scored, log-likelihoods and rewards: a prompt and one response are a sequence, and those
+that begin alike stand in one packed row, which reads the start once. So a prompt of any number of candidates takes no
+more memory than a row."""
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
 import common
+import runtime
+from common import Encoded, UserError
+from runtime import say
 
-ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row; a longer prompt has a row of its own
+ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row; a longer sequence has a row of its own
+CHUNK_ROWS = 8  # records of about that many rows are planned, and then written, at once
+MAX_LOGITS = 2**24  # at a time
+
+
+def chunks(records):
+    """Yield lists of consecutive records of about CHUNK_ROWS rows, a token taken for four characters."""
+    room = 4 * CHUNK_ROWS * ROW_TOKENS["cuda" if torch.cuda.is_available() else "cpu"]
+    chunk, characters = [], 0
+    for record in records:
+        chunk.append(record)
+        characters += len(record["prompt"]) + sum(len(c["text"]) for c in record["candidates"])
+        if characters >= room:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
+def token_bar(total):
+    """A bar that says how many tokens a second are read, on process 0."""
+    quiet = dist.is_initialized() and dist.get_rank() != 0
+    return tqdm(total=total, unit="tok", unit_scale=True, leave=False, disable=quiet)
 
 
 @torch.inference_mode()
+def score_rows(model, sequences, values_of, check):
+    """Score sequences, Encoded with one response each -> [N, ...], what values_of(PackedBatch) gives each of a row.
+
+    A model that reads packed rows otherwise (sliding windows, state-space layers, attention in both directions) reads
+    one sequence at a time: check(two sequences), called once, or values_of raises UserError.
+    """
+    device = model.device
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("flex_attention" if device.type == "cuda" else "blocks")
+    values, plan = [None] * len(sequences), runtime.plan_rows(sequences, ROW_TOKENS[device.type], 1)[0]
+    rows = [[sequences[i] for i in row] for row, _ in plan]
+    with token_bar(sum(map(runtime.unique_tokens, rows))) as bar:
+        for (row, _), some in zip(plan, rows):
+            scored = None
+            try:
+                if not hasattr(model, "reads_rows"):
+                    by_length = sorted(sequences, key=lambda s: s.num_tokens)
+                    check([by_length[0], by_length[-1]])
+                    model.reads_rows = True
+                if model.reads_rows:
+                    scored = values_of(pack(model, some))
+            except UserError as e:
+                say(f"{model.config._name_or_path}: {e}; now one sequence at a time")
+                model.reads_rows = False
+            if scored is None:
+                scored = [values_of(common.pack_padded([s]).to(device))[0] for s in some]
+            for i, value in zip(row, scored, strict=True):
+                values[i] = value
+            bar.update(runtime.unique_tokens(some))
+    return torch.stack(values)
+
+
+def pack(model, sequences):
+    return runtime.pack_for(model.config._attn_implementation, sequences, model.device)
+
+
 def score_candidates(model, tokenizer, records, max_length=512, max_prompt_length=None, eos=True):
     """-> [(logprobs [n], lengths [n])], a pair a record: each candidate's sum of token log-probabilities and its token
     count, fp32 on the model's device; the EOS of a whole response counts in both unless eos=False (an empty response
-    is its EOS). The records share packed rows of ROW_TOKENS."""
-    budget = ROW_TOKENS[model.device.type]
-    rows, tokens, scored = [], budget, []
-    for encoded in (common.encode(tokenizer, r, max_length, max_prompt_length) for r in records):
-        if not eos:
-            encoded.responses = [r[:-1] if r[-1] == tokenizer.eos_token_id and r[1:] else r for r in encoded.responses]
-        if tokens + encoded.num_tokens > budget:
-            rows, tokens = [*rows, []], 0
-        rows[-1].append(encoded)
-        tokens += encoded.num_tokens
-    for row in rows:
-        logprobs, lengths = common.candidate_logprobs(model, common.pack(row).to(model.device))
-        sizes = [len(encoded.responses) for encoded in row]
-        scored += zip(logprobs.split(sizes), lengths.split(sizes))
-    return scored
+    is its EOS)."""
+
+    def values_of(batch):
+        return torch.stack(common.candidate_logprobs(model, batch, MAX_LOGITS), 1)  # [N, 2]
+
+    def check(some):
+        common.check_packing(model, some, 1e-3 if model.device.type == "cpu" else 0.1, lambda s: pack(model, s))  # bf16
+
+    encoded = [common.encode(tokenizer, r, max_length, max_prompt_length) for r in records]
+    for e in [] if eos else encoded:
+        e.responses = [r[:-1] if r[-1] == tokenizer.eos_token_id and r[1:] else r for r in e.responses]
+    sequences = [Encoded(e.id, e.prompt_ids, [r], 0, 0) for e in encoded for r in e.responses]
+    values = score_rows(model, sequences, values_of, check)
+    return [v.unbind(1) for v in values.split([len(e.responses) for e in encoded])]

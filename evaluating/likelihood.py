@@ -7,7 +7,7 @@ import torch
 import common
 from collecting import generation
 from collecting.flags import group
-from collecting.scoring import score_candidates
+from collecting.scoring import chunks, score_candidates
 from common import UserError, in_range
 from evaluating.shared import mean, model_flags, predict, write_metrics
 
@@ -37,7 +37,6 @@ def scoring_flags(add):
     add = group(add, "scoring")
     add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + one response")
     add("--max_prompt_length", type=in_range(int, 2), help="of them; without, the response goes first (PRO: 384)")
-    add("--batch_size", type=in_range(int, 1), default=16, help="prompts scored, and written, at once")
 
 
 def nll_flags(add):
@@ -74,7 +73,7 @@ def ranking(args):
                 "sources": sources,
             }
 
-    if rows := predict(args, "ranking", records, compute):
+    if rows := predict(args, "ranking", records, compute, chunks):
         write_metrics(args, "ranking", ranking_metrics(rows, args.margin))
 
 
@@ -127,7 +126,7 @@ def nll(args):
     def compute(records, device):
         return [{"nll": -logp.item(), "tokens": int(n)} for _, logp, n in score(args, records, device)]
 
-    if rows := predict(args, "nll", records, compute):
+    if rows := predict(args, "nll", records, compute, chunks):
         tokens = sum(r["tokens"] for r in rows)
         token_nll = sum(r["nll"] for r in rows) / tokens
         by_response = mean(r["nll"] / r["tokens"] for r in rows)

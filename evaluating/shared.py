@@ -39,18 +39,17 @@ def system_name(args):
     return runtime.run_name(args.model)
 
 
-def predict(args, verb, records, compute):
-    """Run `compute(records, device) -> predictions` over what is not done yet, each process its share of the
-    batches -> all predictions, in order, on process 0; elsewhere nothing."""
+def predict(args, verb, records, compute, batches_of=None):
+    """Run `compute(records, device) -> predictions` over what is not done yet, each process its share of the batches
+    (batches_of(records), or by length) -> all predictions, in order, on process 0; elsewhere nothing."""
     if not records:
         raise UserError(f"{verb}: the input holds no records")
     process, world, device = runtime.init_distributed()
     args.name = system_name(args)
     args.output = args.output or str(EVAL_FOLDER / args.name / f"{verb}.jsonl")
     journal = Journal(args.output, [r["id"] for r in records], settings_of(args), process, world)
-    batches = generation.batches_by_length(records, args.batch_size)[process::world]
-    for batch in tqdm(batches, desc=verb, disable=process != 0):
-        batch = [records[i] for i in batch]
+    by_length = lambda records: generation.batches_by_length(records, args.batch_size)  # noqa: E731
+    for batch in tqdm([*(batches_of or by_length)(records)][process::world], desc=verb, disable=process != 0):
         if all(r["id"] in journal.done for r in batch):
             continue
         done = {r["id"]: p for r, p in zip(batch, compute(batch, device))}  # whole: padding changes the last digits

@@ -1,0 +1,132 @@
+"""collecting/scoring.py: one reading for likelihoods and rewards, against one sequence at a time."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from conftest import command, make_model, make_records, make_tokenizer, read_jsonl, run, write_jsonl
+
+import common
+import runtime
+from collecting import reward_models, scoring
+
+SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"intermediate_size": 48, "initializer_range": 0.2}
+HEADS = {
+    "llama": SIZES | {"num_key_value_heads": 2},
+    "qwen2": SIZES | {"num_key_value_heads": 2},
+    "gpt_neox": SIZES,
+    "gpt_neox_reward_model": SIZES,
+}
+
+
+@pytest.fixture
+def small_rows(monkeypatch):
+    monkeypatch.setitem(scoring.ROW_TOKENS, "cpu", 300)
+
+
+def make_classifier(kind, **more):
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, num_labels=1, **(HEADS.get(kind, SIZES) | more))
+    return transformers.AutoModelForSequenceClassification.from_config(config).eval()
+
+
+def test_likelihoods_are_those_of_one_sequence_at_a_time(monkeypatch):
+    tokenizer, model, records = make_tokenizer(), make_model().eval(), make_records(5)
+    rows, pack_for = [], runtime.pack_for
+    monkeypatch.setitem(scoring.ROW_TOKENS, "cpu", 600)
+    monkeypatch.setattr(runtime, "pack_for", lambda *x: rows.append(len(x[1])) or pack_for(*x))
+    got = scoring.score_candidates(model, tokenizer, records, max_length=200)
+    assert rows == [2, 10, 10]  # the check; five prompts of four candidates, one of them in both rows
+    model.set_attn_implementation("sdpa")
+    for record, (logprobs, lengths) in zip(records, got, strict=True):
+        e = common.encode(tokenizer, record, 200)
+        assert lengths.tolist() == [len(r) for r in e.responses]
+        for i, r in enumerate(e.responses):
+            alone = common.Encoded("", e.prompt_ids, [r], 0, 0)
+            want, _ = common.candidate_logprobs(model, common.pack_padded([alone]))
+            torch.testing.assert_close(logprobs[i : i + 1], want, atol=1e-3, rtol=1e-5)
+
+
+def test_candidates_of_one_prompt_are_shared_out_over_rows(small_rows, monkeypatch):
+    """A thousand candidates take rows of 300 tokens, whose logits are made MAX_LOGITS at a time."""
+    texts = [f"{i} of them" for i in range(1000)]
+    record = {"id": "a", "prompt": "one prompt", "candidates": [{"text": t, "source": "m"} for t in texts]}
+    sizes, model, tokenizer = [], make_model().eval(), make_tokenizer()
+    monkeypatch.setattr(scoring, "MAX_LOGITS", 50 * 400)
+    model.register_forward_pre_hook(lambda m, x, inputs: sizes.append(inputs["input_ids"].shape[1]), with_kwargs=True)
+    made, cross_entropy = [], F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda x, *y, **z: made.append(len(x)) or cross_entropy(x, *y, **z))
+    [(logprobs, _)] = scoring.score_candidates(model, tokenizer, [record])
+    assert len(sizes) > 30 and max(sizes) <= 300 and max(made[-60:]) <= 50
+    [(some, _)] = scoring.score_candidates(model, tokenizer, [record | {"candidates": record["candidates"][500:503]}])
+    torch.testing.assert_close(logprobs[500:503], some, atol=1e-4, rtol=1e-5)
+
+
+def test_chunks_are_all_records_in_order(small_rows):
+    records = make_records(60)
+    chunks = list(scoring.chunks(records))
+    assert [r for chunk in chunks for r in chunk] == records and 2 < len(chunks) < 20
+    texts = [r["prompt"] + "".join(c["text"] for c in r["candidates"]) for r in chunks[0]]
+    assert sum(map(len, texts[:-1])) < 4 * 300 * scoring.CHUNK_ROWS <= sum(map(len, texts))
+
+
+@pytest.mark.parametrize("pad", [None, 1, 2], ids=["no padding token", "EOS pads", "another pads"])
+@pytest.mark.parametrize("kind", HEADS)
+def test_rewards_are_those_of_one_dialogue_at_a_time(kind, pad, small_rows):
+    """Dialogues that share a beginning, as the model's own forward scores each: where EOS pads, up to what precedes."""
+    model = make_classifier(kind, pad_token_id=pad)
+    torch.nn.init.normal_(model.score.weight)
+    tokenizer, records = make_tokenizer(), make_records(6)
+    pairs = [(r, c) for r in records for c in r["candidates"]]
+    dialogues = [reward_models.dialogue_ids(tokenizer, r, c, "plain") for r, c in pairs]
+    got = reward_models.score_dialogues(model, dialogues)
+    assert model.reads_rows
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        inputs = [torch.tensor([ids]) for ids in dialogues]
+        want = torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert len({round(x, 5) for x in got.tolist()}) == len(pairs)
+
+
+@pytest.mark.parametrize(
+    "kind, more",
+    [
+        ("gpt_neox_reward_model", {"pooling": "mean"}),
+        ("bert", {"max_position_embeddings": 512}),
+        ("mistral", {"sliding_window": 70, "num_key_value_heads": 2}),
+    ],
+)
+def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, capsys):
+    model, tokenizer = make_classifier(kind, pad_token_id=2, **more), make_tokenizer()
+    records = make_records(2)
+    dialogues = [reward_models.dialogue_ids(tokenizer, r, c, "plain") for r in records for c in r["candidates"]]
+    got = reward_models.score_dialogues(model, dialogues)
+    assert not model.reads_rows and capsys.readouterr().out.count("now one sequence at a time") == 1
+    with torch.no_grad():
+        inputs = [torch.tensor([ids]) for ids in dialogues]
+        want = torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_two_processes_score_what_one_does(monkeypatch, capsys, tiny, reward_folder, tmp_path):
+    """And both stop and go on: what the second run finds done stays."""
+    records = make_records(100)
+    for record in records:
+        for c, source in zip(record["candidates"], ("chosen", "rejected")):
+            c["source"] = source
+    argv = ["rank", "--by", "reward", "--reward_model", reward_folder]
+    argv += ["--input", write_jsonl(tmp_path / "in.jsonl", records), "--output"]
+    run(monkeypatch, *argv, tmp_path / "one.jsonl")
+    said = capsys.readouterr().out
+    done = command("torchrun", "--nproc_per_node", 2, "collect_candidates.py", *argv, tmp_path / "two.jsonl")
+    assert f"of {len(records)} pairs" in said and said.splitlines()[0] in done.stdout
+    assert (tmp_path / "two.jsonl").read_text() == (tmp_path / "one.jsonl").read_text()
+    lines = (tmp_path / "one.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "one.jsonl").rename(tmp_path / "whole.jsonl")
+    (tmp_path / "one.jsonl.part0").write_text("".join(lines[:5]) + lines[5][:50])
+    run(monkeypatch, *argv, tmp_path / "one.jsonl")
+    assert read_jsonl(tmp_path / "one.jsonl") == [json.loads(line) for line in lines]
