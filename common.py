@@ -417,7 +417,7 @@ def chunked_logprobs(model, batch, chunk):
 
 
 def length_normalized(logprobs, lengths, exponent):
-    """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Eq. 3, beta
+    """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Sec. 3, beta
     of Tuna Eq. 3)."""
     return logprobs / lengths**exponent
 
@@ -432,7 +432,7 @@ def pair_statistics(scores, levels):
 
 # fmt: off
 def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_prompt_length=None):
-    """The flags that all training scripts share, with the paper's values as defaults."""
+    """The flags that all training scripts share; PAPERS.md says which defaults are printed and which are not."""
     add = parser.add_argument_group("data and model").add_argument
     add("--data", help="candidates file, JSONL")
     add("--output", help="folder for the run: log, checkpoints, and the final model in OUTPUT/model")
@@ -444,7 +444,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
     add("--max_prompt_length", type=in_range(int, 2), default=max_prompt_length, 
         help="of them; its left is cut, then the response's right (default: the response goes first)")
-    add = parser.add_argument_group("optimisation (the defaults are the paper's)").add_argument
+    add = parser.add_argument_group("optimisation (PAPERS.md says where each default stands)").add_argument
     add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
     add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
     add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")

@@ -7,7 +7,7 @@ response is contrasted with all that follow it, and a reward model's gaps sharpe
     Eq. 8      L_PRO = - sum over k < n of log( exp(s_k) / sum over i >= k of exp(s_i) )
     Eq. 9      the same with exp(s_k / T_k^k) and exp(s_i / T_k^i)
     Eq. 10-11  T_k^i = 1 / (r_k - r_i) for i > k,   T_k^k = min over i > k of T_k^i      r: the reward model's logits
-    Eq. 7      L = L_PRO + beta (n - 1)^2 L_SFT,   L_SFT = -log pi(y^1 | x),  beta = 0.05
+    Eq. 7      L = L_PRO + beta (n - 1)^2 L_SFT,   L_SFT = -log pi(y^1 | x),  beta = 0.05 (Sec. 4.3)
 
 Table 5's ablations are flags and combine: --no_sft, --no_temperature (Eq. 8), --first_only (the term k = 1 alone);
 without L_PRO (--no_ranking) it is the baseline BoN, supervised fine-tuning on the best of n. The other baselines: RRHF
@@ -97,13 +97,13 @@ def parse_args():
     parser = common.Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("PRO").add_argument
-    add("--beta", type=in_range(float, 0), default=0.05, help="weight of L_SFT, times (n-1)^2, Eq. 7")
+    add("--beta", type=in_range(float, 0), default=0.05, help="the 0.05 of Eq. 7's weight, 0.05 (n-1)^2, Sec. 4.3")
     add("--sft_reduction", choices=["sum", "mean"], help="over tokens (default: sum as released; BoN: mean)")
     add("--ranking_length", type=in_range(int, 2), help="candidates a prompt, l in the paper (default: all; Fig. 3)")
     add("--no_temperature", action="store_true", help="Eq. 8 instead of Eq. 9-11 (Table 5: -T)")
     add("--no_sft", action="store_true", help="drop L_SFT (Table 5)")
     add("--first_only", action="store_true", help="the best against the rest alone (Table 5: -L_PRO^{k>1})")
-    add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Table 5)")
+    add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Sec. 4.4)")
     add = parser.add_argument_group("Algorithm 1").add_argument
     add("--bootstrap_splits", type=in_range(int, 1), help="K: sample, score, insert before each split")
     add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of the sampled responses")

@@ -3,7 +3,7 @@
 A response's reward r(x, y) is a linear function of the state at its last token, EOS. Of two responses the better one
 should get the larger reward (Bradley-Terry); a ranking of k responses is all its pairs:
 
-    PRO Eq. 2      L = -log sigmoid( r(x, y_better) - r(x, y_worse) )
+    PRO Sec. 2     L = -log sigmoid( r(x, y_better) - r(x, y_worse) )
     of k responses L = the mean of that over the prompt's ordered pairs, k (k - 1) / 2 without ties
 
 RESCUE's Eq. 4, by which it explains rewards (it trains none), is another form: -log of the softmax of the best
@@ -37,7 +37,7 @@ from runtime import say
 
 
 def ranking_loss(rewards, levels):
-    """PRO Eq. 2, for more than two the mean over pairs with levels[i] > levels[j] of -log sigmoid(r_i - r_j).
+    """-log of PRO Eq. 2, for more than two the mean over pairs with levels[i] > levels[j] of -log sigmoid(r_i - r_j).
 
     rewards [n] fp32, levels [n], larger better -> scalar. Ties are not compared; no pairs give 0.
     """

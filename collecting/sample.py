@@ -19,7 +19,7 @@ def sample_flags(add):
     add("--output", help="with the new candidates (default: sampled.jsonl; of RUN/model: sampled-RUN.jsonl)")
     add("--model", required=True, help="hub id or folder")
     add("--source", help="the candidates' source (default: the model's name; of RUN/model: RUN)")
-    add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE Sec. 5, Tuna Sec. 2.3)")
+    add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE: 3, Tuna: 4)")
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--seed", type=int, default=0, help="of the samples")
@@ -46,7 +46,7 @@ def rouge_scorer(use_stemmer=False):
 
 
 def keep_diverse(responses, draw, args, count):
-    """Tuna's diversity rule (Sec. 2.3) for a batch of prompts: responses, a list of n per prompt -> the same shape.
+    """Tuna's diversity rule (Sec. 2.3, 3.1) for a batch of prompts: responses, n per prompt -> the same shape.
 
     A response whose ROUGE-L with one before it is above --max_rouge_l is dropped and drawn again at a temperature
     raised by --temperature_step, --max_trials times; then the least similar of those dropped fill the places left.

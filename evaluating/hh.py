@@ -45,7 +45,7 @@ def hh_flags(add):
 def hh(args):
     """Answer dialogues greedily; BLEU against the chosen response and the mean reward (PRO, Table 2).
 
-    Defaults as in PRO: 128 new tokens, prompts cut to their last 384, answers cut where a new turn begins.
+    128 new tokens as printed (Sec. 4.3); prompts cut to their last 384, answers where a new turn begins: as released.
     """
     if bool(args.model) == bool(args.source):
         raise UserError("hh needs --model, or --source for responses that are there already")
