@@ -223,6 +223,8 @@ def prompt_ids(tokenizer, text):
     """The prompt's tokens with the tokenizer's own special tokens, BOS once and no EOS."""
     has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # a chat template wrote it
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    if not ids:
+        raise UserError(f"the prompt {text!r} has no tokens in this tokenizer: leave its record out")
     closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
     return ids[:-1] if closed else ids  # some tokenizers close every text with EOS
 

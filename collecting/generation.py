@@ -5,10 +5,11 @@ import zlib
 
 import torch
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 import common
 import runtime
+from common import UserError
 
 TURNS = ("Human:", "human:", "Assistant:", "assistant:")  # a response to a dialogue ends before these (PRO's code)
 
@@ -74,7 +75,7 @@ def generate(
     """
     ids = [common.cut_left(tokenizer, common.prompt_ids(tokenizer, p), max_prompt_length or 2**30) for p in prompts]
     L = max(map(len, ids))
-    pad = tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id  # it ends a row that a stop string ended
     input_ids = torch.tensor([[pad] * (L - len(x)) + x for x in ids], device=model.device)
     mask = torch.tensor([[0] * (L - len(x)) + [1] * len(x) for x in ids], device=model.device)
     chosen, cache = ChosenLogprobs(), None
@@ -84,6 +85,12 @@ def generate(
         cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(num_samples)
         input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
+    own = model.generation_config  # its min_p, suppress_tokens, ... would shape the candidates: only its EOS ids count
+    more = (
+        own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    )  # Llama-3 and Qwen list several
+    ends = sorted({pad, *more} - {None})
+    model.generation_config = GenerationConfig()  # generate() would fill in from the model's what is not said here
     out = model.generate(
         input_ids=input_ids,
         attention_mask=mask,
@@ -95,19 +102,20 @@ def generate(
         top_p=top_p if temperature > 0 else None,
         top_k=0 if temperature > 0 else None,
         pad_token_id=pad,
+        eos_token_id=ends,
         num_return_sequences=1 if cache is not None else num_samples,
-        repetition_penalty=1.0,  # a model's generation_config may ask for one: candidates come from the model itself
         logits_processor=[chosen] * (num_beams == 1),
         synced_gpus=False,  # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
         stop_strings=list(stop) or None,
         tokenizer=tokenizer,
     )
+    model.generation_config = own
     tokens = out[:, L:].tolist()
     if num_beams == 1:
         logprobs = chosen.all(out).tolist()
     responses = []
     for row, sequence in enumerate(tokens):
-        end = sequence.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in sequence else len(sequence)
+        end = next((i for i, token in enumerate(sequence) if token in ends), len(sequence))
         text = tokenizer.decode(sequence[:end], skip_special_tokens=True)
         cut = min((text.index(s) for s in stop if s in text), default=None)
         num_tokens = max(1, end)
@@ -136,6 +144,9 @@ def new_tokens(args, default):
 
 
 def unescape(strings):
+    """The --stop strings; UserError for an empty one, before which every response would end."""
+    if "" in strings:
+        raise UserError("--stop: an empty string would end every response at once")
     return tuple(s.replace("\\n", "\n") for s in strings)
 
 

@@ -12,6 +12,15 @@ from collecting.journal import Journal
 from common import UserError
 
 
+class Nothing:
+    """A tokenizer that drops what it does not know."""
+
+    bos_token, input_ids = None, []
+
+    def __call__(self, text, add_special_tokens):
+        return self
+
+
 class TestGenerate:
     def test_samples_are_those_of_plain_generate(self, tiny, tokenizer, monkeypatch):
         """The prompt is read once, and the draw is the plain one: same seed, same tokens; log-probabilities are those
@@ -35,6 +44,33 @@ class TestGenerate:
                 logp = model(row).logits.log_softmax(-1)[0, :-1].gather(1, row[0, 1:, None])
             n = response["num_tokens"]
             assert response["logprob"] == pytest.approx(logp[-n:].sum().item(), abs=1e-3)
+
+    def test_every_eos_of_the_folder_ends_a_response(self, tiny, tokenizer, monkeypatch):
+        """With several EOS ids, as of Llama-3, tokens and log-probabilities stop at the first of them; what else the
+        folder's generation_config asks for shapes nothing."""
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        config, options = model.generation_config, {"max_new_tokens": 8, "temperature": 0.0}
+        ids = common.prompt_ids(tokenizer, "A man")
+        plain = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :].tolist()
+        n = plain.index(plain[3])  # another EOS, in the middle of the response
+        monkeypatch.setattr(config, "eos_token_id", [tokenizer.eos_token_id, plain[3]])
+        monkeypatch.setattr(config, "suppress_tokens", [plain[0]])
+        monkeypatch.setattr(config, "no_repeat_ngram_size", 1)
+        with torch.no_grad():
+            logp = model(torch.tensor([ids + plain])).logits.log_softmax(-1)[0, len(ids) - 1 : -1]
+        both = generation.generate(model, tokenizer, ["A man", "Two girls sit"], **options)
+        for got in (both[0][0], generation.generate(model, tokenizer, ["A man"], **options)[0][0]):
+            assert got["num_tokens"] == max(1, n) and got["finished"]
+            assert got["text"] == tokenizer.decode(plain[:n], skip_special_tokens=True).strip()
+            want = logp[range(max(1, n)), plain[: max(1, n)]].sum().item()
+            assert got["logprob"] == pytest.approx(want, abs=1e-3)
+        assert model.generation_config is config
+
+    def test_what_would_empty_every_response_is_refused(self, tiny, tokenizer):
+        with pytest.raises(UserError, match="--stop"):
+            generation.unescape(["x", ""])
+        with pytest.raises(UserError, match="no tokens"):
+            common.prompt_ids(Nothing(), "\u200b")
 
     def test_samples_follow_the_models_distribution(self, tiny, tokenizer, monkeypatch):
         """4,000 first tokens of a batch of unequal prompts against the exact softmax: chi-square of the 20 likeliest
