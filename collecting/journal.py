@@ -94,7 +94,8 @@ class Journal:
     def finish(self):
         """Join everything in the input's order into PATH -> number of records there, on rank 0.
 
-        Parts stay where some are missing.
+        Where some are missing (requests failed, --max_requests is spent) PATH holds the others: a usable file, which
+        the next run with the same arguments completes.
         """
         self._part.close()
         if torch.distributed.is_initialized():
@@ -104,15 +105,14 @@ class Journal:
         where = {}
         for file in self._files():
             where |= {record["id"]: (file, offset) for offset, record in self._lines(file)}
-        missing = len(self.ids) - len(where)
-        if missing:
+        if missing := len(self.ids) - len(where):
             say(f"{len(where)} of {len(self.ids)} done, {missing} missing: run the same command again")
-            return len(where)
+        if not where:
+            return 0
         whole = self.path.with_name(self.path.name + ".whole")
         with contextlib.ExitStack() as stack, open(whole, "wb") as out:
             files = {file: stack.enter_context(open(file, "rb")) for file in self._files()}
-            for i in self.ids:
-                file, offset = where[i]
+            for file, offset in (where[i] for i in self.ids if i in where):
                 files[file].seek(offset)
                 out.write(files[file].readline())
             out.flush()
@@ -155,5 +155,5 @@ def open_collected(args, before, after, read=read_records, process=0, processes=
         raise UserError(f"{args.verb} runs in one process: start it with python, not torchrun")
     args.input = args.input or f"data/{args.task}/{before}.jsonl"
     records = list(read(args.input))
-    output = args.output or f"data/{args.task}/{after}.jsonl"
-    return records, Journal(output, [r["id"] for r in records], settings_of(args), process, processes)
+    args.output = args.output or f"data/{args.task}/{after}.jsonl"
+    return records, Journal(args.output, [r["id"] for r in records], settings_of(args), process, processes)

@@ -89,7 +89,7 @@ Task:
 
 {responses}
 """
-CONTEXTUAL_TEMPLATE = """Compare {count} responses to one task.
+CONTEXTUAL_TEMPLATE = """Below are a task and {count} responses to it, numbered from 0 to {last}.
 
 The task:
 {task}
@@ -98,18 +98,19 @@ The task:
 
 Work in this order:
 1. Decide whether the task is closed (one answer is right) or open (many answers can be good).
-2. Write your own response to the task. It is response 0.
-3. Find the responses that repeat an earlier one in the same or nearly the same words.
-4. Rate response 0 and every response that repeats none with three whole numbers from 0 to 5:
-   relevance, detail, accuracy.
-5. Rank these responses, the best first. For a closed task accuracy decides; for an open one all three do.
+2. Write your own response to the task, a good one in the same form as the others. It is response {reference}.
+3. Find the responses that repeat another in the same or nearly the same words. One of each such group stays.
+4. Compare response {reference} and all that stay, and give each three whole numbers from 0 to 5. If the task is open:
+   relevance, detail and justification, accuracy. If it is closed: accuracy, detail and justification, clarity.
+   Its score is their sum.
+5. Rank these responses by their scores, the best first.
 
 Reply in exactly this form and with nothing else:
 Type: open or closed
 Reference: your own response
-Duplicates: none, or groups such as 2=4
-Ratings:
-0: relevance detail accuracy
-1: relevance detail accuracy
-Ranking: 0 > 2 > 1
+Duplicates: none, or groups such as 1=3
+Scores:
+0: 4 3 5 = 12
+1: and so on, a line for every response that stays, response {reference} among them
+Ranking: the numbers of these responses, such as 2 > 0 > 1
 """

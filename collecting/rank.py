@@ -11,7 +11,8 @@ import runtime
 from collecting import scoring
 from collecting.flags import api_flags, group
 from collecting.journal import open_collected
-from collecting.rank_asked import rank_by_contextual, rank_by_gpt
+from collecting.rank_asked import rank_by_gpt
+from collecting.rank_contextual import rank_by_contextual
 from collecting.rank_labels import rank_by_label
 from collecting.rank_likelihood import rank_by_logprob, rank_by_prm, rank_by_probabilistic
 from collecting.rank_similarity import rank_by_similarity
@@ -41,9 +42,12 @@ def rank_flags(add):
     add("--input", help="records with candidates, JSONL (default: sampled.jsonl)")
     add("--output", help="the same records, annotated (default: ranked.jsonl; of sampled-RUN.jsonl: ranked-RUN.jsonl)")
 
+    add("--skip", type=in_range(int, 0), default=0, help="leave out the first records")
+    add("--limit", type=in_range(int, 1), help="then take this many (Tuna: GPT-4 ranked the first 13K)")
+
     by = group(add, "what some rankers read")
     by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
-    by("--rank_original", action="store_true", help="contextual: show the original (human, reference) response too")
+    by("--rank_original", action="store_true", help="contextual, prm: rank the original response too")
     by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
     by("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
     by("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
@@ -67,7 +71,7 @@ def rank(args):
     student = pathlib.Path(args.input or "").name.removesuffix(".jsonl").partition("sampled-")[2]
     ranked = f"ranked-{student}" if student else "ranked"
     process, processes = runtime.init_distributed()[:2] if args.by in SCORERS else (0, 1)
-    records, journal = open_collected(args, "sampled", ranked, common.load_candidates, process, processes)
+    records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]
     if args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits
         share = [*scoring.chunks(records)][process::processes]
@@ -76,8 +80,16 @@ def rank(args):
         todo = [r for r in records if r["id"] not in journal.done]
     for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0), args):
         journal.write([record] * (record["id"] not in journal.done))
-    if journal.finish() == len(records):
+    if journal.finish():
         print_length_by_rank(common.load_candidates(journal.path), args.by)
+
+
+def taken(path, args):
+    """The records of --input that --skip and --limit leave."""
+    records = common.load_candidates(path)[args.skip :][: args.limit]
+    if not records:
+        raise UserError(f"{path}: --skip {args.skip} leaves no record")
+    return records
 
 
 def expand_ranking(record, args):

@@ -136,7 +136,8 @@ class TestJournal:
     def test_order_and_what_is_missing(self, tmp_path, capfd):
         journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
         journal.write([{"id": "c"}, {"id": "a"}])
-        assert journal.finish() == 2 and not (tmp_path / "o.jsonl").exists() and "1 missing" in capfd.readouterr().out
+        assert journal.finish() == 2 and "1 missing" in capfd.readouterr().out
+        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "c"]  # usable as it is
         del journal
         journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
         assert journal.done == {"a", "c"}

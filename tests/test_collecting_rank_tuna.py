@@ -3,74 +3,111 @@
 import re
 
 import pytest
+from api_server import Server, chat
 from conftest import make_model, make_tokenizer, read_jsonl, run, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
 import runtime
-from collecting.rank_asked import parse_contextual
+from collecting.rank_contextual import contextual_prompt, parse_contextual
 from collecting.rank_likelihood import spearman
 from collecting.scoring import score_candidates
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Contextual ranking: the strict parser, and the whole way through a server
+# Contextual ranking: the parser, and the whole way through a server
 
-CLEAN = """Type: closed
+OURS = """Type: closed
 Reference: Paris.
 Duplicates: none
-Ratings:
-0: 5 4 5
-1: 3 2 0
-2: 5 5 5
-3: 1 0 1
-Ranking: 2 > 0 > 1 > 3"""
+Scores:
+0: 3 2 0 = 5
+1: 5 5 5 = 15
+2: 1 0 1 = 2
+3: 5 4 5 = 14
+Ranking: 1 > 3 > 0 > 2"""
+TABLE_9 = """First, the instruction requires a close-ended response.
+
+Second, here is my response:
+###Response 3:
+Paris.
+
+Third, there are no duplicate responses.
+
+Fourth, the scores:
+Response 0: [5]
+Response 1: [15]
+Response 2: [2]
+Response 3: [14]
+
+rank: [1, 3, 0, 2]"""
+ORDER = [1, 3, 0, 2]
 
 
-def without(line):
-    return CLEAN.replace(line + "\n", "")
+def changed(old, new, text=OURS):
+    assert old in text
+    return text.replace(old, new)
 
 
-@pytest.mark.parametrize(
-    "reply, ranking, repeated, reference",
-    [
-        (CLEAN, [2, 0, 1, 3], [], "Paris."),
-        ("Let me compare them.\n\n" + CLEAN + "\nI hope this helps!", [2, 0, 1, 3], [], "Paris."),  # chatty
-        (CLEAN.replace("Paris.", "It is\n\nParis."), [2, 0, 1, 3], [], "It is\n\nParis."),  # on several lines
-        (CLEAN.replace("none", "3=1.").replace(" > 3", ""), [2, 0, 1], [3], "Paris."),
-        (
-            without("3: 1 0 1").replace("none", "2 = 3, ").replace("3, ", "3").replace(" > 3", ""),
-            [2, 0, 1],
-            [3],
-            "Paris.",
-        ),
-        (CLEAN.replace("none", "1=2=3").replace("2 > 0 > 1 > 3", "0 > 1"), [0, 1], [2, 3], "Paris."),
-    ],
-)
+READ = {  # name -> (the reply, its ranking, repetitions, reference)
+    "ours": (OURS, ORDER, [], "Paris."),
+    "Table 9's": (TABLE_9, ORDER, [], "Paris."),
+    "Table 9's with words between": (
+        changed("]\n", "] because it says so.\nIt could say more: 3 lines.\n", TABLE_9), ORDER, [], "Paris."),
+    "Table 9's, a duplicate left out": (changed("0, 2]", "0]", TABLE_9), [1, 3, 0], [2], "Paris."),
+    "Table 9's, one left": (changed("[1, 3, 0, 2]", "[1]", TABLE_9), [1], [0, 2], "Paris."),
+    "Table 9's in bold": (changed("rank: [1, 3, 0, 2]", "**Rank: [1, 3, 0, 2]**", TABLE_9), ORDER, [], "Paris."),
+    "another case": (changed("Type: closed", "Type: Closed"), ORDER, [], "Paris."),
+    "emphasis": (changed("Type:", "**Type:**").replace("Ranking:", "**Ranking:**"), ORDER, [], "Paris."),
+    "commas": (changed("3 2 0 = 5", "3, 2, 0").replace("5 5 5 = 15", "5, 5, 5"), ORDER, [], "Paris."),
+    "carriage returns": (OURS.replace("\n", "\r\n"), ORDER, [], "Paris."),
+    "a reference with Type:": (changed("Paris.", "Paris.\nType: city"), ORDER, [], "Paris.\nType: city"),
+    "a chatty one": ("Let me compare.\n\n" + OURS + "\nI hope this helps!", ORDER, [], "Paris."),
+    "a reference on several lines": (changed("Paris.", "It is\n\nParis."), ORDER, [], "It is\n\nParis."),
+    "a numbered reference": (changed("Paris.", "1. 20\n2: 0"), ORDER, [], "1. 20\n2: 0"),
+    "three numbers alone": (changed(" = 15", "").replace(" = 5", "").replace(" = 2", ""), ORDER, [], "Paris."),
+    "a wrong sum": (changed("= 15", "= 3"), ORDER, [], "Paris."),
+    "sums alone": (changed("3 2 0 = ", "").replace("5 5 5 = ", ""), ORDER, [], "Paris."),
+    "named aspects": (changed("3 2 0 = 5", "accuracy 3, details 2, clarity 0 (5/15)"), ORDER, [], "Paris."),
+    "a ranking that contradicts its scores": (changed("1 > 3 > 0 > 2", "2 > 0 > 3 > 1"), ORDER, [], "Paris."),
+    "a tie goes by the ranking": (
+        changed("5 4 5 = 14", "5 5 5 = 15").replace("1 > 3", "3 > 1"), [3, 1, 0, 2], [], "Paris."),
+    "commas and brackets in the ranking": (changed("1 > 3 > 0 > 2", "[1, 3, 0, 2]"), ORDER, [], "Paris."),
+    "the ranking on the next line": (changed("Ranking: ", "Ranking:\n"), ORDER, [], "Paris."),
+    "Response before each number": (
+        changed("1 > 3 > 0 > 2", "Response 1 > Response 3 > Response 0 > Response 2"), ORDER, [], "Paris."),
+    "a duplicate": (changed("none", "2=0.").replace(" > 2", ""), [1, 3, 0], [2], "Paris."),
+    "a group of three": (changed("none", "0=1=2").replace(" > 0 > 2", ""), [1, 3], [0, 2], "Paris."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply, ranking, repeated, reference", READ.values(), ids=READ)
 def test_replies_that_parse(reply, ranking, repeated, reference):
     verdict = parse_contextual(reply, 3)
     assert (verdict["ranking"], verdict["repeated"], verdict["reference"]) == (ranking, repeated, reference)
-    assert verdict["type"] == "closed" and verdict["ratings"][1] == [3, 2, 0]
+    assert verdict["type"] == "closed" and verdict["scores"][0] == 5
+
+
+def test_there_are_25_of_them():
+    assert len(READ) == 25
 
 
 @pytest.mark.parametrize(
     "reply, reason",
     [
-        ("", "Type: stands there 0 times"),
-        ("All of them are good; 2 is the best.", "Type: stands there 0 times"),
-        (CLEAN[: CLEAN.index("Ranking")], "Ranking: stands there 0 times"),  # truncated
-        (CLEAN[:-4], "leave out"),  # truncated: ends with "> 1"
-        (CLEAN[:-2], "not in the form"),  # truncated: ends with ">"
-        (CLEAN + "\nRanking: 0 > 1 > 2 > 3", "Ranking: stands there 2 times"),
-        (without("1: 3 2 0"), "leave out"),  # a rating is missing
-        (CLEAN.replace("1: 3 2 0", "1: 3 2"), "three numbers"),
-        (CLEAN.replace("1: 3 2 0", "1: 3 2 6"), "three numbers"),
-        (CLEAN.replace("1: 3 2 0", "2: 3 2 0"), "each response once"),
-        (CLEAN.replace("> 3", "> 4"), "invent"),
-        (CLEAN.replace("> 3", "> 1"), "repeat"),
-        (CLEAN.replace("none", "1=3"), "leave out, repeat"),  # a repetition is ranked all the same
-        (CLEAN.replace("none", "1=4"), "not there"),
-        (CLEAN.replace("none", "1 and 3"), "no groups"),
-        (CLEAN.replace("closed", "unclear"), "not in the form"),
+        ("", "no line with the ranking"),
+        ("All of them are good; 2 is the best.", "no line with the ranking"),
+        (OURS[: OURS.index("Ranking")], "no line with the ranking"),  # truncated
+        (OURS[:-4], "leaves out"),  # truncated: ends with "> 0"
+        (OURS[:-2], "not numbers"),  # truncated: ends with ">"
+        (changed("0: 3 2 0 = 5\n", ""), "response 0 has no score"),
+        (changed("3 2 0 = 5", "3 2"), "response 0 has no score"),
+        (changed("3 2 0 = 5", "3 2 6"), "response 0 has no score"),
+        (changed("0 > 2", "0 > 4"), "not there"),
+        (changed("0 > 2", "0 > 1"), "twice"),
+        (changed("none", "0=2"), "repeats another"),  # a repetition is ranked all the same
+        (changed("none", "1=4"), "repeats another"),
+        (changed("none", "1 is like 3"), "no groups"),
+        (changed("[1, 3, 0, 2]", "[1 or 3]", TABLE_9), "not numbers"),
     ],
 )
 def test_replies_that_do_not_parse(reply, reason):
@@ -95,21 +132,24 @@ RANKABLE = {
 def fake_complete(replies):
     """Stands for the model: replies by the number of words it was shown, in an order that is not the prompts'."""
 
-    def complete(args, prompts, **options):
+    def complete(args, prompts, follow_up):
         fake_complete.prompts = prompts
         for i in reversed(range(len(prompts))):
             reply = replies(prompts[i])
+            asked = [m for m in (reply and follow_up(i, reply),) if m]
+            fake_complete.asked_again += asked
             yield i, reply and [{"text": reply, "finished": True}], None if reply else "it broke"
 
+    fake_complete.asked_again = []
     return complete
 
 
 def by_length(prompt):
     """A ranking of what a prompt shows, the longest first, its own last."""
     texts = dict(re.findall(r"^Response (\d+):\n(.*)$", prompt, re.M))
-    ranking = sorted(texts, key=lambda i: -len(texts[i])) + ["0"]
-    ratings = "\n".join(f"{i}: {min(5, len(texts.get(i, '')))} 1 2" for i in ranking)
-    return f"Type: open\nReference: mine\nDuplicates: none\nRatings:\n{ratings}\nRanking: {' > '.join(ranking)}"
+    ranking = [*sorted(texts, key=lambda i: -len(texts[i])), str(len(texts))]
+    scores = "\n".join(f"{i}: {min(5, len(texts.get(i, '')))} 1 2" for i in ranking)
+    return f"Type: open\nReference: mine\nDuplicates: none\nScores:\n{scores}\nRanking: {' > '.join(ranking)}"
 
 
 def rank(monkeypatch, tmp_path, records, *flags, output="o.jsonl"):
@@ -123,19 +163,33 @@ def test_rank_by_contextual(tmp_path, monkeypatch, capsys):
     flags = ["--by", "contextual", "--model", "judge"]
     same = RANKABLE | {"id": "same", "candidates": RANKABLE["candidates"][:3]}
     one, two = rank(monkeypatch, tmp_path, [RANKABLE, same], *flags)
-    assert [c["rank"] for c in one["candidates"]] == [None, 1, None, 2, 0]
-    assert one["candidates"][4]["ratings"] == [4, 1, 2]
+    ranks = [c["rank"] for c in one["candidates"]]  # the second "bb" is ranked or the first, as the ranker states it
+    assert ranks in ([None, 1, None, 2, 0], [None, None, 1, 2, 0]) and one["ranked_by"] == "judge"
+    assert one["candidates"][4]["ratings"] == [4, 1, 2] and one["candidates"][4]["score"] == 7
     assert [c["rank"] for c in two["candidates"]] == [None] * 3  # one different response: nothing to rank
     [prompt] = fake_complete.prompts
-    assert "name the capital {city}" in prompt and "The original" not in prompt and "Compare 3 responses" in prompt
+    assert "name the capital {city}" in prompt and "The original" not in prompt and "and 4 responses to it" in prompt
     out = capsys.readouterr().out
     assert "1 all the same, 1 open, 1 parsed" in out and "mean words: 0: 1.0, 1: 1.0, 2: 1.0, unranked: 1.4" in out
+    assert fake_complete.asked_again == []
 
     [record] = rank(
         monkeypatch, tmp_path, [RANKABLE], *flags, "--rank_original", "--keep_reference", output="all.jsonl"
     )
-    assert [c["rank"] for c in record["candidates"]] == [0, 2, None, 3, 1, 4]
-    assert record["candidates"][5] == {"text": "mine", "source": "judge", "rank": 4, "ratings": [0, 1, 2]}
+    ranks = [c["rank"] for c in record["candidates"]]
+    assert ranks in ([0, 2, None, 3, 1, 4], [0, None, 2, 3, 1, 4])
+    reference = {"text": "mine", "source": "judge", "rank": 4, "score": 3, "ratings": [0, 1, 2]}
+    assert record["candidates"][5] == reference
+
+
+def test_a_template_of_ones_own_can_hold_table_9():
+    """Each response by its name, the reference's number, and the prompt as the model met it."""
+    template = "{prompt}\n###Response 0:\n{response_0}\n###Response 3:\n{response_3}\n0-{last}, yours: {reference}"
+    record = RANKABLE | {"candidates": RANKABLE["candidates"][1:]}
+    prompt = contextual_prompt(template, record, [3, 1, 2, 0], "t")
+    assert prompt == f"{RANKABLE['prompt']}\n###Response 0:\ncccc\n###Response 3:\nbb\n0-3, yours: 4"
+    with pytest.raises(common.UserError, match="response_3"):  # three responses cannot fill it
+        contextual_prompt(template, record, [3, 1, 2], "t")
 
 
 def test_unparsed_replies_are_kept_and_failures_asked_again(tmp_path, monkeypatch, capsys):
@@ -148,15 +202,40 @@ def test_unparsed_replies_are_kept_and_failures_asked_again(tmp_path, monkeypatc
         return by_length(prompt) if reply == "ok" else reply
 
     monkeypatch.setattr("collecting.asking.complete", fake_complete(first))
-    with pytest.raises(FileNotFoundError):  # one is missing, so the parts are not joined yet
-        rank(monkeypatch, tmp_path, records, *flags)
+    [done] = rank(monkeypatch, tmp_path, records, *flags)  # what is done is a usable file
     out = capsys.readouterr().out
-    assert "1 failed, 1 open, 1 parsed, 1 unparsed, 1 unparsed (Type: stands there 0 times)" in out
+    assert "1 it broke, 1 open, 1 parsed, 1 unparsed" in out and "1 of 3 done, 2 missing" in out and done["id"] == "q2"
+    [again] = fake_complete.asked_again
+    assert "could not be read: there is no line with the ranking" in again
+    assert read_jsonl(tmp_path / "o.jsonl.unparsed.jsonl") == [{"id": "q0", "reply": "2 is best"}]
     monkeypatch.setattr("collecting.asking.complete", fake_complete(by_length))
     result = rank(monkeypatch, tmp_path, records, *flags)
-    assert len(fake_complete.prompts) == 1 and "task 1" in fake_complete.prompts[0]
-    assert result[0]["unparsed_reply"] == "2 is best" and {c["rank"] for c in result[0]["candidates"]} == {None}
-    assert [c["rank"] for c in result[1]["candidates"]] == [None, 1, None, 2, 0]
+    assert sorted(re.search(r"task (\d)", p)[1] for p in fake_complete.prompts) == [
+        "0",
+        "1",
+    ]  # not the one that is done
+    assert [r["id"] for r in result] == ["q0", "q1", "q2"] and all(r["candidates"][4]["rank"] == 0 for r in result)
+
+
+def test_a_budget_of_requests_leaves_a_usable_file(tmp_path, cli):
+    """--max_requests stops early; --skip and --limit take a part; re-asks carry the dialogue and count."""
+    records = [RANKABLE | {"id": f"q{i}", "instruction": f"task {i}"} for i in range(9)]
+    write_jsonl(tmp_path / "d.jsonl", records)
+    flags = ["rank", "--by", "contextual", "--model", "judge", "--input", tmp_path / "d.jsonl", "--concurrency", 1]
+    flags += ["--output", tmp_path / "o.jsonl", "--skip", 1, "--limit", 6, "--retries", 0]
+
+    def behave(prompt, nth, body):
+        return chat("no" if "task 1" in prompt and len(body["messages"]) < 5 else by_length(prompt))
+
+    with Server(behave) as server:
+        flags += ["--base_url", server.url]
+        first = cli("collect_candidates", *flags, "--max_requests", 4)
+        part = read_jsonl(tmp_path / "o.jsonl")
+        assert first.code == 0 and "3 of 6 done, 3 missing" in first.out and "3 --max_requests is reached" in first.out
+        assert [r["id"] for r in part] == ["q2", "q3", "q4"]
+        assert cli("collect_candidates", *flags).code == 0
+    assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == [f"q{i}" for i in range(1, 7)]
+    assert sorted(server.asked.values()) == [1, 1, 1, 1, 1, 4]  # what was done is not asked again
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -310,9 +310,9 @@ def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
     def ranks(args, prompts, **options):  # a ranker that prefers what it is shown first
         for i, prompt in enumerate(prompts):
             n = prompt.count("\nResponse ")
-            ratings = "".join(f"{k}: 1 1 1\n" for k in range(n + 1))
-            order = " > ".join(str(k % (n + 1)) for k in range(1, n + 2))
-            form = f"Type: open\nReference: r\nDuplicates: none\nRatings:\n{ratings}Ranking: {order}"
+            scores = "".join(f"{k}: 1 1 1\n" for k in range(n + 1))  # all tie: the ranking decides
+            order = " > ".join(map(str, range(n + 1)))
+            form = f"Type: open\nReference: r\nDuplicates: none\nScores:\n{scores}Ranking: {order}"
             yield i, [{"text": form, "finished": True}], None
 
     monkeypatch.setattr("collecting.asking.complete", ranks)
