@@ -11,6 +11,7 @@ import shutil
 import sys
 
 import pytest
+from api_server import Server, chat
 from conftest import ROOT, command, make_records, write_jsonl
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
@@ -210,3 +211,37 @@ def test_readme_rescue_recipe_runs(cli, tiny, tmp_path, monkeypatch):
         ran.append(words[:2])
     assert ["collect_candidates.py", "rank"] in ran and ["evaluate.py", "report"] in ran and len(ran) >= 10
     assert "| rescue-label |" in result.out and "| rescue-none |" in result.out
+
+
+def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, tmp_path, monkeypatch):
+    """As above for the section on PRO and Tuna, with files for the hub's data and a server that ranks by length."""
+
+    def longest_first(prompt, nth, body):
+        texts = dict(re.findall(r"^Response (\d+):\n(.*)$", prompt, re.M))
+        ranking = [*sorted(texts, key=lambda i: -len(texts[i])), "0"]
+        ratings = "\n".join(f"{i}: 1 2 3" for i in ranking)
+        form = "Type: open\nReference: mine\nDuplicates: none\nRatings:\n{}\nRanking: {}"
+        return chat(form.format(ratings, " > ".join(ranking)))
+
+    monkeypatch.chdir(tmp_path)
+    hh = [
+        {"chosen": f"\n\nHuman: {i}?\n\nAssistant: No.", "rejected": f"\n\nHuman: {i}?\n\nAssistant: Yes {i}."}
+        for i in range(4)
+    ]
+    write_jsonl(tmp_path / "hh.jsonl", hh)
+    alpaca = [{"instruction": f"Name {i} things.", "input": "", "output": "One, two."} for i in range(4)]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(alpaca))
+    more = {
+        "hh --subset": ["--input", *["hh.jsonl"] * 4],
+        "reward": ["--reward_model", reward_folder],
+        "sample": ["--max_new_tokens", "6"],
+    }
+    more |= {"pro.py": ["--model", tiny], "--stage sft": ["--model", tiny]}
+    with Server(longest_first) as server:
+        for line in readme_commands("PRO and Tuna"):
+            words = shlex.split(line.replace("https://api.openai.com/v1", server.url))
+            words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
+            words += next((extra for key, extra in more.items() if key in line), [])
+            result = cli(words[0][:-3], *map(str, words[1:]))
+            assert result.code == 0, (line, result.err)
+    assert sorted(p.parent.name for p in tmp_path.glob("runs/*/model")) == ["pro-full", "tuna-contextual", "tuna-sft"]
