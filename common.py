@@ -263,7 +263,7 @@ class PackedBatch:
 
     def to(self, device):
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}  # a BlockMask is there already
-        if device.type == "cuda":  # only pinned memory is copied while the GPU computes
+        if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
