@@ -130,7 +130,8 @@ class Run:
         figures = self._means() | {"pairs": int(all_sum(self.sums[-2:-1])[0])} | self.figures
         line = {f"eval_{k}": v for k, v in figures.items()}
         value = line["eval_reward"] if "eval_reward" in line else -line["eval_loss"]
-        line["best"] = all(value > before for before in self.evaluated.values())
+        before = [v for s, v in self.evaluated.items() if s > 0]  # the untrained model is no candidate
+        line["best"] = step > 0 and value > max(before, default=-math.inf)
         if line["best"]:
             self._save_model(self.output / "best")
         self.evaluated[step] = value
@@ -342,7 +343,8 @@ class Run:
         """Write OUTPUT/model, then drop the checkpoints."""
         self._save_model(self.model_folder)
         if self.evaluated:
-            say(f"best on --eval_data: step {max(self.evaluated, key=self.evaluated.get)}, in {self.output / 'best'}")
+            best = max((s for s in self.evaluated if s > 0), key=self.evaluated.get)
+            say(f"best on --eval_data: step {best}, in {self.output / 'best'}")
         on_process0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
         on_process0(lambda: (self.output / "latest").unlink(missing_ok=True))
         say(f"model saved in {self.model_folder}")

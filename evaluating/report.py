@@ -41,7 +41,7 @@ def report(args):
 
     With --paper one table, the paper's rows and columns and what we have beyond them. Systems called NAME-seed0,
     NAME-seed1, ... are one row: their mean and the 95% interval of Student's t over the seeds; a lone share of n
-    prompts has Wilson's interval.
+    prompts has Wilson's interval, a mean the one that its verb gave it. --columns keeps these of the paper's.
     """
     tables, systems = {}, {}
     for name in args.names:
@@ -55,7 +55,7 @@ def report(args):
             verb = file.name.removesuffix(".metrics.json")
             tables.setdefault(verb, {})[document["name"]] = plain
             systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}
-    if args.columns:
+    if args.columns and not args.paper:
         merged = {}
         for rows in tables.values():
             for name, row in rows.items():
@@ -64,7 +64,7 @@ def report(args):
             raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(args.names)}")
         tables = {"": {name: {k: row[k] for k in args.columns if k in row} for name, row in merged.items()}}
     if args.paper:
-        text = beside_paper(args.paper, tables)
+        text = beside_paper(args.paper, tables, args.columns)
     else:
         text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
     say(text)
@@ -74,29 +74,25 @@ def report(args):
         PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
 
 
-def beside_paper(path, tables):
+def beside_paper(path, tables, wanted=None):
     """A paper's table and our figures -> Markdown. tables: {verb: {system: {figure: number}}}.
 
     The JSON: source, rows {system: {column: the paper's value}}; optional: note; names {system: as the paper calls it};
     percent, the figures (the last word of their names) of ours to be multiplied by 100; cells, one figure's name: then
     a column is what follows the @ in a system's name (label@2000), otherwise a column is a figure's name. Columns of
-    ours that the paper lacks stay where `cells` is given, and rows of ours always.
+    ours that the paper lacks stay where `cells` is given, and rows of ours always. wanted: of the columns, only these.
     """
     paper = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
     cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
-    runs = {}  # row -> column -> [(value, prompts)], a pair for each seed
+    columns = [c for c in columns if c in wanted] if wanted else columns
+    runs = {}  # row -> column -> [(value, interval)], a pair for each seed
     for rows in tables.values():
         for name, figures in rows.items():
             name = re.sub(r"-seed\d+$", "", name)
             row, _, column = name.partition("@") if cell else (name, "", "")
             for figure in [cell] if cell else columns:
                 if figure in figures:
-                    percent = figure.split()[-1] in paper.get("percent", ())
-                    at = re.search(r"(_at_\d+)?$", figure)[0]  # of the prompts at one place of the gold document
-                    value = (
-                        figures[figure] * (100 if percent else 1),
-                        figures.get(f"prompts{at}") if percent else None,
-                    )
+                    value = with_interval(figures, figure, figure.split()[-1] in paper.get("percent", ()))
                     runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
     columns += sorted({c for row in runs.values() for c in row} - {*columns}, key=lambda c: (len(c), c))
     lines = []
@@ -107,17 +103,29 @@ def beside_paper(path, tables):
     return f"{head}\n\n{table(columns, lines)}"
 
 
+def with_interval(figures, figure, percent):
+    """-> (the figure, x 100 if percent; its 95% interval (low, high), or None)."""
+    value = figures[figure]
+    if f"{figure} 95% low" in figures:
+        return value, (figures[f"{figure} 95% low"], figures[f"{figure} 95% high"])
+    if not percent:
+        return value, None
+    subset, at = figure.rpartition(" ")[0], re.search(r"(_at_\d+)?$", figure)[0]  # of one place of the gold document
+    counts = [figures.get(f"{subset} {what}{at}".strip()) for what in ("prompts", "questions")]
+    n = next((n for n in counts if n), None)
+    return 100 * value, [100 * x for x in wilson(value, n)] if n and 0 <= value <= 1 else None
+
+
 def paper_cell(ours, printed):
-    """ours [(value, prompts or None)] or None, the paper's value or None -> `61.2 ±1.9 (81.97)`."""
+    """ours [(value, interval or None)] or None, the paper's value or None -> `61.2 ±1.9 (81.97)`."""
     text = ""
     if ours:
-        values = [value for value, _ in ours]
-        text, (share, prompts) = f"{statistics.fmean(values):.2f}", (values[0] / 100, ours[0][1])
+        values, interval = [value for value, _ in ours], ours[0][1]
+        text = f"{statistics.fmean(values):.2f}"
         if len(values) > 1:
             text += f" ±{t_half_width(values):.2f}"
-        elif prompts and 0 <= share <= 1:
-            low, high = wilson(share, prompts)
-            text += f" [{100 * low:.1f}, {100 * high:.1f}]"
+        elif interval:
+            text += f" [{interval[0]:.1f}, {interval[1]:.1f}]"
     return f"{text} ({printed})".strip() if printed is not None else text
 
 

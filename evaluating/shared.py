@@ -82,9 +82,9 @@ def draw_per_subset(rows, limit, seed):
 
 
 def by_subset(rows, metrics):
-    """Rows of several subsets -> {"SUBSET FIGURE": value} for the figures of metrics(a subset's rows)."""
+    """Rows of subsets -> {"SUBSET FIGURE": value} for the figures of metrics(a subset's rows)."""
     subsets = sorted({row["subset"] for row in rows if row.get("subset")})
-    figures = {s: metrics([row for row in rows if row.get("subset") == s]) for s in subsets if len(subsets) > 1}
+    figures = {s: metrics([row for row in rows if row.get("subset") == s]) for s in subsets}
     return {f"{s} {k}": v for s, values in figures.items() for k, v in values.items()}
 
 

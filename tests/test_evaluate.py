@@ -105,6 +105,17 @@ def test_report_beside_a_paper(cli, here):
     assert out[0].endswith("Table 2: x 100") and out[2] == "|  | hard reward | bleu |"
     assert out[4] == "| a | 50.00 (51.5) | 9.50 (10.0) |"
 
+    # an interval that the verb gives; a subset's share by the subset's own count; some of the columns
+    paper = {"source": "X, Table 3", "percent": ["win"], "rows": {"a": {"reward": 51.5, "hard win": 60.0, "win": 55.0}}}
+    (here / "paper.json").write_text(json.dumps(paper))
+    more = {"reward 95% low": 38.5, "reward 95% high": 41.5, "hard win": 0.5, "win": 0.6}
+    system("a", "hh", reward=40.0, questions=4000, **more, **{"hard questions": 1000})
+    out = cli("evaluate", "report", "a", "--paper", "paper.json", "--columns", "reward", "hard win").out.splitlines()
+    assert (
+        out[2] == "|  | reward | hard win |"
+        and out[4] == "| a | 40.00 [38.5, 41.5] (51.5) | 50.00 [46.9, 53.1] (60.0) |"
+    )
+
 
 def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
     args = ("evaluate", "nli", "--model", tiny, "--name", "a", "--input", "d.jsonl", "--max_new_tokens", 4)

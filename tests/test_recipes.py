@@ -1,5 +1,6 @@
 """recipes/*.sh at SCALE=tiny, from end to end, as a user types them."""
 
+import json
 import subprocess
 
 import pytest
@@ -44,3 +45,42 @@ def test_rescue_multidoc(env, tmp_path):
     before = log.read_text()
     assert recipe("rescue_multidoc", env, tmp_path).returncode == 0  # again: nothing is collected or trained twice
     assert log.read_text() == before
+
+
+@pytest.fixture(scope="module")
+def pro_folder(tmp_path_factory):
+    """PRO's recipes share what they collect and train."""
+    return tmp_path_factory.mktemp("pro")
+
+
+def test_pro_hh(env, pro_folder):
+    judge = {"JUDGE": str(pro_folder / "data/pro-tiny/tiny/model"), "JUDGED": "1"}
+    done = recipe("pro_hh", env, pro_folder, **judge)
+    assert "Table 1, train: 42537 -> 42536" in done.stdout
+    results, lines = pro_folder / "results/pro-tiny", done.stdout.splitlines()
+    for row in ("SFT, raw", "RRHF, raw", "PRO, raw", "BoN, Alpaca,3", "CoH, Alpaca,3"):
+        assert any(line.startswith(f"| {row} |") and "] (" in line for line in lines), row  # ours, and the paper's
+    assert any(line.startswith("| PRO_s, raw |") and "] (54.2)" in line for line in lines)
+    gold = json.loads((results / "gold/hh.metrics.json").read_text())["metrics"]
+    assert gold["char_bleu"] == pytest.approx(100) and gold["prompts"] == 16
+    assert json.loads((results / "pro-vs-gold/judge.metrics.json").read_text())["metrics"]["questions"] == 4
+    assert all((results / f"table{n}.md").is_file() for n in (2, 3, 6))
+
+
+def test_pro_ablations(env, pro_folder):
+    def made():
+        return {p: p.stat().st_mtime_ns for p in (pro_folder / "runs/pro-tiny").rglob("*.jsonl")}
+
+    lines = recipe("pro_ablations", env, pro_folder).stdout.splitlines()
+    before = made()
+    assert recipe("pro_ablations", env, pro_folder).stdout.splitlines()[-20:] == lines[-20:]
+    assert made() == before and len(before) > 10  # nothing is trained or answered twice
+    for row in ("PRO, raw", "-SFT-T, raw", "-PRO k>1, Alpaca,3", "-T, Alpaca,3"):
+        assert any(line.startswith(f"| {row} |") and "] (" in line for line in lines), row
+
+
+def test_pro_rankings(env, pro_folder):
+    lines = recipe("pro_rankings", env, pro_folder).stdout.splitlines()
+    assert "|  | 2 | 3 | 5 |" in lines
+    assert any(line.startswith("| HH-RLHF raw | ") and line.endswith(" (55.35) |  |  |") for line in lines)
+    assert any(line.startswith("| Random |  | ") for line in lines)

@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# PRO, Fig. 3 (arXiv 2306.17492, Sec. 4.8.1): rankings of 2 to 5 responses, lengthened in five ways by three models'
+# answers, which are sampled one model after the other into one file. Prints the rewards, a row a way and a column a
+# length. The figure has no printed numbers; lengths 2 and 3 of Alpaca and ChatGPT stand in Table 2. Table 6 is pro_hh.sh's.
+# Every value, at the top of pro_common.sh, can be set from the environment.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. recipes/pro_common.sh
+
+[ "$SCALE" = tiny ] && : "${EXPANSIONS:=alpacas random}" "${LENGTHS:=3 5}"
+[ "$SCALE" = paper ] || : "${EXPANSIONS:=alpacas}" # on one machine there is one model to ask
+EXPANSIONS=${EXPANSIONS:-alpacas chatgpt ascending descending random} LENGTHS=${LENGTHS:-3 4 5}
+
+longer=longer-alpaca
+add train longer-alpaca alpaca-7b 3
+if [ "$EXPANSIONS" != alpacas ]; then
+  add longer-alpaca longer-curie text-curie-001 1
+  add longer-curie longer gpt-3.5-turbo 3
+  longer=longer
+fi
+block raw
+pro pro-raw raw
+mkdir -p "$RESULTS/raw@2"
+sed 's/"name": "pro-raw"/"name": "raw@2"/' "$RESULTS/pro-raw/hh.metrics.json" >"$RESULTS/raw@2/hh.metrics.json"
+names=("$RESULTS/raw@2")
+for expansion in $EXPANSIONS; do
+  for length in $LENGTHS; do
+    rank "$longer" "$expansion-$length" --expand "$expansion" --ranking_length "$length"
+    pro "$expansion@$length" "$expansion-$length"
+  done
+done
+report figure3 "${names[@]}"
