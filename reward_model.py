@@ -98,10 +98,14 @@ def load_data(args, path, limit):
     runtime.require_data(path, COLLECT)
     field, level = LEVELS[args.ordering]
     hint = f"python collect_candidates.py rank --by {args.ordering} --input {path} --output NEW.jsonl"
-    records = common.load_candidates(path, need=[field], added_by=hint, limit=limit)
-    unranked = next((r for r in records if any(c[field] is None for c in r["candidates"])), None)
-    if unranked:
-        raise UserError(f"{path}: record {unranked['id']!r} has a candidate whose {field!r} is null")
+    records = []
+    for record in common.load_candidates(path, limit=limit):
+        for i, c in enumerate(record["candidates"]):
+            if field not in c and c["source"] not in common.HUMAN:  # the original response may be unranked
+                where = f"{path}: record {record['id']!r}"
+                raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
+        ranked = [c for c in record["candidates"] if c.get(field) is not None]  # null: a repetition, or the original
+        records += [record | {"candidates": ranked}] if ranked else []
     levels = [torch.tensor([float(level(c)) for c in r["candidates"]]) for r in records]
     pairs = sum(int((x[:, None] > x[None, :]).sum()) for x in levels)
     if pairs == 0:

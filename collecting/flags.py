@@ -49,6 +49,11 @@ def generation_flags(add, max_new_tokens, alpaca=None):
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
 
 
+def alpaca_flags(add, fields="{instruction} and {input}"):
+    add("--prompt_file", help=f"a template of your own with {fields}, a line ---, and one for no input")
+    add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
+
+
 def api_flags(add, max_new_tokens, required=True, alpaca=None):
     ask = group(add, "the model that is asked")
     ask("--model", required=required, help="a model's name at --base_url; without that: hub id or folder, run here")

@@ -67,7 +67,13 @@ def prepare_esnli(row, where, index, template):
 
 
 def prepare_alpaca(row, where, index, template):
-    """A row of Alpaca (instruction, input, output) -> record with the output as reference; None where it is empty."""
+    """A row of Alpaca (instruction, input, output) -> record with the output as reference; None where it is empty.
+
+    Also a row of LIMA (conversations: a question, an expert's answer, sometimes more turns): its first turn and answer.
+    """
+    turns = row.get("conversations")
+    if isinstance(turns, list) and len(turns) > 1:
+        row = row | {"instruction": turns[0], "output": turns[1]}
     fields = {"instruction": text_field(row, "instruction", where)}
     fields |= {k: text_field(row, k, where, optional=True) for k in ("input", "output")}
     if not fields["output"]:
@@ -180,13 +186,52 @@ def prepare_release(row, where, index, template):
     return record | {"candidates": [{"text": t, "source": s, "reward": r} for t, s, r in candidates]}
 
 
+def prepare_alpaca_release(row, where, index, template):
+    """A row of the Tuna authors' files -> record. Three kinds are known by their fields:
+
+    orig, text, logprob, length      probabilistic ranking: text-davinci-003's responses, and Alpaca's as reference
+    generation, ranks (or rank)      contextual ranking of Tuna_p's responses; no reference is there
+    instruction, output, score       their training files, the original response among the others, which one is not
+                                     said: train them as the released code does, --mle_on all --pair_reduction
+                                     mean_by_distance
+    The last two bring their prompts. Whether the released log-probabilities count EOS is not said.
+    """
+    record = {"id": f"release-{index}", "task": "alpaca", "label": None, "answers": None}
+    if "orig" in row:
+        texts, logprobs, lengths = (released_list(row, k, where) for k in ("text", "logprob", "length"))
+        by = {"source": "text-davinci-003", "teacher": "text-davinci-003"}
+        more = [{"text": t.strip(), "logprob": p, "num_tokens": n} | by for t, p, n in zip(texts, logprobs, lengths)]
+        original = prepare_alpaca(common.as_object(row["orig"], where), where, index, template)
+        return original and record | original | {"candidates": original["candidates"] + more, "id": record["id"]}
+    if "generation" in row:
+        texts, order = released_list(row, "generation", where), row.get("ranks", row.get("rank"))
+        order = [k for k in dict.fromkeys(order or []) if k in range(len(texts))]  # the last number is GPT-4's own
+        ranks = [order.index(k) if k in order else None for k in range(len(texts))]
+        more = [{"text": t.strip(), "source": "tuna-probabilistic", "rank": k} for t, k in zip(texts, ranks)]
+        return record | {"prompt": text_field(row, "instruct", where), "candidates": more, "ranked_by": "gpt-4"}
+    texts, scores = (released_list(row, k, where) for k in ("output", "score"))
+    more = [{"text": t.strip(), "source": "model", "rank": sum(x > s for x in scores)} for t, s in zip(texts, scores)]
+    return record | {"prompt": text_field(row, "instruction", where), "candidates": more, "ranked_by": "score"}
+
+
+def released_list(row, name, where):
+    """The list of a released row's field; UserError where it is none, or not as long as the row's responses."""
+    value, texts = row.get(name), row.get("text", row.get("generation", row.get("output")))
+    if not isinstance(value, list) or not isinstance(texts, list) or len(value) != len(texts):
+        raise UserError(f"{where}: not a row of the released files: {name!r} must be a list, one entry a response")
+    return value
+
+
 TASKS = {
     "esnli": (prepare_esnli, NLI_TEMPLATE),
     "multidoc_qa": (prepare_multidoc_qa, QA_TEMPLATE),
     "hh": (prepare_hh, HH_TEMPLATE),
     "alpaca": (prepare_alpaca, ALPACA_TEMPLATE),
 }
-RELEASED = {"esnli": prepare_release, "multidoc_qa": prepare_release, "hh": prepare_hh_release}  # for --from_release
+RELEASED = {  # for --from_release
+    **{"esnli": prepare_release, "multidoc_qa": prepare_release},
+    **{"hh": prepare_hh_release, "alpaca": prepare_alpaca_release},
+}
 
 
 # fmt: off
@@ -195,6 +240,7 @@ def prepare_flags(add):
     add("--input", nargs="+", help="the files as downloaded, CSV, JSON or JSONL, plain or .gz (hh, alpaca: or the hub)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
+    add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
     add("--shuffle", type=int, metavar="SEED", help="shuffle the rows first, so that --limit draws from all of them")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")

@@ -16,12 +16,19 @@ def fill(template, fields, where):
 
 def read_template(args, default):
     """The text of --prompt_file, or the built-in template."""
-    if not args.prompt_file:
+    name = getattr(args, "template", None)
+    path = args.prompt_file or (name and f"templates/{name}.txt")
+    if not path:
         return default
     try:
-        return pathlib.Path(args.prompt_file).read_text(encoding="utf-8")
+        return pathlib.Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompt_file {args.prompt_file}: cannot be read ({e})") from e
+        if name and not args.prompt_file:
+            raise UserError(
+                f"--template {name}: save the released prompts (tatsu-lab/stanford_alpaca, PROMPT_DICT in train.py) as "
+                f"{path}, the one with {{instruction}} and {{input}} first, then a line ---, then the other"
+            ) from e
+        raise UserError(f"--prompt_file {path}: cannot be read ({e})") from e
 
 
 NLI_TEMPLATE = """Does the premise make the hypothesis true (entailment), false (contradiction), or neither (neutral)?
@@ -40,6 +47,7 @@ Input:
 {input}
 
 Response:
+
 ---
 Carry out the task below. Write the response and nothing else.
 
@@ -47,14 +55,16 @@ Task:
 {instruction}
 
 Response:
+
 """
 
 
 def alpaca_prompt(template, fields, where):
-    """Fill the template's part before a line --- where there is an input, else the part after it."""
-    with_input, mark, without_input = template.partition("\n---\n")
+    """Fill the template's part before a line --- where there is an input, else the part after it. The line end before
+    the --- and the file's last are no part of the prompt: the released one ends in `### Response:`."""
+    with_input, mark, without_input = template.removesuffix("\n").partition("\n---\n")
     part = with_input if fields["input"] or not mark else without_input
-    return fill(part.strip() + "\n", fields, where)
+    return fill(part, fields, where)
 
 
 QA_TEMPLATE = """Answer the question from the documents below. Some of them are irrelevant.

@@ -5,7 +5,8 @@ import json
 import pathlib
 import sys
 
-from collecting.flags import generation_flags
+from collecting.flags import alpaca_flags, generation_flags
+from collecting.prompts import alpaca_prompt, read_template
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
 from run import write_atomically
@@ -31,6 +32,7 @@ def lmentry_flags(add):
     add("--lmentry_dir", required=True, help="clone of aviaefrat/lmentry: data/ and its scorers")
     add("--tasks", nargs="+", help="only these of the 41 files in data/ (no LMentry score then)")
     add("--max_examples", type=in_range(int, 1), help="only so many of each file, equally many a template")
+    alpaca_flags(add, "{instruction}, the task's own prompt")
     generation_flags(add, 50)
 # fmt: on
 
@@ -44,7 +46,7 @@ def lmentry(args):
         raise UserError(f"--lmentry_dir {root}: has no {', '.join(sorted(unknown))}")
     scorers = lmentry_scorers(root)
     args.input = [str(files[name]) for name in args.tasks or files]
-    records, examples = [], {}
+    records, examples, template = [], {}, read_template(args, "{instruction}")
     for name in args.tasks or files:
         examples[name] = json.loads(files[name].read_text(encoding="utf-8"))["examples"]
         templates = {}
@@ -52,7 +54,10 @@ def lmentry(args):
             templates.setdefault(example["metadata"]["template_id"], []).append(number)
         spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
         numbers = spread[: args.max_examples]
-        records += [{"id": f"{name}/{n}", "task": name, "prompt": examples[name][n]["input"]} for n in numbers]
+        for n in numbers:
+            fields = {"instruction": examples[name][n]["input"], "input": ""}
+            prompt = alpaca_prompt(template, fields, "--prompt_file")
+            records.append({"id": f"{name}/{n}", "task": name, "prompt": prompt})
     if rows := answer(args, "lmentry", records):
         for row in rows:
             core = max((t for t in scorers if row["task"].startswith(t)), key=len)

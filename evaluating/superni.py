@@ -10,7 +10,8 @@ from transformers import AutoModel, AutoTokenizer
 
 import common
 import runtime
-from collecting.flags import generation_flags, group
+from collecting.flags import alpaca_flags, generation_flags, group
+from collecting.prompts import alpaca_prompt, read_template
 from collecting.sample import rouge_scorer
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
@@ -23,6 +24,7 @@ def superni_flags(add):
     add("--shots", type=in_range(int, 0, 2), default=0, help="positive examples, while they fit: 0 or 2")
     add("--max_instances", type=in_range(int, 1), default=100, help="the first of each task (the benchmark's: 100)")
     add("--tasks", nargs="+", help="only these of the 119 test tasks")
+    alpaca_flags(add, "{instruction} (definition and examples) and {input}, or {prompt}, all of the benchmark's own")
     generation_flags(add, 128)
 
     add = group(add, "BERTScore")
@@ -56,28 +58,34 @@ def superni_records(file, tokenizer, args):
         definition, examples, instances = task["Definition"], task["Positive Examples"], task["Instances"]
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{file}: not a task of Super-NaturalInstructions ({type(e).__name__}: {e})") from e
+    template = read_template(args, "{prompt}")
     definition = definition if isinstance(definition, str) else definition[0]
     for i, instance in enumerate(instances[: args.max_instances]):
         outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
         shots, text = examples[: args.shots], instance["input"]
-        prompt = superni_prompt(definition, shots, text, tokenizer, args.max_prompt_length)
+        prompt = superni_prompt(definition, shots, text, tokenizer, args.max_prompt_length, template)
         yield {"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs}
 
 
-def superni_prompt(definition, examples, text, tokenizer, max_tokens):
-    """The benchmark's prompt; positive examples are added one by one while all of it stays within max_tokens."""
+def superni_prompt(definition, examples, text, tokenizer, max_tokens, template="{prompt}"):
+    """The benchmark's prompt, in a template for models that expect one; positive examples are added one by one while
+    all of it stays within max_tokens."""
 
     def closed(x):  # a full stop where final punctuation lacks
         return x.strip() + ("" if x.strip()[-1:] in string.punctuation and x.strip() else ".")
+
+    def whole(head):
+        fields = {"prompt": head + tail, "instruction": head.strip(), "input": closed(text)}
+        return alpaca_prompt(template, fields, "--prompt_file")
 
     head = f"Definition: {closed(definition)}\n\n"
     tail = f"Now complete the following example -\nInput: {closed(text)}\nOutput: "
     for k, example in enumerate(examples, 1):
         shot = f"Positive Example {k} -\nInput: {closed(example['input'])}\nOutput: {closed(example['output'])}\n\n"
-        if len(common.prompt_ids(tokenizer, head + shot + tail)) > max_tokens:
+        if len(common.prompt_ids(tokenizer, whole(head + shot))) > max_tokens:
             break
         head += shot
-    return head + tail
+    return whole(head)
 
 
 def exact_form(text):

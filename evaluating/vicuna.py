@@ -3,7 +3,7 @@
 import itertools
 
 import common
-from collecting.flags import generation_flags
+from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import ALPACA_TEMPLATE, alpaca_prompt, read_template
 from common import UserError, in_range
 from evaluating.shared import answer, length_figures, model_flags, write_metrics
@@ -12,7 +12,7 @@ from evaluating.shared import answer, length_figures, model_flags, write_metrics
 # fmt: off
 def vicuna_flags(add):
     model_flags(add, "vicuna", "FastChat's question.jsonl: question_id, category, turns")
-    add("--prompt_file", help="a template of your own with {instruction} (default: Alpaca's of `prepare`)")
+    alpaca_flags(add)
     add("--limit", type=in_range(int, 1), help="only the first questions")
     generation_flags(add, 512)
 # fmt: on

@@ -54,11 +54,59 @@ def test_prepare_alpaca_with_a_template_of_ones_own(tmp_path, monkeypatch):
         ]
         run(monkeypatch, "prepare", "--task", "alpaca", *flags)
     assert [r["prompt"] for r in read_jsonl(tmp_path / "two.jsonl")] == [
-        "I Add the numbers. N 2 and {3} R:\n",
-        "I Name a colour. R:\n",
-        "I Name a fruit. R:\n",
+        "I Add the numbers. N 2 and {3} R:",  # the released prompt ends so, without a line end
+        "I Name a colour. R:",
+        "I Name a fruit. R:",
     ]
-    assert read_jsonl(tmp_path / "one.jsonl")[0]["prompt"] == "Q Add the numbers. A\n"
+    assert read_jsonl(tmp_path / "one.jsonl")[0]["prompt"] == "Q Add the numbers. A"
+
+
+def test_the_released_prompt_is_a_file_of_the_users(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "d.jsonl", ALPACA[1:2])
+    flags = ["prepare", "--task", "alpaca", "--input", "d.jsonl", "--template", "alpaca", "--output", "o.jsonl"]
+    refused(cli("collect_candidates", *flags), "save the released prompts", "templates/alpaca.txt", "---")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates/alpaca.txt").write_text("T {instruction} I {input} R:\n---\nT {instruction}\n\n### R:\n")
+    assert cli("collect_candidates", *flags).code == 0
+    assert read_jsonl("o.jsonl")[0]["prompt"] == "T Name a colour.\n\n### R:"
+
+
+def test_limas_dialogues(tmp_path, cli):
+    """Tuna App. A: an expert's answer to the first turn."""
+    rows = [{"conversations": ["Why?", "Because.", "And?", "So."], "source": "x"}, {"conversations": ["A?", "B."]}]
+    write_jsonl(tmp_path / "d.jsonl", rows)
+    flags = ["--input", tmp_path / "d.jsonl", "--output", tmp_path / "o.jsonl"]
+    assert cli("collect_candidates", "prepare", "--task", "alpaca", *flags).code == 0
+    records = read_jsonl(tmp_path / "o.jsonl")
+    assert [(r["instruction"], r["candidates"][0]["text"]) for r in records] == [("Why?", "Because."), ("A?", "B.")]
+
+
+def test_the_authors_rankings_and_log_probabilities(tmp_path, cli):
+    rows = {
+        "p": {"orig": ALPACA[1], "text": ["\nBlue", "Red"], "avg_token_prob": [-1, -2], "length": [2, 1]}
+        | {"logprob": [-2.0, -2.0]},
+        "c": {"id": 7, "instruct": "I R:", "generation": ["a", "b", "b"], "ranks": [3, 1, 0], "gpt_eval": ""},
+        "t": {"id": 1, "instruction": "I R:", "output": ["a", "b", "c"], "score": [0.5, 2, 0.5]},
+    }  # fmt: skip
+    got = {}
+    for name, row in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps([row]))
+        flags = ["--input", tmp_path / f"{name}.json", "--output", tmp_path / f"{name}.jsonl", "--from_release"]
+        assert cli("collect_candidates", "prepare", "--task", "alpaca", *flags).code == 0
+        [got[name]] = read_jsonl(tmp_path / f"{name}.jsonl")
+    by = {"source": "text-davinci-003", "teacher": "text-davinci-003"}
+    assert got["p"]["candidates"] == [
+        {"text": "Red.", "source": "reference"},
+        {"text": "Blue", "logprob": -2.0, "num_tokens": 2} | by,
+        {"text": "Red", "logprob": -2.0, "num_tokens": 1} | by,
+    ]
+    assert [c["rank"] for c in got["c"]["candidates"]] == [1, 0, None] and got["c"]["ranked_by"] == "gpt-4"
+    assert [c["rank"] for c in got["t"]["candidates"]] == [1, 0, 1] and got["t"]["prompt"] == "I R:"
+    (tmp_path / "bad.json").write_text(json.dumps([rows["p"] | {"length": [2]}]))
+    flags = ["--input", tmp_path / "bad.json", "--output", tmp_path / "bad.jsonl", "--from_release"]
+    result = cli("collect_candidates", "prepare", "--task", "alpaca", *flags)
+    refused(result, "bad.json:1: not a row of the released files: 'length' must be a list")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

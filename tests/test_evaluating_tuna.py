@@ -86,6 +86,16 @@ def make_superni(folder):
     return folder
 
 
+def test_superni_in_a_template(tokenizer):
+    """An instruction-tuned model meets definition and examples as its instruction, the input as its input."""
+    examples = [{"input": "x", "output": "y"}]
+    template = "T {instruction} I {input} R:\n---\nT {instruction} R:\n"
+    prompt = superni.superni_prompt("Do it", examples, "a b", tokenizer, 1000, template)
+    assert prompt == "T Definition: Do it.\n\nPositive Example 1 -\nInput: x.\nOutput: y. I a b. R:"
+    own = superni.superni_prompt("Do it", examples, "a b", tokenizer, 1000)
+    assert superni.superni_prompt("Do it", examples, "a b", tokenizer, 1000, "[{prompt}]") == f"[{own}]"
+
+
 def test_superni_prompt(tokenizer):
     examples = [{"input": f"in {k}", "output": f"out {k}!"} for k in range(2)]
     plain = "Definition: Do it.\n\nNow complete the following example -\nInput: a b.\nOutput: "

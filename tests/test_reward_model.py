@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import command, read_jsonl
+from conftest import command, read_jsonl, write_jsonl
 
 import common
 import reward_model
@@ -102,7 +102,20 @@ def test_the_saved_folder_gives_the_same_logits(trained, padded):
     assert want.std() > 0.1
 
 
-@pytest.mark.parametrize("ordering, words", [("label", ["has no field 'correct'", "rank --by label"])])
+def test_unranked_responses_are_left_out(tmp_path, tiny, cli):
+    """A contextual ranking: the original response carries no rank or null, a repetition null."""
+    write_data(tmp_path / "d.jsonl")
+    records = read_jsonl(tmp_path / "d.jsonl")
+    for record in records:
+        record["candidates"][0] |= {"rank": None}
+        record["candidates"].insert(0, {"text": "the original", "source": "reference"})
+    write_jsonl(tmp_path / "d.jsonl", records)
+    flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "run", "--ordering", "rank"]
+    result = cli("reward_model", *flags)
+    assert result.code == 0 and "8 prompts, 4 ordered pairs" in result.out
+
+
+@pytest.mark.parametrize("ordering, words", [("label", ["has no 'correct'", "rank --by label"])])
 def test_missing_annotation(monkeypatch, capsys, tiny, tmp_path, ordering, words):
     data = write_data(tmp_path / "d.jsonl")
     with pytest.raises(SystemExit) as stop:
