@@ -17,8 +17,9 @@ def parse_nli(text):
     nothing else.
 
     The label stands after the first ####; only an answer without one is searched whole, and then exactly one label
-    must occur in it.
+    must occur in it. Backquotes around it all, as in RESCUE's released data, are let pass.
     """
+    text = text.strip("` \n")
     explanation, mark, tail = text.partition("####")
     label = one_label(tail if mark else text)
     return label, bool(mark and explanation.strip() and tail.strip(" .\n").lower() in NLI_LABELS)

@@ -54,6 +54,11 @@ def alpaca_flags(add, fields="{instruction} and {input}"):
     add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
 
 
+def prompt_flags(add):
+    add("--shots", type=int, choices=[0, 3], default=0, help="3: ask with the built-in prompt of three NLI examples")
+    add("--prompt_file", help="ask with this template, which names a record's texts: {prompt}, {premise}, ...")
+
+
 def api_flags(add, max_new_tokens, required=True, alpaca=None):
     ask = group(add, "the model that is asked")
     ask("--model", required=required, help="a model's name at --base_url; without that: hub id or folder, run here")

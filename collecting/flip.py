@@ -1,4 +1,4 @@
-"""The verb flip: the opposite of each human response (RESCUE Sec. 5.1)."""
+"""The verb flip: the opposite of each model response (RESCUE Sec. 5.1)."""
 
 import argparse
 import pathlib
@@ -12,7 +12,7 @@ from collecting.answers import NLI_LABELS, normalize_answer, one_label
 from collecting.flags import api_flags, collected_flags
 from collecting.journal import open_collected
 from collecting.prompts import FLIP_TEMPLATE, LABEL_TEMPLATE, fill, read_template
-from common import in_range
+from common import UserError, in_range
 from runtime import say
 
 FLIP_AGAIN = "That is not what was asked for. Answer with one line: the sentence, rewritten to say the opposite."
@@ -20,7 +20,9 @@ LABEL_AGAIN = f"Answer with one word, the label that fits the explanation: {', '
 
 
 def flip_flags(add):
-    collected_flags(add, "train", "flipped")
+    collected_flags(add, "sampled", "flipped")
+    add("--of", choices=["models", "human", "all"], default="models", help="which responses to flip (paper: models)")
+    add("--replace", action="store_true", help="drop the responses that were to be flipped, as the released code does")
     add("--prompt_file", help="a template of your own for the rewriting, with {explanation}")
     add("--label_model", help="the model that labels the rewritten explanation (default: --model)")
     add("--label_base_url", help="its server; none: it runs here (default with no --label_model: --base_url)")
@@ -29,69 +31,84 @@ def flip_flags(add):
 
 
 def flip(args):
-    """Add the opposite of each human response (Sec. 5.1): one model rewrites its explanation, another labels that.
+    """Add the opposite of each model response (Sec. 5.1): one model rewrites its explanation, another labels that.
 
-    The second reads the explanation in its context, after the record's own prompt. A human response that has no
+    The second reads the explanation in its context, after the record's own prompt. A response that has no
     "explanation #### label", or a rewriting or label that stays unusable after re-asking, adds no candidate.
     """
     args.label_base_url = args.label_base_url if args.label_model else args.base_url
     args.label_model = args.label_model or args.model
-    records, journal = open_collected(args, "train", "flipped")
+    records, journal = open_collected(args, "sampled", "flipped")
+    wanted = {"models": (False,), "human": (True,), "all": (False, True)}[args.of]
+    if not any((c["source"] in common.HUMAN) in wanted for r in records for c in r.get("candidates", [])):
+        raise UserError(f"{args.input}: no response to flip with --of {args.of}: run sample or teacher first")
     template = read_template(args, FLIP_TEMPLATE)
     labeler = argparse.Namespace(**vars(args) | {"model": args.label_model, "base_url": args.label_base_url})
     provenance = {"explanation_by": pathlib.Path(args.model).name, "label_by": pathlib.Path(labeler.model).name}
     source = "flip-{explanation_by}-{label_by}".format(**provenance)
     count, outcome = Counter(), Counter()
     todo = [r for r in records if r["id"] not in journal.done]
-    size = 16 * max(args.concurrency, args.batch_size)  # the rewritings of so many are lost where a run is killed
+    size = 16 * max(args.concurrency, args.batch_size)  # the work on so many prompts is lost where a run is killed
     for start in tqdm(range(0, len(todo), size), desc="flip"):
         chunk = todo[start : start + size]
-        explanations = {r["id"]: human_explanation(r) for r in chunk}
-        outcome["malformed human response"] += sum(e is None for e in explanations.values())
-        journal.write(r for r in chunk if explanations[r["id"]] is None)
-        jobs = [r for r in chunk if explanations[r["id"]] is not None]
-        flipped = {}
-        prompts = [fill(template, {"explanation": explanations[r["id"]]}, "--prompt_file") for r in jobs]
+        jobs, failed = [], set()  # (record, candidate, explanation); ids that are left for another run
+        for record in chunk:
+            candidates = [c for c in record.get("candidates", []) if (c["source"] in common.HUMAN) in wanted]
+            found = [(record, c, explanation_of(c["text"])) for c in candidates]
+            jobs += [job for job in found if job[2]]
+            outcome["malformed response"] += sum(not job[2] for job in found)
 
         def unlike(i, text):
-            return None if clean_sentence(text, explanations[jobs[i]["id"]]) else FLIP_AGAIN
+            return None if clean_sentence(text, jobs[i][2]) else FLIP_AGAIN
 
+        sentences, texts = {}, {}  # job -> the rewritten explanation, the whole new response
+        prompts = [fill(template, {"explanation": explanation}, "--prompt_file") for *_, explanation in jobs]
         options = {"temperature": args.temperature, "follow_up": unlike, "count": count}
         for i, responses, error in asking.complete(args, prompts, **options):
-            sentence = responses and clean_sentence(responses[0]["text"], explanations[jobs[i]["id"]])
-            if sentence:
-                flipped[jobs[i]["id"]] = sentence
-            elif error:
-                say(f"{jobs[i]['id']} failed: {error}")
+            if error:
+                say(f"{jobs[i][0]['id']} failed: {error}")
+                failed.add(jobs[i][0]["id"])
+            elif sentence := clean_sentence(responses[0]["text"], jobs[i][2]):
+                sentences[i] = sentence
             else:
                 outcome["unusable rewriting"] += 1
-                journal.write([jobs[i]])
-        jobs = [r for r in jobs if r["id"] in flipped]
-        contexts = [{"prompt": r["prompt"].rstrip(), "explanation": flipped[r["id"]]} for r in jobs]
+        asked = [i for i in sentences if jobs[i][0]["id"] not in failed]
+        contexts = [{"prompt": jobs[i][0]["prompt"].rstrip(), "explanation": sentences[i]} for i in asked]
         prompts = [fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
 
-        def labeled(i, text):
+        def labeled(_, text):
             return None if one_label(text) else LABEL_AGAIN
 
-        for i, responses, error in asking.complete(labeler, prompts, follow_up=labeled, count=count):
-            label = responses and one_label(responses[0]["text"])
-            outcome["unusable label" if responses and not label else "labelled" if label else "failed"] += 1
+        for n, responses, error in asking.complete(labeler, prompts, follow_up=labeled, count=count):
+            record, candidate, _ = jobs[asked[n]]
             if error:
-                say(f"{jobs[i]['id']} failed: {error}")
-                continue
-            outcome["label differs from the human one"] += bool(label) and label != jobs[i]["label"]
-            text = f"{flipped[jobs[i]['id']]} #### {(label or '').capitalize()}"
-            more = [{"text": text, "source": source, "label": label} | provenance] if label else []
-            journal.write([jobs[i] | {"candidates": jobs[i]["candidates"] + more}])
+                say(f"{record['id']} failed: {error}")
+                failed.add(record["id"])
+            elif label := one_label(responses[0]["text"]):
+                texts[asked[n]] = f"{sentences[asked[n]]} #### {label.capitalize()}"
+                outcome["labelled"] += 1
+                outcome["label differs from the response's"] += label != one_label(
+                    candidate["text"].partition("####")[2]
+                )
+            else:
+                outcome["unusable label"] += 1
+        new = {record["id"]: [] for record in chunk}
+        for i, text in sorted(texts.items()):
+            record, candidate, _ = jobs[i]
+            more = {"text": text, "source": source, "label": one_label(text.partition("####")[2])}
+            new[record["id"]].append(more | provenance | {"flip_of": candidate["source"]})
+        for record in (r for r in chunk if r["id"] not in failed):
+            old = record.get("candidates", [])
+            kept = [c for c in old if not args.replace or (c["source"] in common.HUMAN) not in wanted]
+            journal.write([record | {"candidates": kept + new[record["id"]]} if old else record])
     journal.finish()
     say("flipped:", ", ".join(f"{n} {what}" for what, n in outcome.items()))
 
 
-def human_explanation(record):
-    """The explanation of a record's first human response, or None where that has no `explanation #### label`."""
-    texts = [c["text"] for c in record.get("candidates", []) if c["source"] in common.HUMAN]
-    explanation, mark, label = texts[0].partition("####") if texts else ("", "", "")
-    return explanation.strip() if explanation.strip() and mark and one_label(label) else None
+def explanation_of(text):
+    """The explanation of a response, or "" where it has no `explanation #### label`."""
+    explanation, mark, label = text.partition("####")
+    return explanation.strip() if mark and one_label(label) else ""
 
 
 def clean_sentence(text, original):

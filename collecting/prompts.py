@@ -38,6 +38,28 @@ Premise: {premise}
 Hypothesis: {hypothesis}
 Answer:
 """
+NLI_SHOTS_TEMPLATE = """Premise: A girl in boots jumps over a puddle.
+Hypothesis: A girl is jumping.
+First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
+Jumping over a puddle is jumping.
+#### Entailment
+
+Premise: Two men carry a sofa up the stairs.
+Hypothesis: The men are brothers.
+First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
+Two men who carry a sofa need not be brothers.
+#### Neutral
+
+Premise: A cook stirs soup in a large pot.
+Hypothesis: The kitchen is empty.
+First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
+The cook is there, so the kitchen is not empty.
+#### Contradiction
+
+Premise: {premise}
+Hypothesis: {hypothesis}
+First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
+"""
 ALPACA_TEMPLATE = """Carry out the task below, with the input that follows it. Write the response and nothing else.
 
 Task:
@@ -81,6 +103,16 @@ def qa_prompt(template, question, documents, where):
 
 
 HH_TEMPLATE = "\n\n{dialogue}\n\nAssistant:"  # as HH-RLHF itself writes a dialogue
+
+
+def shown_prompts(args, records):
+    """What a model is shown to answer these records: --shots, else --prompt_file filled with a record's own texts
+    ({prompt}, {premise}, {hypothesis}, {question}, ...), else the prompts that training reads."""
+    template = NLI_SHOTS_TEMPLATE if args.shots else read_template(args, "{prompt}")
+    where = "--shots 3" if args.shots else "--prompt_file"
+    return [fill(template, {k: v for k, v in r.items() if isinstance(v, str)}, where) for r in records]
+
+
 FLIP_TEMPLATE = """Rewrite the sentence so that it says the opposite. Answer with the rewritten sentence alone.
 
 Sentence: {explanation}"""
@@ -91,11 +123,14 @@ Finish this answer with the label that its explanation leads to, one word: Entai
 HINDSIGHT_TEMPLATE = """A good answer: {better} A bad answer: {worse}
 ---
 A bad answer: {worse} A good answer: {better}"""
-GPT_TEMPLATE = """Below are a task and {n} responses to it. Rank the responses from best to worst: a good one is
-correct, and its reasoning is sound and to the point. Answer with one line naming every response once, like: {example}
+GPT_TEMPLATE = """Below are a task, a reference response, and {n} more responses. Rank these by how close
+they come to the reference. You decide whether a response gives the label that the reference gives: all that do come
+before those that do not. Answer with one line naming every response once, best first, like: {example}
 
 Task:
 {prompt}
+
+Reference: {reference}
 
 {responses}
 """

@@ -13,7 +13,7 @@ from collecting.flags import api_flags, group
 from collecting.journal import open_collected
 from collecting.rank_asked import rank_by_gpt
 from collecting.rank_contextual import rank_by_contextual
-from collecting.rank_labels import rank_by_label
+from collecting.rank_labels import drop_malformed, rank_by_label
 from collecting.rank_likelihood import rank_by_logprob, rank_by_prm, rank_by_probabilistic
 from collecting.rank_similarity import rank_by_similarity
 from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL, rank_by_reward
@@ -46,6 +46,8 @@ def rank_flags(add):
     add("--limit", type=in_range(int, 1), help="then take this many (Tuna: GPT-4 ranked the first 13K)")
 
     by = group(add, "what some rankers read")
+    by("--drop_malformed", action="store_true", help="label: first drop NLI responses that are not well-formed")
+    by("--min_candidates", type=in_range(int, 1), default=1, help="and prompts left with fewer (RESCUE's code: 5)")
     by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
     by("--rank_original", action="store_true", help="contextual, prm: rank the original response too")
     by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
@@ -70,6 +72,8 @@ def rank(args):
         raise UserError(f"--by {args.by} needs --model")
     student = pathlib.Path(args.input or "").name.removesuffix(".jsonl").partition("sampled-")[2]
     ranked = f"ranked-{student}" if student else "ranked"
+    if args.drop_malformed and args.by != "label":
+        raise UserError("--drop_malformed belongs to --by label")
     process, processes = runtime.init_distributed()[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]
@@ -85,10 +89,14 @@ def rank(args):
 
 
 def taken(path, args):
-    """The records of --input that --skip and --limit leave."""
+    """The records of --input that --skip, --limit and --drop_malformed leave."""
     records = common.load_candidates(path)[args.skip :][: args.limit]
     if not records:
         raise UserError(f"{path}: --skip {args.skip} leaves no record")
+    if args.drop_malformed:
+        records = list(drop_malformed(records, args.min_candidates))
+        if not records:
+            raise UserError(f"{path}: no record has --min_candidates {args.min_candidates} well-formed responses")
     return records
 
 

@@ -6,23 +6,30 @@ from collections import Counter
 
 from collecting import asking
 from collecting.prompts import GPT_TEMPLATE, fill, read_template
+from common import HUMAN, UserError
 from runtime import say
 
 RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
 
 
 def rank_by_gpt(records, args):
-    """Set every candidate's `rank` (0 the best) by a stronger model's ranking; null where it gave none after re-asking.
+    """Set every candidate's `rank` by a stronger model: 0 for the human response, which it is shown as the reference
+    and does not rank, then the others, those with the human label first (RESCUE Sec. 4); null for all others where it
+    gave no ranking after re-asking.
 
     The responses are shown in a seeded random order: models prefer some places.
     """
     records, template = list(records), read_template(args, GPT_TEMPLATE)
     orders, prompts, count = [], [], Counter()
     for r in records:
-        n = len(r["candidates"])
-        orders.append(random.Random(f"{args.seed}-{r['id']}").sample(range(n), n))
+        human = next((i for i, c in enumerate(r["candidates"]) if c["source"] in HUMAN), None)
+        others = [i for i, c in enumerate(r["candidates"]) if c["source"] not in HUMAN]
+        if human is None or not others:
+            raise UserError(f"{args.input}: record {r['id']!r}: --by gpt needs a human response and another one")
+        orders.append(random.Random(f"{args.seed}-{r['id']}").sample(others, len(others)))
         shown = [f"Response {k}: {r['candidates'][i]['text']}" for k, i in enumerate(orders[-1], 1)]
-        fields = {"n": str(n), "example": example_ranking(n), "prompt": r["prompt"], "responses": "\n\n".join(shown)}
+        fields = {"n": str(len(shown)), "example": example_ranking(len(shown)), "responses": "\n\n".join(shown)}
+        fields |= {"prompt": r["prompt"], "reference": r["candidates"][human]["text"], "label": r.get("label") or ""}
         prompts.append(fill(template, fields, "--prompt_file"))
 
     def unranked(i, text):
@@ -36,8 +43,8 @@ def rank_by_gpt(records, args):
         ranking = parse_ranking(responses[0]["text"], len(orders[i]))
         count["ranked" if ranking else "unranked"] += 1
         for c in records[i]["candidates"]:
-            c["rank"] = None
-        for place, number in enumerate(ranking or ()):
+            c["rank"] = 0 if c["source"] in HUMAN else None
+        for place, number in enumerate(ranking or (), 1):
             records[i]["candidates"][orders[i][number - 1]]["rank"] = place
         yield records[i]
     say("by gpt:", ", ".join(f"{n} {what}" for what, n in count.items()))

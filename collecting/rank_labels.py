@@ -3,7 +3,7 @@
 from collections import Counter
 
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
-from common import UserError
+from common import HUMAN, UserError
 from runtime import say
 
 
@@ -27,6 +27,10 @@ def rank_by_label(records, args):
     kinds = [k for k in kinds if any(count[s, k] for s, _ in list(count))]
     for source in sorted({s for s, _ in count}):
         say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
+        if 5 * count[source, "unparsed"] > 4 * count[source, "total"]:
+            share = 1 - count[source, "unparsed"] / count[source, "total"]
+            say(f"WARNING: of the responses by {source} {share:.0%} can be read: it was asked for another form, or cut")
+            say("         short. Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
 
 
 def rank_by_answer(record, count, where):
@@ -37,3 +41,18 @@ def rank_by_answer(record, count, where):
         c["correct"] = has_answer(c["text"], record["answers"])
         group = f"{c['source']} from {c['anchor']}" if "anchor" in c else c["source"]
         count.update([(group, "total"), (group, "correct" if c["correct"] else "wrong")])
+
+
+def drop_malformed(records, min_candidates):
+    """Yield the NLI records without the model responses that are not well-formed, except those that are left with
+    fewer than min_candidates (RESCUE's released code: 5, the human response among them)."""
+    count = Counter()
+    for record in records:
+        good = [c["source"] in HUMAN or parse_nli(c["text"])[1] for c in record["candidates"]]
+        count["malformed"] += good.count(False)
+        enough = good.count(True) >= min_candidates
+        count["prompts left out"] += not enough
+        if enough:
+            yield record | {"candidates": [c for c, g in zip(record["candidates"], good) if g]}
+    left = f"{count['prompts left out']} prompts with fewer than --min_candidates {min_candidates}"
+    say(f"left out: {count['malformed']} malformed responses, {left}")

@@ -6,8 +6,9 @@ from collections import Counter
 
 import runtime
 from collecting import generation
-from collecting.flags import generation_flags, group
+from collecting.flags import generation_flags, group, prompt_flags
 from collecting.journal import Journal, read_records, settings_of
+from collecting.prompts import shown_prompts
 from common import in_range
 from runtime import say
 
@@ -23,6 +24,7 @@ def sample_flags(add):
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--seed", type=int, default=0, help="of the samples")
+    prompt_flags(add)
     generation_flags(add, 128, alpaca=512)
 
     add = group(add, "diversity (Tuna Sec. 2.3)")
@@ -104,12 +106,13 @@ def sample(args):
     options, count, diversity = generation.options_of(args), Counter(), Counter()
     batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
     for batch, model, tokenizer in batches:
-        drawn = generation.generate(model, tokenizer, [r["prompt"] for r in batch], **options)
+        prompts = shown_prompts(args, batch)
+        drawn = generation.generate(model, tokenizer, prompts, **options)
         if args.max_rouge_l is not None:
 
             def draw(numbers, n, temperature):
                 again = options | {"num_samples": n, "temperature": temperature}
-                return generation.generate(model, tokenizer, [batch[i]["prompt"] for i in numbers], **again)
+                return generation.generate(model, tokenizer, [prompts[i] for i in numbers], **again)
 
             drawn = keep_diverse(drawn, draw, args, diversity)
         for record, responses in zip(batch, drawn):

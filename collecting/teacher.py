@@ -4,8 +4,9 @@ from collections import Counter
 
 import runtime
 from collecting import asking, generation
-from collecting.flags import api_flags, collected_flags
+from collecting.flags import api_flags, collected_flags, prompt_flags
 from collecting.journal import open_collected
+from collecting.prompts import shown_prompts
 from collecting.server import BUDGET_SPENT
 from common import UserError, in_range
 from runtime import say
@@ -19,6 +20,7 @@ def teacher_flags(add):
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
     add("--completions", action="store_true", help="continue the prompt as it stands (/completions), not as a chat")
+    prompt_flags(add)
     api_flags(add, 256, alpaca=512)
 
 
@@ -58,6 +60,7 @@ def teacher(args):
     options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
 
     def prompt(record):
-        return record["prompt"] if args.completions else record.get("messages") or record["prompt"]
+        own = not (args.completions or args.shots or args.prompt_file) and record.get("messages")
+        return own or shown_prompts(args, [record])[0]
 
     ask_each(args, records, journal, prompt, finish, **options)

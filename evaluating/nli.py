@@ -1,8 +1,9 @@
 """The verb nli: labels of generated answers (RESCUE, Table 1)."""
 
 from collecting.answers import NLI_LABELS, parse_nli
-from collecting.flags import generation_flags
+from collecting.flags import generation_flags, prompt_flags
 from collecting.journal import read_records
+from collecting.prompts import shown_prompts
 from common import UserError, in_range
 from evaluating.plots import plot_nli
 from evaluating.shared import beside, generate_answers, mean, model_flags, predict, write_metrics
@@ -12,6 +13,7 @@ from runtime import say
 def nli_flags(add):
     model_flags(add, "nli")
     add("--num_beams", type=in_range(int, 1), default=1, help="1: greedy; more: beam search")
+    prompt_flags(add)
     generation_flags(add, 64)
 
 
@@ -23,7 +25,8 @@ def nli(args):
             raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
 
     def compute(records, device):
-        for record, answer in zip(records, generate_answers(args, records, device)):
+        shown = [{"prompt": prompt} for prompt in shown_prompts(args, records)]
+        for record, answer in zip(records, generate_answers(args, shown, device)):
             label, well_formed = parse_nli(answer["text"])
             yield {"label": record["label"], "prediction": label, "well_formed": well_formed} | answer
 

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -94,7 +95,9 @@ def beside_paper(path, tables, wanted=None):
                 if figure in figures:
                     value = with_interval(figures, figure, figure.split()[-1] in paper.get("percent", ()))
                     runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
-    columns += sorted({c for row in runs.values() for c in row} - {*columns}, key=lambda c: (len(c), c))
+    columns += [c for row in runs.values() for c in row if c not in columns]
+    if cell:  # sizes in order, then words
+        columns = sorted(set(columns), key=lambda c: (float(c) if c.isdigit() else math.inf, c))
     lines = []
     for row in dict.fromkeys([*paper["rows"], *runs]):
         cells = [paper_cell(runs.get(row, {}).get(c), paper["rows"].get(row, {}).get(c)) for c in columns]

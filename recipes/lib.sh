@@ -15,6 +15,14 @@ tiny() { # the models and data of SCALE=tiny, once
   [ -d "$DATA/tiny/model" ] || run python recipes/tiny.py "$DATA/tiny"
 }
 
+tiny_server() { # a stand-in for every model behind an API: sets BASE_URL
+  rm -f "$DATA/tiny/url"
+  python recipes/tiny.py --serve "$DATA/tiny/url" > /dev/null 2>&1 & # ends when the file is gone
+  trap 'rm -f "$DATA/tiny/url"' EXIT
+  until [ -s "$DATA/tiny/url" ]; do sleep 0.1; done
+  BASE_URL=$(cat "$DATA/tiny/url")
+}
+
 keep() { # keep NAME FOLDER: the metrics of a system, where results are kept
   mkdir -p "$RESULTS/$1"
   cp "$2"/*.metrics.json "$RESULTS/$1/"

@@ -3,13 +3,17 @@ original files come, made from demo/nli.jsonl.
 
     python recipes/tiny.py FOLDER      -> FOLDER/model, FOLDER/reward-train, FOLDER/reward-eval,
                                           FOLDER/hh/SUBSET/{train,test}.jsonl.gz, FOLDER/esnli.csv, FOLDER/nq.jsonl.gz
+    python recipes/tiny.py --serve FILE    a stand-in server for teachers and rankers; its URL goes to FILE,
+                                           and it ends when FILE is deleted
 """
 
 import csv
 import gzip
 import json
 import pathlib
+import re
 import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -81,7 +85,41 @@ def nq_rows(count, documents):
         yield {"question": f"what is in scene {i}", "answers": ["\ufffd"], "ctxs": passages}
 
 
+def reply(prompt):
+    """What the stand-in server says: a ranking, a rewritten sentence, a label, or an NLI answer."""
+    responses = re.findall(r"^Response (\d+):", prompt, re.MULTILINE)
+    if responses:
+        return " > ".join(reversed(responses))
+    if "opposite meaning" in prompt:
+        return f"It is not true that {prompt.partition(': ')[2]}"
+    return "Neutral" if "one word" in prompt else "It may be so or not. #### Neutral"
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        message = {"role": "assistant", "content": reply(body["messages"][-1]["content"])}
+        content = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}] * body.get("n", 1)}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+def serve(file):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url, server.timeout = pathlib.Path(file), 0.5
+    url.write_text(f"http://127.0.0.1:{server.server_port}/v1")
+    while url.exists():
+        server.handle_request()
+
+
 def main():
+    if sys.argv[1] == "--serve":
+        return serve(sys.argv[2])
     folder = pathlib.Path(sys.argv[1])
     tokenizer = make_tokenizer()
     for name, model in (

@@ -12,6 +12,7 @@ from conftest import nli, read_jsonl, write_jsonl
 import collect_candidates
 import rescue
 from collecting import generation
+from collecting.answers import parse_nli
 from collecting.flip import clean_sentence
 from common import UserError
 
@@ -71,17 +72,22 @@ def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, capsys):
 
 
 def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path, monkeypatch, capsys):
+    """Every model response, as Sec. 5.1; the human one stays as it is."""
     records = [
-        nli(0, "The man sleeps. #### Neutral"),
-        nli(1, "no mark in it"),
-        nli(2, "Stubborn one. #### Neutral"),
-        nli(3, "No label comes. #### Neutral"),
-        nli(4, " #### Neutral"),
-        nli(5, "Bad mark. #### yes"),
-        {k: v for k, v in nli(6, "x").items() if k != "candidates"},
+        nli(
+            0,
+            "Nobody flips me. #### Neutral",
+            "The man sleeps. #### Neutral",
+            "no mark in it",
+            "He dozes. #### Entailment",
+        ),
+        nli(1, "h #### Neutral", "Stubborn one. #### Neutral", "No label comes. #### Neutral", " #### Neutral"),
+        nli(2, "h #### Neutral", "Bad mark. #### yes"),
+        {k: v for k, v in nli(3, "x").items() if k != "candidates"},
     ]
     answers = {
         "The man sleeps.": '"The man is awake."',
+        "He dozes.": "He is awake.",
         "Stubborn one.": "Stubborn one.",
         "No label comes.": "A label comes.",
     }
@@ -91,37 +97,51 @@ def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path,
         return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
 
     def label(prompt, nth, body):
-        assert prompt.startswith(("prompt 0\nThe man is awake. ####", "prompt 3\nA label comes. ####"))
+        assert prompt.startswith(
+            ("prompt 0\nThe man is awake. ####", "prompt 0\nHe is", "prompt 1\nA label comes. ####")
+        )
         text = " Contradiction." if "awake" in prompt else "entailment or neutral"
         return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
 
+    source = write_jsonl(tmp_path / "in.jsonl", records)
     with Server(rewrite) as one, Server(label) as two:
-        source = write_jsonl(tmp_path / "in.jsonl", records)
-        run(monkeypatch, "flip", "--input", source, "--output", tmp_path / "o.jsonl",
-            "--base_url", one.url, "--model", "org/writer", "--label_base_url", two.url,
-            "--label_model", "judge")  # fmt: skip
+        for name, more in (("o", ()), ("replaced", ("--replace",))):
+            run(monkeypatch, "flip", "--input", source, "--output", tmp_path / f"{name}.jsonl",
+                "--base_url", one.url, "--model", "org/writer", "--label_base_url", two.url,
+                "--label_model", "judge", *more)  # fmt: skip
+            out = capsys.readouterr().out
+            for words in (
+                "3 malformed response",
+                "1 unusable rewriting",
+                "1 unusable label",
+                "2 label differs",
+                "2 labelled",
+            ):
+                assert words in out
     rows = read_jsonl(tmp_path / "o.jsonl")
-    assert [len(r.get("candidates", [])) for r in rows] == [2, 1, 1, 1, 1, 1, 0]
-    assert rows[0]["candidates"][1] == {
+    assert [len(r.get("candidates", [])) for r in rows] == [6, 4, 2, 0]
+    assert rows[0]["candidates"][:4] == records[0]["candidates"]
+    assert rows[0]["candidates"][4] == {
         "text": "The man is awake. #### Contradiction",
         "source": "flip-writer-judge",
         "label": "contradiction",
         "explanation_by": "writer",
         "label_by": "judge",
+        "flip_of": "m",
     }
-    assert sum(one.asked.values()) == 5 and one.asked[next(p for p in one.asked if "Stubborn" in p)] == 3
-    assert sum(two.asked.values()) == 4  # one label at once, two re-asks for the other
+    replaced = [[c["source"] for c in r.get("candidates", [])] for r in read_jsonl(tmp_path / "replaced.jsonl")]
+    assert replaced == [["human"] + ["flip-writer-judge"] * 2, ["human"], ["human"], []]
+    assert one.asked[next(p for p in one.asked if "Stubborn" in p)] == 6  # two re-asks, twice
     assert two.bodies[0]["temperature"] == 0 and one.bodies[0]["temperature"] == 1
-    out = capsys.readouterr().out
-    for words in ("4 malformed human response", "1 unusable rewriting", "1 unusable label", "1 label differs"):
-        assert words in out
 
 
-def test_flip_requests_share_one_budget(tmp_path, monkeypatch, capsys):
+def test_flip_of_the_human_responses_shares_one_budget(tmp_path, monkeypatch, capsys):
     records = write_jsonl(tmp_path / "in.jsonl", [nli(i, f"Sentence {i}. #### Neutral") for i in range(4)])
+    with pytest.raises(UserError):
+        run(monkeypatch, "flip", "--input", records, "--output", tmp_path / "none.jsonl", "--model", "m")
     with Server(lambda *a: None) as server:
-        run(monkeypatch, "flip", "--input", records, "--output", tmp_path / "o.jsonl", "--base_url", server.url,
-            "--model", "m", "--max_requests", "6")  # fmt: skip
+        run(monkeypatch, "flip", "--of", "human", "--input", records, "--output", tmp_path / "o.jsonl",
+            "--base_url", server.url, "--model", "m", "--max_requests", "6")  # fmt: skip
     assert sum(server.asked.values()) == 6
     assert "missing" in capsys.readouterr().out
 
@@ -234,3 +254,77 @@ def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, m
     hamlet["candidates"][2]["correct"] = True  # right, but not from the gold passage
     assert rescue.preference(hamlet, "label") == [1.0, 0.0, 1.0]
     assert rescue.preference(hamlet, "hybrid") == [2.0, 0.0, 1.0]
+
+
+# -- the authors' files
+
+
+def test_from_release(tmp_path, monkeypatch):
+    """Their records train as they are: --ordering reward chooses y* and the pairs by their scores."""
+    data = {
+        "premise": "A man sits.",
+        "hypothesis": "He stands.",
+        "label": "contradiction",
+        "explanation": "e",
+        "index": 7,
+    }
+    responses = ["```e #### Contradiction```", "```No. #### Neutral```", "```Never. #### Contradiction```"]
+    rows = [{"data_dict": data, "responses": responses, "scores": [2.0, 1.0, 2.0]}]
+    (tmp_path / "rank_1k.json").write_text(json.dumps(rows))
+    flags = ("--from_release", "--output", tmp_path / "o.jsonl", "--input", tmp_path / "rank_1k.json")
+    run(monkeypatch, "prepare", "--task", "esnli", *flags)
+    [record] = read_jsonl(tmp_path / "o.jsonl")
+    assert [c["text"] for c in record["candidates"]] == responses and record["label"] == "contradiction"
+    assert [c["source"] for c in record["candidates"]] == ["human", "model", "model"]
+    levels = rescue.preference(record, "reward")
+    assert levels == [2.0, 1.0, 2.0] and rescue.sft_target(record, levels, "reward") == 0
+    assert [parse_nli(r) for r in responses] == [(x, True) for x in ("contradiction", "neutral", "contradiction")]
+
+    qa = {
+        "data_dict": questions()[0],
+        "responses": ["It was William Shakespeare #### Correct", "Goethe"],
+        "scores": [2.0, 1.0],
+    }
+    qa["data_dict"]["ctxs"].insert(0, passage("Faust", "Faust is a play by Goethe."))
+    (tmp_path / "rank_1k.json").write_text(json.dumps([qa]))
+    (tmp_path / "o.jsonl").unlink()
+    for more in ((), ("--gold_prompt",)):
+        output = ("--output", tmp_path / f"qa{len(more)}.jsonl")
+        run(monkeypatch, "prepare", "--task", "multidoc_qa", *flags, *output, *more)
+    whole, gold = (read_jsonl(tmp_path / f"qa{k}.jsonl")[0] for k in range(2))
+    assert whole["gold_position"] == 2 and [c["reward"] for c in whole["candidates"]] == [2.0, 1.0]
+    assert "Goethe" in whole["prompt"] and "Goethe" not in gold["prompt"] and "Shakespeare" in gold["prompt"]
+
+    (tmp_path / "rank_1k.json").write_text(json.dumps([qa | {"scores": [1.0]}]))
+    with pytest.raises(UserError, match="as many scores"):
+        run(monkeypatch, "prepare", "--task", "multidoc_qa", *flags, "--output", tmp_path / "bad.jsonl")
+
+
+def test_shuffle_draws_from_all_rows_and_long_passages_can_be_left_out(tmp_path, monkeypatch):
+    rows = [{"premise": f"p{i}", "hypothesis": "h", "label": "neutral", "explanation": "e"} for i in range(60)]
+    source = write_jsonl(tmp_path / "in.jsonl", rows)
+    drawn = {}
+    for seed, limit in ((0, 10), (0, 20), (1, 10)):
+        out = tmp_path / f"{seed}-{limit}.jsonl"
+        run(
+            monkeypatch,
+            "prepare",
+            "--task",
+            "esnli",
+            "--input",
+            source,
+            "--shuffle",
+            seed,
+            "--limit",
+            limit,
+            "--output",
+            out,
+        )
+        drawn[seed, limit] = [r["id"] for r in read_jsonl(out)]
+    assert drawn[0, 20][:10] == drawn[0, 10] != drawn[1, 10]  # subsets of one draw
+    assert max(int(i.removeprefix("esnli-")) for i in drawn[0, 10]) > 20 and len(set(drawn[0, 20])) == 20
+    file, out = write_jsonl(tmp_path / "nq.jsonl", questions()), tmp_path / "short.jsonl"
+    flags = ("--num_documents", 2, "--max_words", 6, "--output", out)
+    run(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", file, *flags)
+    assert [r["question"] for r in read_jsonl(out)] == ["who wrote faust", "where is oslo"]
+    assert all(len(d["text"].split()) <= 6 for r in read_jsonl(out) for d in r["documents"])

@@ -103,13 +103,14 @@ def test_parse_ranking_is_strict(text, want):
 
 
 def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, monkeypatch, capsys):
-    texts = ["aaaa", "b", "ccc", "dd"]
-    records = [nli(i, *texts) for i in range(8)] + [nli(8, "mumble", "x")]
+    texts = ["human", "b", "cccc", "dd", "eee"]
+    records = [nli(i, *texts) for i in range(8)] + [nli(8, "mumble", "x", "y")]
 
     def behave(prompt, nth, body):
         if "mumble" in prompt:
             return json.dumps({"choices": [{"message": {"content": "both"}, "finish_reason": "stop"}]}).encode()
         shown = [line.split(": ")[1] for line in prompt.splitlines() if line.startswith("Response ")]
+        assert "Reference: human" in prompt and "human" not in shown
         order = sorted(range(4), key=lambda k: -len(shown[k]))  # the longest is the best
         text = " > ".join(str(k + 1) for k in order)
         return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
@@ -119,16 +120,51 @@ def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, mon
         run(monkeypatch, "rank", "--by", "gpt", "--input", write_jsonl(tmp_path / "in.jsonl", records), "--output",
             tmp_path / "o.jsonl", "--base_url", server.url, "--model", "m")  # fmt: skip
     rows = read_jsonl(tmp_path / "o.jsonl")
-    assert all([c["rank"] for c in r["candidates"]] == [0, 3, 1, 2] for r in rows[:8])
-    assert [c["rank"] for c in rows[8]["candidates"]] == [None, None]
-    first = [[line for line in p.splitlines() if line.startswith("Response 1")][0] for p in server.asked if "aaaa" in p]
+    assert all([c["rank"] for c in r["candidates"]] == [0, 4, 1, 3, 2] for r in rows[:8])
+    assert [c["rank"] for c in rows[8]["candidates"]] == [0, None, None]
+    first = [[line for line in p.splitlines() if line.startswith("Response 1")][0] for p in server.asked if "cccc" in p]
     assert len(set(first)) > 1  # shuffled
     assert server.asked.most_common(1)[0][1] == 3  # two re-asks
     out = capsys.readouterr().out
     assert "8 ranked" in out and "1 unranked" in out
-    assert rescue.preference(rows[0], "gpt") == [math.inf, -3.0, -1.0, -2.0]  # the human response is first in training
-    human, unranked = rescue.preference(rows[8], "gpt")
-    assert human == math.inf and math.isnan(unranked)  # compared with nothing
+    assert rescue.preference(rows[0], "gpt") == [
+        math.inf,
+        -4.0,
+        -1.0,
+        -3.0,
+        -2.0,
+    ]  # the human response is first in training
+    human, *unranked = rescue.preference(rows[8], "gpt")
+    assert human == math.inf and all(map(math.isnan, unranked))  # compared with nothing
+    refused = [nli(0, "human")], [records[0] | {"candidates": records[0]["candidates"][1:]}]
+    for k, rows in enumerate(refused):
+        with pytest.raises(SystemExit):
+            run(monkeypatch, "rank", "--by", "gpt", "--input", write_jsonl(tmp_path / "in.jsonl", rows), "--output",
+                tmp_path / f"none{k}.jsonl", "--model", "m", "--base_url", "http://127.0.0.1:9/v1")  # fmt: skip
+        assert "needs a human response and another one" in capsys.readouterr().err
+
+
+def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, monkeypatch, capsys):
+    records = [
+        nli(0, "h #### Neutral", "a #### Neutral", "b #### Entailment", "no label"),
+        nli(1, "h #### Neutral", "neutral it is", "b #### Neutral and so on", "no label"),
+        nli(2, "h", "a #### Neutral", "b #### neutral", "c #### Contradiction."),
+    ]
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    flags = ("--drop_malformed", "--min_candidates", "3", "--output", tmp_path / "o.jsonl")
+    run(monkeypatch, "rank", "--by", "label", "--input", source, *flags)
+    rows = read_jsonl(tmp_path / "o.jsonl")
+    assert {r["id"]: [c["text"][0] for c in r["candidates"]] for r in rows} == {"r0": list("hab"), "r2": list("habc")}
+    out = capsys.readouterr().out
+    assert (
+        "left out: 4 malformed responses, 1 prompts with fewer than --min_candidates 3" in out and "WARNING" not in out
+    )
+    records = [nli(i, "h #### Neutral", *["what?"] * 4, "a #### Neutral") for i in range(2)]
+    for c in (c for r in records for c in r["candidates"][5:] if r["id"] == "r0"):
+        c["text"] = "what?"
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    run(monkeypatch, "rank", "--by", "label", "--input", source, "--output", tmp_path / "loud.jsonl")
+    assert "WARNING: of the responses by m 10% can be read" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------

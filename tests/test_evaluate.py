@@ -92,10 +92,10 @@ def test_report_beside_a_paper(cli, here):
     (here / "paper.json").write_text(json.dumps(paper))
     names = [f"label@500-seed{seed}" for seed in range(3)]
     out = cli("evaluate", "report", *names, "none@500-seed0", "--paper", "paper.json").out.splitlines()
-    assert out[2] == "|  | 2000 | 500 |" and out[5] == "| gpt | (82.2) |  |"
+    assert out[2] == "|  | 500 | 2000 |" and out[5] == "| gpt |  | (82.2) |"
     # mean 63, standard deviation 3.6056, t(0.975, 2) = 4.3027: 4.3027 * 3.6056 / sqrt(3) = 8.957
-    assert out[4] == "| (PO) Label | (81.97) | 63.00 ±8.96 |"
-    assert out[6] == "| none |  | 50.00 [46.9, 53.1] |"  # Wilson's, 500 of 1000
+    assert out[4] == "| (PO) Label | 63.00 ±8.96 | (81.97) |"
+    assert out[6] == "| none | 50.00 [46.9, 53.1] |  |"  # Wilson's, 500 of 1000
 
     paper = {"source": "X, Table 2", "note": "x 100", "percent": ["reward"]}
     paper["rows"] = {"a": {"hard reward": 51.5, "bleu": 10.0}}

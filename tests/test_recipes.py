@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 import warm
-from conftest import ROOT
+from conftest import ROOT, read_jsonl
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,16 @@ def test_pro_rankings(env, pro_folder):
     assert "|  | 2 | 3 | 5 |" in lines
     assert any(line.startswith("| HH-RLHF raw | ") and line.endswith(" (55.35) |  |  |") for line in lines)
     assert any(line.startswith("| Random |  | ") for line in lines)
+
+
+def test_rescue_esnli(env, tmp_path):
+    out = recipe("rescue_esnli", env, tmp_path).stdout
+    assert "| (PO) Label Prioritization, flipped |" in out and "(87.97)" in out
+    records = read_jsonl(tmp_path / "data/rescue_esnli-tiny/mixed-gpt.jsonl")
+    assert [c["source"] for c in records[0]["candidates"]] == ["human", "model", "model", "gpt-3.5-turbo"]
+    assert records[0]["candidates"][0]["rank"] == 0
+    assert sorted(c["rank"] for c in records[0]["candidates"]) == [0, 1, 2, 3]
+    flipped = read_jsonl(tmp_path / "data/rescue_esnli-tiny/flipped.jsonl")
+    assert flipped[0]["candidates"][1]["flip_of"] == "gpt-3.5-turbo"  # the random model's have no label to flip
+    runs = {p.name for p in (tmp_path / "results/rescue_esnli-tiny").iterdir()}
+    assert {"base@0", "none@4-seed0", "hybrid@4-seed0", "label-flip@4-seed0", "table1.md"} <= runs
