@@ -1,5 +1,6 @@
 """A training run: its folder, its steps, its checkpoints."""
 
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -38,7 +40,7 @@ class Run:
 
     OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
     OUTPUT/log.jsonl      one line a logged step, and one an evaluation on --eval_data
-    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, meta.json written last
+    OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, safetensors; meta.json, their checksums, last
     OUTPUT/latest         names the newest checkpoint
     OUTPUT/model/         the trained model, a Hugging Face folder; best/: the same after the best evaluation
 
@@ -63,12 +65,12 @@ class Run:
             raise UserError(f"--batch_size {args.batch_size} is below the {self.world} processes")
         self.output = pathlib.Path(args.output)
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
-        for flag in ("data", "eval_data"):
-            if path := getattr(args, flag):
-                self.settings[f"{flag}_sha256"] = on_process0(lambda path=path: file_digest(path))
+        self.settings |= provenance(self.settings)
         self.signal = None
         on_process0(self._claim_folder)
+        agree(self.settings, self.output / "args.json", f"--output {self.output}")
         if self.finished:
+            on_process0(self._drop_checkpoints)  # a run killed at its very end left them
             say(f"{self.output} is finished: its model is in {self.model_folder}")
             return
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -82,7 +84,7 @@ class Run:
         self.model, self.optimizer, self.tokenizer, self.encoded = model, optimizer, tokenizer, encoded
         a_row = self.args.max_tokens_per_row or (8192 if self.device.type == "cuda" else 1024)
         self.row_budget = 1 if self.args.padded else a_row  # padded: a prompt a row
-        self.start = self.restore(model, optimizer)
+        self.start = self.restore(model, optimizer) if self.args.resume and not self.args.overwrite else 0
         self.evaluated = on_process0(self._evaluations)  # step -> what the best is chosen by
 
     def plan(self, prompts):
@@ -242,19 +244,19 @@ class Run:
                 "or name another folder"
             )
         self._claim = Claim(args_file, f"--output {out}")
-        if self.args.overwrite:
-            for name in ("checkpoints", "model", "model.part", "best", "best.part", "bootstrap"):
-                shutil.rmtree(out / name, ignore_errors=True)
-            for name in ("log.jsonl", "latest"):
-                (out / name).unlink(missing_ok=True)
         before = self._claim.before
-        if begun and before and not self.args.overwrite:
-            changed = self._claim.changed(before["settings"], self.settings, "--")
-            if changed and not self.args.allow_changed:
+        if before is not None and "settings" not in as_dict(before):
+            raise UserError(f"--output {out}: its args.json is no run's: name another folder")
+        if self.args.overwrite:
+            ours = ("checkpoints", "model", "model.part", "best", "best.part", "bootstrap", "log.jsonl", "latest")
+            for name in ours:
+                remove(out / name)
+        elif begun and not self.args.allow_changed:
+            changed = Claim.changed(before["settings"], self.settings, "--") if before else "args.json is empty or torn"
+            if changed:
                 hint = f"{changed} (--allow_changed accepts them)"
                 raise UserError(f"--resume {out}: arguments differ from the run's: {hint}")
-            if before["settings"] == self.settings:
-                return
+            return
         versions = {m: sys.modules[m].__version__ for m in ("torch", "transformers")}
         versions["python"] = sys.version.split()[0]
         about = {"command": shlex.join(sys.argv), "settings": self.settings, "versions": versions, "world": self.world}
@@ -262,40 +264,61 @@ class Run:
 
     # -- checkpoints
 
+    def _state(self, model, optimizer):
+        """-> the tensors of a checkpoint, and the optimizer's whole state: its settings are the flags', not saved. A
+        tied weight is there once."""
+        tied, of_optimizer = getattr(model, "all_tied_weights_keys", {}), get_optimizer_state_dict(model, optimizer)
+        weights = {k: v for k, v in get_model_state_dict(model).items() if k not in tied}
+        return {"model": weights, "optimizer": of_optimizer["state"]}, of_optimizer
+
     def save(self, step, model, optimizer):
-        """Write OUTPUT/checkpoints/step-N under a temporary name, rename it, change `latest`, drop old ones."""
+        """Write OUTPUT/checkpoints/step-N under a temporary name, rename it, change `latest`, drop old ones.
+        Safetensors only: reading a checkpoint runs no code."""
         folder = self.output / "checkpoints" / f"step-{step:08d}"
         part = folder.with_name(f"part-{step:08d}")
-        on_process0(lambda: shutil.rmtree(part, ignore_errors=True))
-        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
+        infinite = sum(not getattr(p, "_local_tensor", p).isfinite().all() for p in model.parameters())
+        if all_sum([infinite])[0]:
+            good = self.latest() or "none yet"
+            raise UserError(f"the weights after step {step} are not finite; the last checkpoint ({good}): lower --lr")
+        if on_process0(lambda: folder.exists() or remove(part)):
+            return  # as after a kill between the renaming and the next step
         try:
-            if not on_process0(folder.exists):  # it does after a kill between the renaming and the next step
-                dcp.save(state, checkpoint_id=part)
-            on_process0(lambda: self._publish(part, folder, step))
-        except (OSError, RuntimeError, dcp.api.CheckpointException) as e:
-            # torch's zip writer says "unexpected pos" when a write came back short
-            full = any(x in str(e) for x in ("No space left", "File too large", "Disk quota", "unexpected pos"))
-            reason = "the disk is full" if full else str(e).strip().splitlines()[-1]
-            latest = self.latest()
-            whole = f"the one before, {latest}, is whole" if latest else "there is no older one"
-            raise UserError(f"the checkpoint of step {step} could not be saved ({reason}); {whole}") from e
+            writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)
+            dcp.save(self._state(model, optimizer)[0], storage_writer=writer)
+            digests = self._digests(part)
+            on_process0(lambda: self._publish(part, folder, step, digests))
+        except (OSError, RuntimeError, SafetensorError, dcp.api.CheckpointException) as e:
+            raise UserError(f"the checkpoint of step {step} could not be saved ({self._reason(e)}") from e
 
-    def _publish(self, part, folder, step):
+    def _reason(self, e):
+        """The end of a sentence about what could not be saved: why, and what is left."""
+        full = any(x in str(e) for x in ("No space left", "File too large", "Disk quota"))
+        reason = "the disk is full" if full else str(e).strip().splitlines()[-1] if str(e).strip() else type(e).__name__
+        latest = self._whole()[-1:]
+        return f"{reason}); " + (f"the one before, {latest[0]}, is whole" if latest else "there is no older one")
+
+    def _digests(self, folder):
+        """{file: sha256} of a checkpoint's shards; each process reads its share."""
+        files, everyone = sorted(p.name for p in folder.glob("*.safetensors")), [None] * self.world
+        own = {name: file_digest(folder / name) for name in files[self.process :: self.world]}
+        dist.all_gather_object(everyone, own)
+        return {name: digest for some in everyone for name, digest in some.items()}
+
+    def _publish(self, part, folder, step, digests):
         try:
-            if not folder.exists():
-                write_atomically(part / "meta.json", json.dumps({"step": step, "world": self.world}))
-                sync_folder(part)
-                os.replace(part, folder)
+            meta = {"step": step, "world": self.world, "sha256": digests}
+            write_atomically(part / "meta.json", json.dumps(meta))
+            rename_synced(part, folder)
             write_atomically(self.output / "latest", folder.name + "\n")
         except OSError as e:
-            raise UserError(f"the checkpoint of step {step} could not be saved ({e.strerror})") from e
+            raise UserError(f"the checkpoint of step {step} could not be saved ({self._reason(e)}") from e
         for old in self._whole()[: -self.args.keep_checkpoints]:
             os.replace(old, doomed := old.with_name(f"part-{old.name}"))  # never half deleted under a whole one's name
-            shutil.rmtree(doomed)
+            remove(doomed)
 
     def _whole(self):
         folders = (self.output / "checkpoints").glob("step-*")
-        return sorted(p for p in folders if (p / "meta.json").exists() and (p / ".metadata").exists())
+        return sorted(p for p in folders if (p / "meta.json").exists())
 
     def latest(self):
         """The newest whole checkpoint's folder, or None; an incomplete one is passed over with a word."""
@@ -309,11 +332,14 @@ class Run:
         if folder is None:
             on_process0(lambda: self._cut_log(0))
             return 0
-        state = {"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=folder)
-        set_model_state_dict(model, state["model"])
-        set_optimizer_state_dict(model, optimizer, state["optimizer"])
-        step = json.loads((folder / "meta.json").read_text())["step"]
+        meta = on_process0(lambda: as_dict(read_json((folder / "meta.json").read_bytes())))
+        step, damaged = meta.get("step"), self._digests(folder) != meta.get("sha256")
+        if damaged or type(step) is not int:
+            raise UserError(f"{folder} is damaged (its checksums differ): delete it; --resume takes the one before")
+        state, of_optimizer = self._state(model, optimizer)
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder))
+        set_model_state_dict(model, state["model"], options=StateDictOptions(strict=False))  # a tied weight once
+        set_optimizer_state_dict(model, optimizer, of_optimizer | {"state": state["optimizer"]})
         on_process0(lambda: self._cut_log(step))
         say(f"resuming after step {step} from {folder}")
         return step
@@ -337,17 +363,24 @@ class Run:
         state = get_model_state_dict(self.model, options=options)
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         state = {k: v.to(dtype) for k, v in state.items()}
-        on_process0(lambda: save_model(self.model, state, self.tokenizer, folder, dtype))
+        try:
+            on_process0(lambda: save_model(self.model, state, self.tokenizer, folder, dtype))
+        except UserError as e:
+            raise UserError(f"the model could not be saved in {folder} ({self._reason(e)}: --resume goes on") from e
 
     def finish(self):
-        """Write OUTPUT/model, then drop the checkpoints."""
+        """Save a last checkpoint, should the disk be full now; write OUTPUT/model; then drop the checkpoints."""
+        self.save(self.total, self.model, self.optimizer)
         self._save_model(self.model_folder)
         if self.evaluated:
             best = max((s for s in self.evaluated if s > 0), key=self.evaluated.get)
             say(f"best on --eval_data: step {best}, in {self.output / 'best'}")
-        on_process0(lambda: shutil.rmtree(self.output / "checkpoints", ignore_errors=True))
-        on_process0(lambda: (self.output / "latest").unlink(missing_ok=True))
+        on_process0(self._drop_checkpoints)
         say(f"model saved in {self.model_folder}")
+
+    def _drop_checkpoints(self):
+        remove(self.output / "checkpoints")
+        remove(self.output / "latest")
 
 
 def learning_rate(step, total, args):
@@ -393,7 +426,7 @@ def speed(model, tokens, seconds, device):
 def save_model(model, state, tokenizer, folder, dtype):
     """Write a Hugging Face folder from a full state dict, under a temporary name, then renamed."""
     part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
+    remove(part)
     config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
     plain_class = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
     with torch.device("meta"):
@@ -404,14 +437,10 @@ def save_model(model, state, tokenizer, folder, dtype):
     try:
         blank.save_pretrained(part, state_dict={k: v for k, v in state.items() if k not in tied})
         tokenizer.save_pretrained(part)
-        if folder.exists():
-            shutil.rmtree(folder)  # a best one; killed here, the resumed run makes it again
-        os.replace(part, folder)
-    except (OSError, RuntimeError) as e:
-        raise UserError(
-            f"the model could not be saved in {folder} ({str(e).splitlines()[-1]}); "
-            "the checkpoint is whole: --resume tries again"
-        ) from e
+        remove(folder)  # a best one; killed here, the resumed run makes it again
+        rename_synced(part, folder)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise UserError(str(e)) from e
 
 
 class Claim:
@@ -425,14 +454,14 @@ class Claim:
         path = pathlib.Path(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = open(path, "a+")  # noqa: SIM115, it stays open, locked
+            sync(path.parent.parent)
+            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115, locked
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.before = read_json(self._file.read())
         except BlockingIOError:
             raise UserError(f"{output}: another run is writing there") from None
-        except OSError as e:
-            raise UserError(f"{output}: cannot be written ({e.strerror})") from e
-        self._file.seek(0)
-        self.before = read_json(self._file.read())
+        except (OSError, UnicodeError) as e:
+            raise UserError(f"{output}: {path} cannot be written ({getattr(e, 'strerror', e)})") from e
 
     @staticmethod
     def changed(before, settings, prefix=""):
@@ -441,18 +470,68 @@ class Claim:
         return ", ".join(f"{prefix}{k} {before.get(k)!r} -> {v!r}" for k, v in different.items())
 
     def write(self, content):
-        self._file.truncate(0)
-        json.dump(content, self._file, indent=1)
+        self._file.seek(0)
+        self._file.write(json.dumps(content, indent=1))
+        self._file.truncate()
         self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+NO_PATHS = {"output", "name", "names", "source", "task", "tasks", "verb", "by", "stop", "columns"}
+SAMPLED = 16 * 2**20  # bytes from which on a model's file is not read whole
+
+
+def provenance(settings):
+    """{"content of PATH": a digest} for every file and folder that the settings {name: value or list} name: what else,
+    but they, a second run on the same output must find as the first did."""
+    values = [v for name, value in settings.items() if name.lstrip("-") not in NO_PATHS for v in listed(value)]
+    paths = [v for v in values if isinstance(v, str) and v and os.path.exists(v)]
+    return {f"content of {v}": folder_digest(v) if os.path.isdir(v) else file_digest(v) for v in paths}
+
+
+def listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+def folder_digest(folder):
+    """A digest of a folder's files: names, sizes, content. Of a large one, a model's weights, 256 pieces are read."""
+    digest = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for path in (pathlib.Path(place, name) for name in sorted(files)):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}\0".encode(errors="surrogateescape"))
+            with open(path, "rb") as f:
+                if size <= SAMPLED:
+                    digest.update(f.read())
+                for piece in range(256 * (size > SAMPLED)):
+                    f.seek(piece * (size - 2**16) // 255)
+                    digest.update(f.read(2**16))
+    return digest.hexdigest()
+
+
+def agree(settings, path, output):
+    """One check at the start, called by every process: all have the settings of process 0 and see the file `path` that
+    it has written."""
+    seen = None
+    with contextlib.suppress(OSError):
+        seen = (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (settings, seen))
+    for number, (their, place) in enumerate(everyone):
+        if changed := Claim.changed(everyone[0][0], their):
+            raise UserError(f"process {number} differs from process 0 ({changed}): the same command and files for all")
+        if place != everyone[0][1]:
+            raise UserError(f"{output}: process {number} sees another folder than process 0: a shared one is needed")
 
 
 def file_digest(path):
     with open(path, "rb") as f:
-        return (
-            hashlib.file_digest(f, "sha256").hexdigest()
-            if hasattr(hashlib, "file_digest")
-            else hashlib.sha256(f.read()).hexdigest()
-        )
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def as_dict(value):
+    return value if isinstance(value, dict) else {}
 
 
 def write_atomically(path, text):
@@ -463,11 +542,27 @@ def write_atomically(path, text):
         f.flush()
         os.fsync(f.fileno())
     os.replace(part, path)
+    sync(path.parent)
 
 
-def sync_folder(folder):
-    """fsync every file of a folder: after a rename it must hold whole files even when the power goes."""
-    for file in folder.iterdir():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
+def rename_synced(part, folder):
+    """Rename a folder that is whole; it and its files stay so even when the power goes."""
+    for path in (*part.iterdir(), part):
+        sync(path)
+    os.replace(part, folder)
+    sync(folder.parent)
+    sync(folder.parent.parent)
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def remove(path):
+    """Delete a file, a folder, or a link and not what it points to; nothing where it is missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

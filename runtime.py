@@ -2,16 +2,22 @@
 
 import bisect
 import contextlib
+import csv
 import errno
 import json
 import math
 import os
 import pathlib
+import signal
 import sys
+import time
+import traceback
+import zlib
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -28,26 +34,52 @@ FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole on
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
+# what a file, a folder, a flag or the machine may be at fault for; any other error is a mistake of this program
+OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, torch.OutOfMemoryError, zlib.error)
+OUTSIDE += (csv.Error, SafetensorError)
+
+
 def run_cli(main):
-    """Call `main` as a command: UserError becomes one line and exit code 2, on process 0 alone."""
+    """Call `main` as a command. A UserError, and what else files and flags are at fault for, is one line and exit code
+    2; an error of this program's own is one line and exit code 1; --debug adds the traceback. Every process leaves at
+    once: the others may wait for it in a collective."""
+    debug = "--debug" in sys.argv
+    sys.argv = [a for a in sys.argv if a != "--debug"]
     try:
         main()
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"{pathlib.Path(sys.argv[0]).name}: error: {e}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
-            raise
-        where = f" ({e.filename})" if e.filename else ""
-        print(f"error: {e.strerror}{where}: free some space and run the same command again", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: what is written stays; the same command goes on from there", file=sys.stderr)
-        sys.exit(130)
+        leave("interrupted: what is written stays; the same command goes on from there", 130)
+    except Exception as e:
+        if debug:
+            traceback.print_exc()
+        said = " ".join(str(e).split())[:500]
+        if isinstance(e, UserError):
+            leave(f"error: {e}", 2)
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
+            where = f" ({e.filename})" if e.filename else ""
+            leave(f"error: {e.strerror}{where}: free some space and run the same command again", 2)
+        if isinstance(e, OUTSIDE):
+            leave(f"error: {type(e).__name__}: {said} (a file or a flag is not as expected; --debug shows where)", 2)
+        report = "a mistake of this program: please report it with what --debug prints"
+        leave(f"error: {type(e).__name__}: {said} ({report})", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def leave(message, code):
+    """Print `message` and end this process. A process other than 0 waits first: mostly process 0 says the same, and
+    torchrun ends the others."""
+    process = int(os.environ.get("RANK", 0))
+    if process:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(2)
+    name = pathlib.Path(sys.argv[0]).name + (f", process {process}" if process else "")
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.stdout.flush()
+        os._exit(code)  # not by way of the process group: its end would wait for the others
+    sys.exit(code)
 
 
 def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -187,8 +219,8 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
     """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; errors name `flag`."""
     safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
     try:
-        return auto_class.from_pretrained(name, **safe, **kwargs)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as e:
+        return auto_class.from_pretrained(name, trust_remote_code=False, **safe, **kwargs)
+    except Exception as e:  # a folder may hold anything
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
             reason = (

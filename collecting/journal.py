@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 from collections import Counter
 
 import torch
@@ -12,7 +13,7 @@ import torch
 import common
 import runtime
 from common import UserError
-from run import Claim, file_digest
+from run import Claim, agree, provenance
 from runtime import say
 
 
@@ -28,6 +29,7 @@ class Journal:
         self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
         if world > 1:
             runtime.on_process0(lambda: self._claim(settings))
+            agree(settings, f"{self.path}.args.json", f"--output {self.path}")
         else:
             self._claim(settings)
         wanted = set(self.ids)
@@ -62,7 +64,8 @@ class Journal:
         self._lock.write(settings)
 
     def _files(self):
-        parts = sorted(self.path.parent.glob(self.path.name + ".part*"))
+        part = re.compile(re.escape(self.path.name) + r"\.part\d+")
+        parts = sorted(p for p in self.path.parent.iterdir() if part.fullmatch(p.name))
         return [p for p in [self.path, *parts] if p.exists()]
 
     def _cut_torn_line(self, file):
@@ -126,13 +129,12 @@ class Journal:
 
 
 def settings_of(args):
-    """What a second run on the same output must share: the arguments and the content of the input files."""
+    """What a second run on the same output must share: the arguments and the content of every file that they name."""
     free = {"output", "verb", "run", "batch_size"}
     # how a server is asked, not what
     free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
-    inputs = args.input if isinstance(args.input, list) else [args.input]
-    digests = {f"sha256 of {p}": file_digest(p) for p in inputs if p and pathlib.Path(p).is_file()}
-    return {f"--{k}": v for k, v in vars(args).items() if k not in free} | digests
+    settings = {f"--{k}": v for k, v in vars(args).items() if k not in free}
+    return settings | provenance(settings)
 
 
 def read_records(path):

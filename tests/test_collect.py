@@ -193,5 +193,5 @@ class TestSample:
         before = (tmp_path / "s.jsonl").read_bytes()
         refused(sample(cli, tiny, prompts, tmp_path / "s.jsonl", "--temperature", 0.5), "temperature", "s.jsonl")
         prompts.write_text(prompts.read_text().replace("Answer", "Reply"))
-        refused(sample(cli, tiny, prompts, tmp_path / "s.jsonl"), "sha256")
+        refused(sample(cli, tiny, prompts, tmp_path / "s.jsonl"), "content of")
         assert (tmp_path / "s.jsonl").read_bytes() == before

@@ -1,0 +1,230 @@
+"""What README promises of runs and files, each as an attack: nothing stale, nothing lost, no code from data, one
+sentence for every mistake."""
+
+import json
+import os
+import pathlib
+import shutil
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, command, make_model, read_jsonl, refused
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import LlamaForCausalLM
+
+import run as room
+from collecting.journal import Journal
+from common import UserError
+from run import Run
+
+
+def train(cli, model, data, output, *more):
+    flags = ["--ordering", "label", "--lr", "1e-3", "--batch_size", 4, "--epochs", 2, *more]
+    return cli("rescue", "--model", model, "--data", data, "--output", output, *flags)
+
+
+def stop_after(steps):
+    """A patch that makes a run stop as on SIGTERM in the row after so many steps."""
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Run, "interrupted", lambda run: run.step >= steps)
+    return patch
+
+
+@pytest.fixture
+def half(cli, tiny, data, tmp_path):
+    """The folder of a run that was stopped after three steps."""
+    with_stop = stop_after(3)
+    assert train(cli, tiny, data, tmp_path / "half").code == 0
+    with_stop.undo()
+    assert (tmp_path / "half/latest").exists()
+    return tmp_path / "half"
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A copy of the model to change."""
+    return shutil.copytree(tiny, tmp_path / "own")
+
+
+def weights(folder):
+    return load_file(folder / "model/model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+class TestNothingStale:
+    def test_a_retrained_model_is_not_given_the_old_figures(self, cli, own, data, tmp_path):
+        flags = ["--model", own, "--input", data, "--by", "label", "--output", tmp_path / "r.jsonl"]
+        assert cli("evaluate", "ranking", *flags).code == 0 and cli("evaluate", "ranking", *flags).code == 0
+        make_model(seed=5).save_pretrained(own)
+        refused(cli("evaluate", "ranking", *flags), "content of", own)
+
+    @pytest.mark.parametrize("file", ["config.json", "tokenizer.json", "generation_config.json", "model.safetensors"])
+    def test_a_model_that_changed_is_not_resumed(self, cli, own, data, tmp_path, file):
+        patch = stop_after(1)
+        train(cli, own, data, tmp_path / "run")
+        patch.undo()
+        if file.endswith(".json"):
+            (own / file).write_text((own / file).read_text() + "\n")
+        else:
+            save_file({k: v + 1 for k, v in load_file(own / file).items()}, own / file)
+        refused(train(cli, own, data, tmp_path / "run", "--resume"), "content of", own)
+
+    def test_a_large_file_is_read_in_pieces(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(room, "SAMPLED", 1000)
+        (tmp_path / "x").mkdir()
+        content = bytearray(200_000)
+        (tmp_path / "x/model.safetensors").write_bytes(content)
+        before = room.folder_digest(tmp_path / "x")
+        content[-1] = 1
+        (tmp_path / "x/model.safetensors").write_bytes(content)
+        assert room.folder_digest(tmp_path / "x") != before
+
+    def test_overwrite_does_not_resume_through_a_link(self, cli, tiny, data, tmp_path, half):
+        shutil.move(half / "checkpoints", tmp_path / "elsewhere")
+        (half / "checkpoints").symlink_to(tmp_path / "elsewhere")
+        result = train(cli, tiny, data, half, "--overwrite")
+        assert result.code == 0 and "resuming" not in result.out and list((tmp_path / "elsewhere").glob("step-*"))
+        assert [x["step"] for x in read_jsonl(half / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
+
+    def test_an_empty_args_file_is_no_free_pass(self, cli, tiny, data, half):
+        (half / "args.json").write_text("")
+        refused(train(cli, tiny, data, half, "--resume", "--lr", "1e-2"), "args.json is empty")
+
+    @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+    def test_a_foreign_args_file_stays(self, cli, tiny, data, tmp_path, flag):
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out/args.json").write_text('{"mine": 1}')
+        refused(train(cli, tiny, data, tmp_path / "out", flag), "no run's")
+        assert (tmp_path / "out/args.json").read_text() == '{"mine": 1}'
+
+
+class TestJournalFiles:
+    def test_brackets_in_the_name(self, tmp_path):
+        for ids in ([{"id": "a"}], [{"id": "b"}]):
+            journal = Journal(tmp_path / "out[1].jsonl", ["a", "b"], {})
+            journal.write(ids)
+            journal.finish()
+            del journal
+        assert [r["id"] for r in read_jsonl(tmp_path / "out[1].jsonl")] == ["a", "b"]
+
+    def test_a_file_of_the_users_stays(self, tmp_path):
+        mine = tmp_path / "keep.jsonl.part0.backup"
+        mine.write_text("mine")
+        journal = Journal(tmp_path / "keep.jsonl", ["a"], {})
+        journal.write([{"id": "a"}])
+        assert journal.finish() == 1 and mine.read_text() == "mine"
+
+
+class TestNoCodeFromData:
+    def test_a_model_folders_code_is_not_run(self, own, data, tmp_path):
+        config = json.loads((own / "config.json").read_text())
+        config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
+        (own / "config.json").write_text(json.dumps(config))
+        (own / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = None\n")
+        flags = ["--model", own, "--data", data, "--output", tmp_path / "o"]
+        done = command(sys.executable, "rescue.py", "--ordering", "label", *flags, check=False, input="y\n")
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "ran").exists()
+
+    def test_a_checkpoint_holds_no_pickle(self, half):
+        files = [p for p in (half / "checkpoints").rglob("*") if p.is_file()]
+        assert {p.suffix for p in files} == {".safetensors", ".json"}
+
+    def test_a_damaged_shard_is_not_resumed(self, cli, tiny, data, half):
+        [shard] = (half / "checkpoints").rglob("*.safetensors")
+        content = bytearray(shard.read_bytes())
+        content[-4096:] = bytes(4096)
+        shard.write_bytes(content)
+        refused(train(cli, tiny, data, half, "--resume"), "is damaged", shard.parent)
+
+
+class TestTheEnd:
+    def test_a_disk_full_at_the_final_save_loses_nothing(self, cli, tiny, data, tmp_path, monkeypatch):
+        train(cli, tiny, data, tmp_path / "whole", "--checkpoint_every", 0)
+        with monkeypatch.context() as context:
+
+            def full(*args, **kwargs):
+                raise SafetensorError("Error while serializing: IoError(No space left on device)")
+
+            context.setattr(LlamaForCausalLM, "save_pretrained", full)
+            result = train(cli, tiny, data, tmp_path / "run", "--checkpoint_every", 0)
+        refused(result, "the disk is full", "step-00000006", "is whole")
+        result = train(cli, tiny, data, tmp_path / "run", "--checkpoint_every", 0, "--resume")
+        assert result.code == 0 and "resuming after step 6" in result.out
+        assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+    def test_killed_in_finish_cleans_at_the_next_start(self, cli, tiny, data, tmp_path, monkeypatch):
+        with monkeypatch.context() as context:
+            context.setattr(Run, "_drop_checkpoints", lambda run: (_ for _ in ()).throw(KeyboardInterrupt))
+            assert train(cli, tiny, data, tmp_path / "run").code == 130
+        assert (tmp_path / "run/checkpoints").exists() and (tmp_path / "run/model/config.json").exists()
+        assert train(cli, tiny, data, tmp_path / "run", "--resume").code == 0
+        assert not (tmp_path / "run/checkpoints").exists() and not (tmp_path / "run/latest").exists()
+
+    def test_the_model_is_synced_before_its_checkpoints_go(self, cli, tiny, data, tmp_path, monkeypatch):
+        """With the folder that holds its name, and that one's own."""
+        done, sync, remove = [], room.sync, room.remove
+        monkeypatch.setattr(room, "sync", lambda path: (done.append(pathlib.Path(path)), sync(path)))
+        monkeypatch.setattr(room, "remove", lambda path: (done.append(("gone", path)), remove(path)))
+        train(cli, tiny, data, tmp_path / "run")
+        out = tmp_path / "run"
+        before = done[: len(done) - done[::-1].index(("gone", out / "checkpoints"))]
+        assert {out / "model.part/model.safetensors", out / "model.part/config.json", out / "model.part"} <= {*before}
+        after_model = before[before.index(out / "model.part") :]
+        assert out in after_model and out.parent in after_model
+
+    def test_weights_that_are_not_finite_are_not_saved(self, cli, tiny, data, tmp_path, monkeypatch):
+        def spoil(run, grad_norm):
+            if run.step + 1 == run.total:
+                next(run.model.parameters()).data[0, 0] = torch.inf
+
+        monkeypatch.setattr(Run, "log", spoil)
+        refused(train(cli, tiny, data, tmp_path / "run"), "not finite", "step 6")
+        assert not (tmp_path / "run/model").exists()
+
+
+TWO = """
+import os, sys
+sys.path[:0] = [{root!r}]
+import torch
+import rescue, runtime
+sys.argv = ["rescue.py", *{argv!r}]
+if os.environ["RANK"] == "1":
+    {change}
+runtime.run_cli(rescue.main)
+"""
+
+
+def on_two(tmp_path, argv, change):
+    """rescue.py on two gloo processes, the second after `change`."""
+    (tmp_path / "two.py").write_text(TWO.format(root=str(ROOT), argv=[*map(str, argv)], change=change))
+    return command("torchrun", "--standalone", "--nproc_per_node", 2, tmp_path / "two.py", check=False)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ("sys.argv += ['--alpha', '0.5']", "process 1 differs from process 0 (alpha 0.1 -> 0.5)"),
+        ("torch.Tensor.backward = lambda *a, **k: 1 / 0", "process 1: error: ZeroDivisionError"),
+        ("sys.argv[sys.argv.index('--data') + 1] += 'x'", "process 1: error: --data"),
+    ],
+)
+def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
+    argv = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "out", "--batch_size", 4]
+    done = on_two(tmp_path, argv, change)
+    assert done.returncode != 0 and words in done.stderr, done.stderr[-2000:]
+    assert not (tmp_path / "out/model").exists()
+
+
+def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
+    """As the second of two processes sees it."""
+    place = os.stat(tmp_path)
+    monkeypatch.setattr(room.dist, "get_world_size", lambda: 2)
+    told = [({}, (place.st_ino, place.st_mtime_ns)), ({}, None)]
+    monkeypatch.setattr(room.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
+    with pytest.raises(UserError, match="process 1 sees another folder"):
+        room.agree({}, tmp_path / "missing", "--output x")
