@@ -9,16 +9,17 @@ tiny) # random models, seconds
   : "${MODEL:=$DATA/tiny/model}" "${RM_TRAIN:=$DATA/tiny/reward-train}" "${RM_EVAL:=$DATA/tiny/reward-eval}"
   : "${HH:=$DATA/tiny/hh}" "${ALPACA:=$MODEL}" "${CHATGPT:=$MODEL}" "${CURIE:=$MODEL}" "${BASE_URL=}" "${BLOCKS:=raw alpaca3}"
   : "${LR:=1e-3}" "${BATCH:=8}" "${EPOCHS:=1}" "${MAX_LENGTH:=160}" "${MAX_PROMPT:=96}" "${TOKENS:=4}" "${VALIDATION:=3}" ;;
-cpu) # demo/model on one core, harmless-base alone, two reward models of its own. TRAIN_FILES and TEST_FILES may be one
-  # file, such as 1,800 rows: 320 train the methods, 750 each a reward model, 150 are the test. The "Alpaca" is the model
+cpu) # demo/model on one core, harmless-base alone, two reward models of its own, answers of its own (own3). TRAIN_FILES
+  # and TEST_FILES may be one file, such as 1,800 rows: 320 train the methods, 750 each a reward model, 150 are the test
+  : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}"
   : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=2e-5}"
-  : "${TEST_ROWS:=--shuffle 0 --skip 1500 --limit 150}" "${RM_ROWS:=--shuffle 0 --limit 750}" "${BLOCKS:=raw alpaca3}"
-  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 750 --limit 750}" "${ALPACA:=$MODEL}" "${LR:=2e-5}" "${BATCH:=16}" "${TOKENS:=64}"
+  : "${TEST_ROWS:=--shuffle 0 --skip 1500 --limit 150}" "${RM_ROWS:=--shuffle 0 --limit 750}" "${BLOCKS:=raw own3}"
+  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 750 --limit 750}" "${LR:=2e-5}" "${BATCH:=16}" "${TOKENS:=64}"
   : "${MAX_LENGTH:=192}" "${MAX_PROMPT:=128}" "${VALIDATION:=48}" "${EVAL_EVERY:=10}" ;;
-135m) # demo/model on one GPU, all subsets; the "Alpaca" is the model itself
+135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
   : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"
-  : "${RM_ROWS:=--shuffle 0 --limit 16000}" "${RM_EVAL_ROWS:=--shuffle 0 --skip 16000 --limit 16000}" "${ALPACA:=$MODEL}"
-  : "${BLOCKS:=raw alpaca3}" "${LR:=2e-5}" "${EVAL_EVERY:=25}" ;;
+  : "${RM_ROWS:=--shuffle 0 --limit 16000}" "${RM_EVAL_ROWS:=--shuffle 0 --skip 16000 --limit 16000}"
+  : "${BLOCKS:=raw own3}" "${LR:=2e-5}" "${EVAL_EVERY:=25}" ;;
 esac
 MODEL=${MODEL:-huggyllama/llama-7b}                                    # Sec. 4.3: LLaMA-7B
 RM_TRAIN=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5} # footnote 4; RM_ROWS: our own, trained on these
@@ -34,7 +35,7 @@ LR=${LR:-5e-6} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-112} MAX_LENGTH=${MAX_LENGTH:-
 MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} # as released, as the constant schedule is
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
 SPLITS=${SPLITS:-4}                        # K of Algorithm 1: silent
-COLUMNS_SHOWN=${COLUMNS_SHOWN:-}           # of the paper's tables: all
+COLUMNS_SHOWN=${COLUMNS_SHOWN:-}           # of the paper's tables, a ; between them: all
 
 collect() { run python collect_candidates.py "$@"; }
 prepare() { # prepare SPLIT FILES FLAGS...
@@ -50,6 +51,7 @@ answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Hum
 add() { # add FROM TO SOURCE N: N responses of a source to each prompt, from this machine or from a server
   local io=(--task hh --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --source "$3" --num_samples "$4")
   case $3 in
+  own) run $TORCHRUN collect_candidates.py sample --model "$MODEL" "${io[@]}" "${answers[@]}" ;;
   alpaca-7b) run $TORCHRUN collect_candidates.py sample --model "$ALPACA" "${io[@]}" "${answers[@]}" ;;
   text-curie-001) collect teacher --completions --model "$CURIE" "${server[@]}" "${io[@]}" "${answers[@]}" ;;
   gpt-3.5-turbo) collect teacher --model "$CHATGPT" "${server[@]}" "${io[@]}" --max_new_tokens "$TOKENS" ;;
@@ -58,6 +60,7 @@ add() { # add FROM TO SOURCE N: N responses of a source to each prompt, from thi
 block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one more response a prompt
   case $1 in
   raw) rank train raw ;;
+  own3) add train own3-sampled own 1 && rank own3-sampled own3 ;;
   alpaca3) add train alpaca3-sampled alpaca-7b 1 && rank alpaca3-sampled alpaca3 ;;
   chatgpt3) add train chatgpt3-sampled gpt-3.5-turbo 1 && rank chatgpt3-sampled chatgpt3 ;;
   esac
@@ -78,8 +81,10 @@ pro() { # pro NAME DATA FLAGS...: PRO or an ablation, measured at its best step 
   measure "$1" --model "$RUNS/$1/best"
 }
 report() { # report PAPER'S-TABLE SYSTEMS...
+  local shown
+  IFS=';' read -ra shown <<<"$COLUMNS_SHOWN"
   run python evaluate.py report "${@:2}" --paper "recipes/paper/pro_$1.json" --output "$RESULTS/$1.md" \
-    ${COLUMNS_SHOWN:+--columns $COLUMNS_SHOWN}
+    ${COLUMNS_SHOWN:+--columns "${shown[@]}"}
 }
 
 names=()

@@ -34,7 +34,7 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
 
 measure base --model "$MODEL"
 measure gold --source chosen
-[ "$ALPACA" = "$MODEL" ] || measure alpaca --model "$ALPACA"
+[[ $BLOCKS != *alpaca3* ]] || measure alpaca --model "$ALPACA"
 for block in $BLOCKS; do
   block "$block"
   if [ "$block" = chatgpt3 ]; then

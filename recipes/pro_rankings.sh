@@ -8,15 +8,15 @@ cd "$(dirname "$0")/.."
 . recipes/pro_common.sh
 
 [ "$SCALE" = tiny ] && : "${EXPANSIONS:=alpacas random}" "${LENGTHS:=3 5}"
-[ "$SCALE" = paper ] || : "${EXPANSIONS:=alpacas}" # on one machine there is one model to ask
+[ "$SCALE" = paper ] || : "${EXPANSIONS:=own}" # several answers of the model itself: there is no other on the machine
 EXPANSIONS=${EXPANSIONS:-alpacas chatgpt ascending descending random} LENGTHS=${LENGTHS:-3 4 5}
 
-longer=longer-alpaca
-add train longer-alpaca alpaca-7b 3
-if [ "$EXPANSIONS" != alpacas ]; then
+if [ "$EXPANSIONS" = own ]; then
+  add train longer own 3
+else
+  add train longer-alpaca alpaca-7b 3
   add longer-alpaca longer-curie text-curie-001 1
   add longer-curie longer gpt-3.5-turbo 3
-  longer=longer
 fi
 block raw
 pro pro-raw raw
@@ -25,7 +25,9 @@ sed 's/"name": "pro-raw"/"name": "raw@2"/' "$RESULTS/pro-raw/hh.metrics.json" >"
 names=("$RESULTS/raw@2")
 for expansion in $EXPANSIONS; do
   for length in $LENGTHS; do
-    rank "$longer" "$expansion-$length" --expand "$expansion" --ranking_length "$length"
+    way=(--expand "$expansion")
+    [ "$expansion" != own ] || way=(--expand alpacas --expand_sources own)
+    rank longer "$expansion-$length" "${way[@]}" --ranking_length "$length"
     pro "$expansion@$length" "$expansion-$length"
   done
 done
