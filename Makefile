@@ -23,8 +23,8 @@ test: .venv/installed  ## ruff, then every test
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q $(ARGS)
 
-bench: .venv/installed  ## step time and memory beside the padded step and peers; make bench ARGS=--help
-	$(BIN)/python benchmarks/bench.py $(ARGS)
+bench: .venv/installed  ## step time and memory beside the padded step and peers (PAGE=reading: scoring, generating); ARGS=--help
+	$(BIN)/python benchmarks/$(or $(PAGE),bench).py $(ARGS)
 
 faults: .venv/installed  ## the long fault rig: kills, torn files, hostile servers, malformed inputs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(ARGS)

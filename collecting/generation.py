@@ -50,6 +50,14 @@ class ChosenLogprobs:
         return torch.cat(self.chosen, 1)
 
 
+def shared_tokens(model, ids):
+    """How many tokens the prompts begin with in common, each keeping one of its own, where that is worth a pass by
+    itself. None for a model whose cache is a state or a window: padding will stand behind these tokens."""
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    shared = min(common.shared_start(ids[0], x[:-1]) for x in ids)
+    return shared if len(ids) > 1 and shared >= 32 and not (window or model._is_stateful) else 0
+
+
 @torch.inference_mode()
 # fmt: off
 def generate(
@@ -68,21 +76,25 @@ def generate(
     # fmt: on
     """Generate `num_samples` responses to each prompt -> a list per prompt of {text, logprob, num_tokens, finished}.
 
-    temperature 0 is greedy (or beam search). The prompt is read once: its cache is repeated for the samples. logprob is
+    temperature 0 is greedy (or beam search). What the prompts begin with in common, and each prompt for all its
+    samples, is read once: its cache is repeated. logprob is
     the sum of the model's own log-probabilities, before temperature and top_p, of the num_tokens tokens. EOS counts in
     neither (an empty response is its EOS): servers leave it out too, and `rank --by logprob`. finished: it ended by
     itself within max_new_tokens. The text ends before the first of the `stop` strings.
     """
     ids = [common.cut_left(tokenizer, common.prompt_ids(tokenizer, p), max_prompt_length or 2**30) for p in prompts]
-    L = max(map(len, ids))
+    L, S = max(map(len, ids)), shared_tokens(model, ids) if num_beams == 1 else 0
     pad = tokenizer.eos_token_id  # it ends a row that a stop string ended
-    input_ids = torch.tensor([[pad] * (L - len(x)) + x for x in ids], device=model.device)
-    mask = torch.tensor([[0] * (L - len(x)) + [1] * len(x) for x in ids], device=model.device)
+    input_ids = torch.tensor([x[:S] + [pad] * (L - len(x)) + x[S:] for x in ids], device=model.device)
+    mask = torch.tensor([[1] * S + [0] * (L - len(x)) + [1] * (len(x) - S) for x in ids], device=model.device)
     chosen, cache = ChosenLogprobs(), None
+    if S:
+        cache = model(input_ids[:1, :S], use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(ids))
     if num_samples > 1 and L > 1 and num_beams == 1:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, :-1]
-        inputs = {"input_ids": input_ids[:, :-1], "attention_mask": mask[:, :-1], "position_ids": positions}
-        cache = model(**inputs, use_cache=True, logits_to_keep=1).past_key_values
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:-1]
+        inputs = {"input_ids": input_ids[:, S:-1], "attention_mask": mask[:, :-1], "position_ids": positions}
+        cache = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(num_samples)
         input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
     own = model.generation_config  # its min_p, suppress_tokens, ... would shape the candidates: only its EOS ids count

@@ -11,7 +11,7 @@ import runtime
 from common import Encoded, UserError
 from runtime import say
 
-ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row; a longer sequence has a row of its own
+ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row, or three times the longest sequence: most of it is shared
 CHUNK_ROWS = 8  # records of about that many rows are planned, and then written, at once
 MAX_LOGITS = 2**24  # at a time
 
@@ -46,7 +46,8 @@ def score_rows(model, sequences, values_of, check):
     device = model.device
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("flex_attention" if device.type == "cuda" else "blocks")
-    values, plan = [None] * len(sequences), runtime.plan_rows(sequences, ROW_TOKENS[device.type], 1)[0]
+    budget = max(ROW_TOKENS[device.type], 3 * max(s.num_tokens for s in sequences))
+    values, plan = [None] * len(sequences), runtime.plan_rows(sequences, budget, 1)[0]
     rows = [[sequences[i] for i in row] for row, _ in plan]
     with token_bar(sum(map(runtime.unique_tokens, rows))) as bar:
         for (row, _), some in zip(plan, rows):
@@ -77,6 +78,14 @@ def score_candidates(model, tokenizer, records, max_length=512, max_prompt_lengt
     """-> [(logprobs [n], lengths [n])], a pair a record: each candidate's sum of token log-probabilities and its token
     count, fp32 on the model's device; the EOS of a whole response counts in both unless eos=False (an empty response
     is its EOS)."""
+    encoded = [common.encode(tokenizer, r, max_length, max_prompt_length) for r in records]
+    for e in [] if eos else encoded:
+        e.responses = [r[:-1] if r[-1] == tokenizer.eos_token_id and r[1:] else r for r in e.responses]
+    return score_encoded(model, encoded)
+
+
+def score_encoded(model, encoded):
+    """score_candidates of records that are encoded already."""
 
     def values_of(batch):
         return torch.stack(common.candidate_logprobs(model, batch, MAX_LOGITS), 1)  # [N, 2]
@@ -84,9 +93,6 @@ def score_candidates(model, tokenizer, records, max_length=512, max_prompt_lengt
     def check(some):
         common.check_packing(model, some, 1e-3 if model.device.type == "cpu" else 0.1, lambda s: pack(model, s))  # bf16
 
-    encoded = [common.encode(tokenizer, r, max_length, max_prompt_length) for r in records]
-    for e in [] if eos else encoded:
-        e.responses = [r[:-1] if r[-1] == tokenizer.eos_token_id and r[1:] else r for r in e.responses]
     sequences = [Encoded(e.id, e.prompt_ids, [r], 0, 0) for e in encoded for r in e.responses]
     values = score_rows(model, sequences, values_of, check)
     return [v.unbind(1) for v in values.split([len(e.responses) for e in encoded])]

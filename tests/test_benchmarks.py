@@ -9,6 +9,7 @@ from conftest import ROOT, make_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
+import reading  # noqa: E402
 import scale  # noqa: E402
 
 
@@ -78,3 +79,16 @@ def test_kept_bytes_of_a_layer():
     one, two, three = (scale.kept_bytes(scale.SMALL, 16, n) for n in (1, 2, 3))
     assert three - two == two - one == (scale.kept_bytes(scale.SMALL, 32, 2) - scale.kept_bytes(scale.SMALL, 32, 1)) / 2
     assert two - one > 16 * (4 * 64 * 2 + 4 * 4)
+
+
+def test_reading(tiny, tmp_path, monkeypatch):
+    """Every job of the second page, whose contenders must agree, into one file."""
+    output = tmp_path / "r.json"
+    monkeypatch.setattr(reading, "LONG", 50)
+    argv = ["reading.py", "--model", tiny, "--repeats", 1, "--candidates", 30, "--output", output]
+    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
+    bench.runtime.run_cli(reading.main)
+    report = json.loads(output.read_text())
+    assert list(report) == list(reading.JOBS)
+    assert list(report["few-shot"]["contenders"]) == ["ours", "rows", "padded"]
+    assert all(len(c["seconds"]) == 1 for job in report.values() for c in job["contenders"].values())

@@ -45,6 +45,25 @@ class TestGenerate:
             n = response["num_tokens"]
             assert response["logprob"] == pytest.approx(logp[-n:].sum().item(), abs=1e-3)
 
+    @pytest.mark.parametrize("num_samples", [1, 3])
+    def test_what_prompts_begin_with_is_read_once(self, tiny, tokenizer, num_samples):
+        """Prompts of different lengths behind the same examples: the answers and log-probabilities of each alone."""
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        few = "Two men carry a sofa up the stairs: the men are brothers? Neutral. "
+        prompts = [few + x for x in ("A dog runs:", "An old man with a hat sits on a bench in a park:", "x", "")]
+        read, options = [], {"max_new_tokens": 8, "num_samples": num_samples}
+        spy = lambda m, x, inputs: read.append((x[0] if x else inputs["input_ids"]).numel())  # noqa: E731
+        hook = model.register_forward_pre_hook(spy, with_kwargs=True)
+        together = generation.generate(model, tokenizer, prompts, **options)
+        hook.remove()
+        shared = len(common.prompt_ids(tokenizer, few)) - 1
+        longest = max(len(common.prompt_ids(tokenizer, p)) for p in prompts)
+        assert read[0] == shared > 32 and sum(read[:2]) <= shared + 4 * (longest - shared)
+        for prompt, answers in zip(prompts, together):
+            [alone] = generation.generate(model, tokenizer, [prompt], **options)
+            assert [a["text"] for a in answers] == [a["text"] for a in alone]
+            assert [a["logprob"] for a in answers] == pytest.approx([a["logprob"] for a in alone], abs=1e-4)
+
     def test_every_eos_of_the_folder_ends_a_response(self, tiny, tokenizer, monkeypatch):
         """With several EOS ids, as of Llama-3, tokens and log-probabilities stop at the first of them; what else the
         folder's generation_config asks for shapes nothing."""
