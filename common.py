@@ -18,6 +18,7 @@ import gzip
 import json
 import math
 import pathlib
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
 
     def parse(text):
         x = kind(text)
-        if not (math.isfinite(x) and low <= x <= high and x > above):
+        if not (low <= x <= high and x > above and abs(x) < 2**63):  # not so of nan
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return x
 
@@ -71,7 +72,7 @@ def open_data(path, kinds):
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
             yield kind, f
-    except (EOFError, OSError) as e:  # a torn or false .gz
+    except (EOFError, OSError, zlib.error) as e:  # a torn or false .gz
         raise UserError(f"{path}: cannot be read ({e})") from e
 
 
@@ -97,7 +98,8 @@ def parse_json(line, where):
 
     try:
         value = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
-        json.dumps(value, ensure_ascii=False).encode()  # a lone surrogate cannot be written back
+        # neither a lone surrogate nor the infinity that 1e999 becomes can be written back
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         return value
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: not valid JSON in UTF-8 ({str(e).splitlines()[0]})") from e
@@ -110,7 +112,7 @@ def as_object(value, where):
 
 
 def is_number(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300  # an integer may be longer
 
 
 CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
@@ -121,8 +123,27 @@ CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
     "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
     "reward": (is_number, "a finite number"),
     "similarity": (is_number, "a finite number"),
-    "rank": (lambda x: x is None or (type(x) is int and x >= 0), "an integer from 0, or null"),
+    "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
 }
+
+
+TEXT = (lambda x: x is None or isinstance(x, str), "a string or null")
+RECORD_FIELDS = dict.fromkeys(("label", "task", "instruction", "premise", "hypothesis", "question", "subset"), TEXT) | {
+    "answers": (
+        lambda x: x is None or isinstance(x, list) and all(isinstance(a, str) and a.strip() for a in x),
+        "null or a list of non-empty strings",
+    ),
+    "messages": (lambda x: x is None or isinstance(x, list) and all(map(is_message, x)), "a list of {role, content}"),
+    "documents": (
+        lambda x: isinstance(x, list) and all(isinstance(d, dict) and {"title", "text", "gold"} <= {*d} for d in x),
+        "a list of {title, text, gold}",
+    ),
+}
+
+
+def is_message(m):
+    roles = ("user", "assistant", "system")
+    return isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str)
 
 
 def load_candidates(path, need=(), added_by=None, limit=None):
@@ -154,6 +175,9 @@ def check_record(record, where):
     for field in ("id", "prompt"):
         if not isinstance(record.get(field), str) or not record[field].strip():
             raise UserError(f"{where}: field {field!r} must be a non-empty string")
+    for field, (valid, expected) in RECORD_FIELDS.items():
+        if field in record and not valid(record[field]):
+            raise UserError(f"{where}: field {field!r} must be {expected}")
     candidates = record.get("candidates")
     if not isinstance(candidates, list) or not candidates:
         raise UserError(f"{where}: field 'candidates' must be a non-empty list")
@@ -453,7 +477,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--epochs", type=in_range(int, 1), default=epochs, help="passes over the data")
     add("--batch_size", type=in_range(int, 1), default=batch_size, help="prompts per step over all processes")
     add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
-    add("--seed", type=int, default=0, help="order of the data, dropout")
+    add("--seed", type=in_range(int, 0, 2**32), default=0, help="order of the data, dropout")
     add = parser.add_argument_group("rows and memory").add_argument
     add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
     add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")

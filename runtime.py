@@ -17,6 +17,7 @@ import zlib
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -36,7 +37,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 # what a file, a folder, a flag or the machine may be at fault for; any other error is a mistake of this program
 OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, torch.OutOfMemoryError, zlib.error)
-OUTSIDE += (csv.Error, SafetensorError)
+OUTSIDE += (csv.Error, SafetensorError, TemplateError)
 
 
 def run_cli(main):
@@ -219,7 +220,13 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
     """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; errors name `flag`."""
     safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
     try:
-        return auto_class.from_pretrained(name, trust_remote_code=False, **safe, **kwargs)
+        if auto_class is not AutoModelForCausalLM:
+            return auto_class.from_pretrained(name, trust_remote_code=False, **safe, **kwargs)
+        more = {"trust_remote_code": False, "output_loading_info": True}
+        model, info = auto_class.from_pretrained(name, **more, **safe, **kwargs)
+        if info["missing_keys"]:  # transformers would begin with random ones
+            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
+        return model
     except Exception as e:  # a folder may hold anything
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
@@ -236,6 +243,13 @@ def load_tokenizer(name, flag="--model"):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
     return tokenizer
+
+
+def check_vocabulary(model, tokenizer, name):
+    """Raise UserError where the tokenizer knows tokens that the model has no embedding of."""
+    rows = model.get_input_embeddings().num_embeddings
+    if (tokens := max(tokenizer.get_vocab().values(), default=0) + 1) > rows:
+        raise UserError(f"{name}: its tokenizer has {tokens} tokens, its embedding {rows}: they do not belong together")
 
 
 def run_name(model):
@@ -268,6 +282,8 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
         return loaded[0].config, getattr(loaded[0], "generation_config", None)
 
     config, generation_config = on_process0(load)
+    if loaded:
+        check_vocabulary(loaded[0], tokenizer, f"--model {args.model}")
     model = loaded[0] if loaded else unfilled(auto_class, config, generation_config)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:

@@ -20,7 +20,7 @@ def anchor_flags(add):
     add("--num_distractors", type=in_range(int, 0), default=4, help="responses from distractors (Sec. 5.2: 4)")
     add("--prompt_file", help="a template of your own with {documents} and {question}")
     add("--temperature", type=in_range(float, 0), default=0.0, help="0: greedy, one response a passage")
-    add("--seed", type=int, default=0, help="which distractors")
+    add("--seed", type=in_range(int, 0, 2**32), default=0, help="which distractors")
     generation_flags(add, 128)
 
 

@@ -22,7 +22,9 @@ def load_generator(name, device, flag="--model", auto_class=AutoModelForCausalLM
     """
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = runtime.load_pretrained(auto_class, name, flag, dtype=dtype)
-    return model.to(device).eval(), runtime.load_tokenizer(name, flag)
+    tokenizer = runtime.load_tokenizer(name, flag)
+    runtime.check_vocabulary(model, tokenizer, f"{flag} {name}")
+    return model.to(device).eval(), tokenizer
 
 
 class ChosenLogprobs:
@@ -82,6 +84,8 @@ def generate(
     neither (an empty response is its EOS): servers leave it out too, and `rank --by logprob`. finished: it ended by
     itself within max_new_tokens. The text ends before the first of the `stop` strings.
     """
+    if 0 < temperature < 1e-3:
+        raise UserError(f"--temperature {temperature} is too small to divide by: 0 is greedy")
     ids = [common.cut_left(tokenizer, common.prompt_ids(tokenizer, p), max_prompt_length or 2**30) for p in prompts]
     L, S = max(map(len, ids)), shared_tokens(model, ids) if num_beams == 1 else 0
     pad = tokenizer.eos_token_id  # it ends a row that a stop string ended

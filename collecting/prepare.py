@@ -241,7 +241,7 @@ def prepare_flags(add):
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
     add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
-    add("--shuffle", type=int, metavar="SEED", help="shuffle the rows first, so that --limit draws from all of them")
+    add("--shuffle", type=in_range(int, 0), metavar="SEED", help="shuffle first: --limit draws from all rows")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")
     add("--validation", type=in_range(int, 0), default=0, help="move so many, drawn, to validation.jsonl")
@@ -255,7 +255,7 @@ def prepare_flags(add):
     qa = group(add, "multidoc_qa")
     qa("--num_documents", type=in_range(int, 2), default=10, help="documents a prompt (paper: 5 and 10)")
     qa("--gold_position", type=in_range(int, 1), nargs="+", help="1 is first; several: a record for each")
-    qa("--seed", type=int, default=0, help="where the gold passage stands without --gold_position")
+    qa("--seed", type=in_range(int, 0, 2**32), default=0, help="where the gold passage stands without --gold_position")
     qa("--gold_prompt", action="store_true", help="the prompt shows the gold passage alone, as the released training")
     qa("--max_words", type=in_range(int, 1), help="only questions none of whose passages has more words")
 # fmt: on

@@ -70,6 +70,7 @@ def load_reward_model(name, device, flag, allow_pickle):
     if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
         raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
     tokenizer = runtime.load_tokenizer(name, flag)
+    runtime.check_vocabulary(model, tokenizer, f"{flag} {name}")
     form = "oasst" if isinstance(model, RewardModel) else "chat_template" if tokenizer.chat_template else "plain"
     return model.to(device).eval(), tokenizer, getattr(model.config, "dialogue_form", form)
 

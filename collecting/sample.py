@@ -23,7 +23,7 @@ def sample_flags(add):
     add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE: 3, Tuna: 4)")
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
-    add("--seed", type=int, default=0, help="of the samples")
+    add("--seed", type=in_range(int, 0, 2**32), default=0, help="of the samples")
     prompt_flags(add)
     generation_flags(add, 128, alpaca=512)
 

@@ -65,7 +65,7 @@ def open_client(args, count):
             except TimeoutError as e:
                 count["errors"] += 1
                 raise httpx2.ReadTimeout(f"no whole reply within {args.timeout:g} s", request=request) from e
-            except (ValueError, OverflowError, httpx2.RequestError) as e:
+            except (ValueError, LookupError, OverflowError, httpx2.RequestError) as e:
                 count["errors"] += 1
                 raise httpx2.RequestError(str(e) or type(e).__name__, request=request) from e
 
@@ -111,7 +111,11 @@ async def request(client, args, i, dialogue, count, *, num_samples, logprobs, co
 def check_server(url):
     """Raise UserError unless `url` and OPENAI_API_KEY can be used -> the key, empty where there is none."""
     parts = urllib.parse.urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
+    try:
+        port = parts.port
+    except ValueError:
+        port = 0
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
         raise UserError("--base_url must be http(s)://host/path, such as http://localhost:8000/v1")
     if parts.username or parts.password or parts.query or parts.fragment:
         raise UserError("--base_url must hold no user, password, or query: a key belongs in OPENAI_API_KEY")
@@ -136,6 +140,7 @@ async def bound_reply(response):
     if response.headers.get("content-encoding", "identity") != "identity":
         raise ValueError("the reply is compressed, which was not asked for")
     response.aiter_raw = bounded
+    response.encoding = "utf-8"  # whatever the server calls it: zlib is a codec too
 
 
 def read_reply(text):
@@ -146,7 +151,9 @@ def read_reply(text):
         responses = []
         for choice in reply["choices"]:
             content = choice["message"]["content"] if "message" in choice else choice["text"]
-            responses.append({"text": (content or "").strip(), "finished": choice.get("finish_reason") == "stop"})
+            responses.append(
+                {"text": hide_key(content or "").strip(), "finished": choice.get("finish_reason") == "stop"}
+            )
             responses[-1]["text"].encode()  # a lone surrogate cannot be written to a file
             logprobs = choice.get("logprobs") or {}
             tokens = [(t["token"], t["logprob"]) for t in logprobs.get("content") or ()]
@@ -178,7 +185,7 @@ def without_eos(tokens, text):
 def status_error(e, args):
     """What an HTTP status other than 200 says, in the server's own words, short and never with the key. Raises
     UserError where no prompt can succeed."""
-    code, said = e.status_code, hide_key(" ".join(str(e.message).split())[:200])
+    code, said = e.status_code, hide_key(" ".join(str(e.message).split()))[:200]
     if code in (401, 403):
         raise UserError(f"--base_url {args.base_url}: the key in OPENAI_API_KEY is missing or refused (HTTP {code})")
     if code == 404 or 300 <= code < 400 or getattr(e, "code", None) == "insufficient_quota":

@@ -32,7 +32,7 @@ def hh_flags(add):
     add("--source", help="no --model: the records' own responses of this source (chosen: PRO's Golden; a teacher's)")
     add("--cue", default="", help="ends the prompt, for the model alone (chain of hindsight: ' A good answer:')")
     add("--limit", type=in_range(int, 1), help="so many records of each subset, drawn by --seed")
-    add("--seed", type=int, default=0, help="which records --limit draws")
+    add("--seed", type=in_range(int, 0, 2**32), default=0, help="which records --limit draws")
     generation_flags(add, 128)
 
     add = group(add, "the reward model")

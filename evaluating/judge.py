@@ -52,7 +52,7 @@ def judge(args):
     """A model compares two systems' answers in both orders, at temperature 0. --verdicts agree: a win needs both, and
     all else is a tie; average: each order's verdict counts half (PRO Sec. 4.2, Table 3)."""
     args.input = args.answers
-    systems = [{row["id"]: row for _, row in common.read_rows(path)} for path in args.answers]
+    systems = [{check_answer(*pair)["id"]: pair[1] for pair in common.read_rows(path)} for path in args.answers]
     shared = [row for i, row in systems[0].items() if i in systems[1]]
     if not shared:
         raise UserError(f"--answers {' '.join(args.answers)}: no question has an answer in both")
@@ -86,6 +86,14 @@ def judge(args):
         for k in (0, 1):
             metrics[f"mean_words_{k + 1}"] = mean(len(systems[k][i]["text"].split()) for i in ids)
         write_metrics(args, "judge", metrics)
+
+
+def check_answer(where, row):
+    """-> the row; UserError unless it is an answer, as the verbs of evaluate.py write them."""
+    for field in ("id", "question", "text"):
+        if not isinstance(row.get(field), str):
+            raise UserError(f"{where}: field {field!r} must be a string: give answers as evaluate.py writes them")
+    return row
 
 
 def verdict(text):

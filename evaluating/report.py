@@ -1,7 +1,6 @@
 """The verb report: figures of several systems side by side, or beside a paper's own."""
 
 import functools
-import json
 import math
 import pathlib
 import re
@@ -51,7 +50,7 @@ def report(args):
         if not files:
             raise UserError(f"{folder}: no *.metrics.json; evaluate {name} first")
         for file in files:
-            document = json.loads(file.read_text())
+            document = read_document(file, metrics=dict, name=str)
             plain = {k: v for k, v in document["metrics"].items() if common.is_number(v)}
             verb = file.name.removesuffix(".metrics.json")
             tables.setdefault(verb, {})[document["name"]] = plain
@@ -70,9 +69,27 @@ def report(args):
         text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
     say(text)
     if args.output:
-        write_atomically(pathlib.Path(args.output), text + "\n")
+        output = pathlib.Path(args.output)
+        if output.exists() and not output.read_bytes().startswith(HEAD.encode()):
+            raise UserError(f"--output {output} was not written by report: name another file")
+        write_atomically(output, HEAD + text + "\n")
     for plot in args.plot:
         PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
+
+
+HEAD = "<!-- evaluate.py report: written anew each time -->\n\n"
+
+
+def read_document(path, **fields):
+    """The JSON object of a file that has these fields {name: type}; UserError on any other."""
+    try:
+        document = common.as_object(common.parse_json(pathlib.Path(path).read_bytes(), path), path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    for field, kind in fields.items():
+        if not isinstance(document.get(field), kind):
+            raise UserError(f"{path}: has no {field!r}: it is not what this script reads here")
+    return document
 
 
 def beside_paper(path, tables, wanted=None):
@@ -83,7 +100,7 @@ def beside_paper(path, tables, wanted=None):
     a column is what follows the @ in a system's name (label@2000), otherwise a column is a figure's name. Columns of
     ours that the paper lacks stay where `cells` is given, and rows of ours always. wanted: of the columns, only these.
     """
-    paper = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    paper = read_document(path, rows=dict, source=str)
     cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
     columns = [c for c in columns if c in wanted] if wanted else columns
     runs = {}  # row -> column -> [(value, interval)], a pair for each seed

@@ -22,7 +22,7 @@ def sheet_flags(add):
     add("--names", nargs="+", help="the systems' names (default: the files' folders)")
     add("--input", help="records with the prompts")
     add("--limit", type=in_range(int, 1), default=100, help="prompts on the sheet, drawn by --seed")
-    add("--seed", type=int, default=0, help="which prompts, and the order of the responses")
+    add("--seed", type=in_range(int, 0, 2**32), default=0, help="which prompts, and the order of the responses")
     add("--output", default=str(EVAL_FOLDER / "sheet.html"), help="the page; who is who goes to OUTPUT.key.json")
     add("--score", nargs="+", metavar="RESULTS", help="the results that annotators saved for the page --output")
 # fmt: on
@@ -49,8 +49,9 @@ def sheet(args):
     data = json.dumps({"sheet": number, "items": items}).replace("<", "\\u003c")  # no text can end the script element
     key = {"sheet": number, "systems": names, "ids": [r["id"] for r in records], "orders": orders}
     output = pathlib.Path(args.output)
-    if output.exists():
-        raise UserError(f"--output {output} is there already: name another file")
+    for file in (output, key_file(output)):
+        if file.exists():
+            raise UserError(f"--output {output}: {file} is there already: name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(key_file(output), json.dumps(key))
     write_atomically(output, PAGE.read_text(encoding="utf-8").replace("@DATA@", data))
@@ -69,11 +70,14 @@ def score_sheet(args):
     the win rate, which ties make too wide rather than too narrow, the normal one for the mean score.
     """
     key = read_sheet_file(key_file(args.output), "orders")
+    orders, n = key["orders"], len(key["systems"]) if isinstance(key.get("systems"), list) else 0
+    if n < 2 or any(not isinstance(o, list) or sorted(map(str, o)) != [*map(str, range(n))] for o in orders):
+        raise UserError(f"{key_file(args.output)}: not a key that this script has written")
     names, n = key["systems"], len(key["systems"])
     judged = [{} for _ in key["orders"]]  # per prompt: system -> its scores, one an annotator
     for path in args.score:
         results = read_sheet_file(path, "answers")
-        if results.get("sheet") != key["sheet"] or len(results["answers"]) != len(judged):
+        if results.get("sheet") != key.get("sheet") or len(results["answers"]) != len(judged):
             raise UserError(f"--score {path}: these are the results of another sheet than {args.output}")
         for i, (answer, order) in enumerate(zip(results["answers"], key["orders"])):
             for system, points in sheet_points(answer, order, f"{path}: answer {i + 1}").items():
