@@ -72,7 +72,7 @@ def test_verbs_and_report(cli, tiny, here):
     metrics = json.loads((here / "runs/eval/a/nli.metrics.json").read_text())
     assert metrics["metrics"]["prompts"] == 5 and {"torch", "transformers"} <= metrics["versions"].keys()
     report = cli("evaluate", "report", "a", "b", "--columns", "accuracy", "pair_accuracy", "--output", "table.md").out
-    assert "| a |" in report and "| b |" in report and (here / "table.md").read_text() == report
+    assert "| a |" in report and "| b |" in report and (here / "table.md").read_text().endswith(report)
     assert "### nli" in cli("evaluate", "report", "a", "b").out
     refused(cli("evaluate", "report", "a", "--columns", "beauty"), "beauty")
     refused(cli("evaluate", "report", "nobody"), "nobody")
