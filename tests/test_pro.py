@@ -361,8 +361,7 @@ def test_evaluation_survives_a_kill(held_out_run, cli, monkeypatch, tmp_path):
         return clip(*args)
 
     monkeypatch.setattr(runtime, "clip_grad_norm", die_at_sixth)
-    with pytest.raises(ConnectionError):
-        cli("pro", *argv, "--output", tmp_path / "run")
+    assert cli("pro", *argv, "--output", tmp_path / "run").code == 2
     monkeypatch.setattr(runtime, "clip_grad_norm", clip)
     assert cli("pro", *argv, "--output", tmp_path / "run", "--resume").code == 0
     assert eval_lines(tmp_path / "run") == eval_lines(whole)
@@ -495,8 +494,7 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
             return clip(*args)
 
         monkeypatch.setattr(runtime, "clip_grad_norm", die_at_fourth)
-        with pytest.raises(ConnectionError):
-            cli("pro", *argv)
+        assert cli("pro", *argv).code == 2
         monkeypatch.setattr(runtime, "clip_grad_norm", clip)
         monkeypatch.setattr(generation, "generate", None)  # the second split is sampled: nothing to generate
     result = cli("pro", *argv, "--resume")
