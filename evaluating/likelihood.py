@@ -5,15 +5,24 @@ import math
 import torch
 
 import common
+import runtime
 from collecting import generation
 from collecting.flags import group
 from collecting.scoring import chunks, score_candidates
 from common import UserError, in_range
 from evaluating.shared import mean, model_flags, predict, write_metrics
+from runtime import say
+
+
+def hybrid(c):
+    """Human, then right (QA: right and anchored in the gold passage, then right), then wrong: as rescue.py's."""
+    return 2 if c["source"] in common.HUMAN else c["correct"] + (c["correct"] and c.get("anchor") == "gold")
+
 
 LEVELS = {  # --by -> a candidate's preference level, larger better
     "human": lambda c: c["source"] in common.HUMAN,
     "label": lambda c: c["correct"],
+    "hybrid": hybrid,
     "reward": lambda c: c["reward"],
     "rank": lambda c: -c["rank"],
     "similarity": lambda c: c["similarity"],
@@ -21,28 +30,43 @@ LEVELS = {  # --by -> a candidate's preference level, larger better
 }
 
 
+# What a model was trained with is what it is measured with: flags that are not given come from its run
+WITHOUT_A_RUN = {"length_scaling": 1.0, "human_length_scaling": 1.0, "margin": 0.0, "length_penalty": 1.3}
+WITHOUT_A_RUN |= {"max_length": 512, "max_prompt_length": None}
+OF_RUN = "(default: the run's, else %s)"
+
+
 # fmt: off
 def ranking_flags(add):
     model_flags(add, "ranking")
     number = in_range(float, 0)
     add("--by", required=True, choices=sorted(LEVELS), help="the annotation that says which candidate is better")
-    add("--length_scaling", type=number, default=1.0, help="length exponent of model responses (RESCUE: 0.85)")
-    add("--human_length_scaling", type=number, default=1.0, help="length exponent of human responses")
-    add("--margin", type=number, default=0.1, help="a pair closer than this is a margin violation (Tuna: m)")
-    add("--length_penalty", type=number, default=1.3, help="logprob: beta of the teacher's score (Tuna Eq. 3)")
+    add("--length_scaling", type=number, help=f"length exponent of model responses {OF_RUN % 1}")
+    add("--human_length_scaling", type=number, help=f"length exponent of human responses {OF_RUN % 1}")
+    add("--margin", type=number, help=f"a pair closer than this is a margin violation {OF_RUN % 0}; only Tuna has one")
+    add("--length_penalty", type=number, help=f"logprob: beta of the teacher's score, Tuna Eq. 3 {OF_RUN % 1.3}")
     scoring_flags(add)
 
 
 def scoring_flags(add):
     add = group(add, "scoring")
-    add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + one response")
-    add("--max_prompt_length", type=in_range(int, 2), help="of them; without, the response goes first (PRO: 384)")
+    add("--max_length", type=in_range(int, 8), help=f"tokens of prompt + one response {OF_RUN % 512}")
+    add("--max_prompt_length", type=in_range(int, 2), help=f"of them {OF_RUN % 'none: the response goes first'}")
 
 
 def nll_flags(add):
     model_flags(add, "nll", "records with a reference (or human) response, JSONL")
     scoring_flags(add)
 # fmt: on
+
+
+def as_trained(args):
+    """Fill the flags that were not given: from args.json of the run that left --model, else WITHOUT_A_RUN."""
+    settings = runtime.run_settings(args.model)
+    missing = [k for k in WITHOUT_A_RUN if getattr(args, k, 0) is None]
+    for k in missing:
+        setattr(args, k, settings.get(k, WITHOUT_A_RUN[k]))
+    say("measured with:", ", ".join(f"{k} {getattr(args, k)}" for k in WITHOUT_A_RUN if hasattr(args, k)))
 
 
 def score(args, records, device):
@@ -54,7 +78,8 @@ def score(args, records, device):
 
 def ranking(args):
     """Score every candidate by its length-normalised log-likelihood and compare the order with the annotation's."""
-    field = {"label": "correct", "human": "source"}.get(args.by, args.by)
+    as_trained(args)
+    field = {"label": "correct", "hybrid": "correct", "human": "source"}.get(args.by, args.by)
     records = [annotated(r, field, args) for r in common.load_candidates(args.input)]
     records = [r for r in records if r["candidates"]]
     if not records:
@@ -82,8 +107,10 @@ def annotated(record, field, args):
     for i, c in enumerate(record["candidates"]):
         if field not in c and c["source"] not in common.HUMAN:
             where = f"{args.input}: record {record['id']!r}: candidates[{i}]"
-            raise UserError(f"{where} has no {field!r}; add it with: collect_candidates.py rank --by {args.by}")
-    candidates = [c for c in record["candidates"] if c.get(field) is not None]  # rank null: not ranked
+            by = "label" if field == "correct" else args.by
+            raise UserError(f"{where} has no {field!r}; add it with: collect_candidates.py rank --by {by}")
+    ranked = [c.get(field) is not None for c in record["candidates"]]  # rank null: not ranked
+    candidates = [c for c, r in zip(record["candidates"], ranked) if r or args.by == "hybrid"]
     if field == "logprob":
         scores = (common.length_normalized(c["logprob"], c["num_tokens"], args.length_penalty) for c in candidates)
         candidates = [c | {"teacher_score": s} for c, s in zip(candidates, scores)]
@@ -116,6 +143,7 @@ def ranking_metrics(rows, margin):
 
 def nll(args):
     """Token NLL of the reference responses under a model, EOS included."""
+    as_trained(args)
     records = []
     for record in common.load_candidates(args.input):
         references = [c for c in record["candidates"] if c["source"] in common.HUMAN]

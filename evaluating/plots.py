@@ -1,9 +1,10 @@
 """All figures as PNG: what a verb draws of one system, and RESCUE's figures of several."""
 
-import json
 import pathlib
+from statistics import fmean
 
 import common
+import runtime
 from collecting.answers import NLI_LABELS
 from common import UserError
 from evaluating.shared import wilson
@@ -69,27 +70,45 @@ def plot_positions(systems, path):
 
 
 def plot_setting(systems, path, setting):
-    """Fig. 4: label accuracy against a training argument (alpha, number of candidates), a line for each ordering."""
-    lines = {}
+    """Fig. 4: label accuracy against a training argument (alpha, number of candidates, prompts trained on).
+
+    A line joins runs that differ in nothing else; runs that differ in the seed alone are one point, their mean. What
+    tells the lines apart is in the legend.
+    """
+    runs = []
     for name, documents in systems.items():
-        args_file = pathlib.Path(need_verb(documents, name, "nli")["settings"]["--model"]).parent / "args.json"
-        if not args_file.is_file():
-            raise UserError(f"--plot {setting}: {name} is no run of rescue.py ({args_file} is not there)")
-        trained = json.loads(args_file.read_text())["settings"]
-        metrics = documents["nli"]["metrics"]
-        point = (trained[setting], metrics["accuracy"], metrics["prompts"])
-        lines.setdefault(trained.get("ordering", ""), []).append(point)
+        document = need_verb(documents, name, "nli")
+        model = document["settings"]["--model"]
+        trained = runtime.run_settings(model)
+        if setting not in trained:
+            raise UserError(f"--plot {setting}: {name} is no run with --{setting}, as its RUN/args.json says")
+        evaluated = {
+            k: v for k, v in document["settings"].items() if k not in ("--model", "--name", f"content of {model}")
+        }
+        runs.append(({k: v for k, v in trained.items() if k != "seed"} | evaluated, document["metrics"]))
+    same = {k for k in runs[0][0] if all(r.get(k, "") == runs[0][0][k] for r, _ in runs)}
+    lines = {}  # what is particular to it -> x -> [metrics]
+    for settings, metrics in runs:
+        own = tuple(sorted((k, str(v)) for k, v in settings.items() if k not in same and k != setting))
+        lines.setdefault(own, {}).setdefault(settings[setting], []).append(metrics)
     figure, axes = new_figure()
-    for ordering, points in sorted(lines.items()):
-        plot_shares(axes, *zip(*sorted(points)), fmt="-o", label=ordering)
-    axes.set(xlabel=setting.replace("_", " "), ylabel="accuracy")
-    values = sorted({x for points in lines.values() for x, *_ in points})
-    if setting == "alpha" and values[0] > 0:
+    for own, points in sorted(lines.items()):
+        x = sorted(points, key=float)
+        shares = [fmean(m["accuracy"] for m in points[v]) for v in x]
+        prompts = [points[v][0]["prompts"] for v in x]  # seeds answer the same ones: they add none
+        label = ", ".join(v if k == "ordering" else f"{k} {v[:12]}" for k, v in own)
+        plot_shares(axes, x, shares, prompts, fmt="-o", label=label or "accuracy")
+    axes.set(xlabel="training prompts" if setting == TRAIN_SIZE else setting.replace("_", " "), ylabel="accuracy")
+    values = sorted({x for points in lines.values() for x in points})
+    if setting != "num_candidates" and values[0] > 0:
         axes.set_xscale("log")
     axes.set_xticks(values, [f"{x:g}" for x in values])
     axes.minorticks_off()
-    figure.legend(frameon=False, title="ordering", loc="outside right upper")
+    figure.legend(frameon=False, loc="outside right upper")
     save_figure(figure, path)
+
+
+TRAIN_SIZE = "max_train_samples"
 
 
 def plot_sources(systems, path):

@@ -8,16 +8,17 @@ import statistics
 
 import common
 from common import UserError
-from evaluating.plots import need_verb, plot_positions, plot_setting, plot_sources, plot_training
+from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, wilson
 from run import write_atomically
 from runtime import say
 
-PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), 5 and 6 (sources), accuracy by gold_position, the runs' logs
-(training); PLOT.png beside --output, sources in each system's folder"""
+PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), accuracy by train_size and by gold_position, Fig. 5 and 6
+(sources), the runs' logs (training); PLOT.png beside --output, sources in each system's folder"""
 PLOTS = {
     "alpha": functools.partial(plot_setting, setting="alpha"),
     "num_candidates": functools.partial(plot_setting, setting="num_candidates"),
+    "train_size": functools.partial(plot_setting, setting=TRAIN_SIZE),
     "sources": plot_sources,
     "training": plot_training,
     "gold_position": lambda systems, path: plot_positions(

@@ -163,3 +163,28 @@ def test_refusals(cli, tiny, here):
         cli("evaluate", "ranking", "--model", tiny, "--input", "bad.jsonl", "--by", "label"), "candidates[1]", "correct"
     )
     refused(cli("evaluate", "ranking", "--model", tiny, "--input", "none.jsonl", "--by", "label"), "none.jsonl")
+
+
+def test_ranking_measures_with_what_the_run_was_trained_with(cli, tiny, here):
+    """lambda, margin, and lengths of RUN/args.json, unless they are given; RESCUE's hinge has no margin."""
+    import shutil
+
+    for name, settings in {
+        "rescue": {"length_scaling": 0.85, "human_length_scaling": 1.0, "max_length": 64, "max_prompt_length": None},
+        "tuna": {"margin": 0.1, "length_penalty": 1.4, "max_length": 512},
+    }.items():
+        shutil.copytree(tiny, here / f"runs/{name}/model")
+        (here / f"runs/{name}/args.json").write_text(json.dumps({"settings": settings}))
+    ranking = ("evaluate", "ranking", "--by", "hybrid", "--input", "d.jsonl", "--model")
+
+    def settings(name):
+        document = json.loads((here / f"runs/eval/{name}/ranking.metrics.json").read_text())
+        return [document["settings"][f"--{k}"] for k in ("length_scaling", "margin", "max_length", "length_penalty")]
+
+    assert "length_scaling 0.85" in cli(*ranking, "runs/rescue/model").out and settings("rescue") == [0.85, 0, 64, 1.3]
+    assert cli(*ranking, "runs/tuna/model").code == 0 and settings("tuna") == [1.0, 0.1, 512, 1.4]
+    assert cli(*ranking, tiny, "--name", "base").code == 0 and settings("base") == [1.0, 0.0, 512, 1.3]
+    assert cli(*ranking, "runs/rescue/model", "--name", "x", "--margin", 0.2, "--length_scaling", 1).code == 0
+    assert settings("x") == [1.0, 0.2, 64, 1.3]
+    levels = read_jsonl(here / "runs/eval/base/ranking.jsonl")[0]["levels"]
+    assert levels == [2.0] + [float(c["correct"]) for c in make_records(1)[0]["candidates"][1:]]

@@ -89,10 +89,35 @@ def test_accuracy_against_alpha_and_candidates(cli, tmp_path, monkeypatch, curve
     assert curves["alpha", "label"] == ([0.01, 0.1], [0.5, 0.6])
     assert curves["alpha", "human"] == ([0.1], [0.3])
     assert cli("evaluate", "report", "r0", "r2", "--plot", "num_candidates").code == 0
-    assert curves["num candidates", "label"] == ([3, 5], [0.4, 0.6])
+    assert curves["num candidates", "accuracy"] == ([3, 5], [0.4, 0.6])
     assert (tmp_path / "runs/eval/alpha.png").stat().st_size > 5000
     (tmp_path / "runs/h/args.json").unlink()
     refused(cli("evaluate", "report", "h", "--plot", "alpha"), "h is no run")
+
+
+def test_a_line_joins_what_differs_in_nothing_else(cli, tmp_path, monkeypatch, curves):
+    """Seeds are one point; another learning rate or number of candidates is another line."""
+    monkeypatch.chdir(tmp_path)
+    same = {"ordering": "label", "max_train_samples": 500}
+    for i, (alpha, lr, seed, accuracy) in enumerate(
+        [(0.1, 1e-4, 0, 0.6), (0.1, 1e-4, 1, 0.4), (0.01, 1e-4, 0, 0.3), (0.1, 3e-4, 0, 0.9), (0.01, 3e-4, 0, 0.8)]
+    ):
+        fake_run(tmp_path, f"r{i}", accuracy, alpha=alpha, lr=lr, seed=seed, **same)
+    assert cli("evaluate", "report", *(f"r{i}" for i in range(5)), "--plot", "alpha").code == 0
+    lines = {k: v for k, v in curves.items() if isinstance(k, tuple)}
+    assert lines == {
+        ("alpha", "lr 0.0001"): ([0.01, 0.1], [0.3, 0.5]),
+        ("alpha", "lr 0.0003"): ([0.01, 0.1], [0.8, 0.9]),
+    }
+    for size, accuracy in ((500, 0.5), (1500, 0.7)):
+        fake_run(tmp_path, f"s{size}", accuracy, **same | {"max_train_samples": size})
+    assert cli("evaluate", "report", "s500", "s1500", "--plot", "train_size").code == 0
+    assert curves["training prompts", "accuracy"] == ([500, 1500], [0.5, 0.7])
+
+
+def test_sources_need_ranking(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fake_run(tmp_path, "h", 0.3)
     refused(cli("evaluate", "report", "h", "--plot", "sources"), "no ranking.metrics.json")
 
 
