@@ -218,10 +218,10 @@ def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, tmp_path, mon
 
     def longest_first(prompt, nth, body):
         texts = dict(re.findall(r"^Response (\d+):\n(.*)$", prompt, re.M))
-        ranking = [*sorted(texts, key=lambda i: -len(texts[i])), "0"]
-        ratings = "\n".join(f"{i}: 1 2 3" for i in ranking)
-        form = "Type: open\nReference: mine\nDuplicates: none\nRatings:\n{}\nRanking: {}"
-        return chat(form.format(ratings, " > ".join(ranking)))
+        ranking = [*sorted(texts, key=lambda i: -len(texts[i])), str(len(texts))]  # the last one: its own
+        scores = "\n".join(f"{i}: {5 - k} {5 - k} {5 - k} = {15 - 3 * k}" for k, i in enumerate(ranking))
+        form = "Type: open\nReference: mine\nDuplicates: none\nScores:\n{}\nRanking: {}"
+        return chat(form.format(scores, " > ".join(ranking)))
 
     monkeypatch.chdir(tmp_path)
     hh = [
