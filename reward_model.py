@@ -67,22 +67,23 @@ def candidate_rewards(model, batch):
 
 @torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
-    """Score two prompts packed and padded, as runtime.check_packing does for log-likelihoods."""
+    """runtime.check_packing's, of the directions of the states that the head reads: the head may still be zero."""
     if args.padded:
         return
-    shortest = sorted(encoded, key=lambda e: e.num_tokens)[:2]
+
+    def states(batch):
+        return candidate_rewards(model, batch.to(device))
+
+    head, model.score.forward = model.score.forward, lambda states: F.normalize(states.float(), dim=-1)[:, None]
     model.eval()
-    score = torch.randn(model.config.hidden_size, device=device)  # the head may still be zero: compare states instead
-    head, model.score.forward = model.score.forward, lambda states: (states.float() @ score)[:, None]
-    packed = candidate_rewards(model, runtime.make_batch(shortest, args, tokenizer, device))
-    plain = candidate_rewards(model, common.pack_padded(shortest, tokenizer.pad_token_id).to(device))
+    try:
+        common.refuse_packing_gap(states, encoded, lambda row: runtime.make_batch(row, args, tokenizer, device))
+    except UserError as e:
+        raise UserError(f"--model {args.model}: {e}; add --padded") from e
     model.score.forward = head
     model.train()
     if hasattr(model, "reshard"):
         model.reshard()
-    gap = ((packed - plain).abs().max() / plain.abs().max()).item()
-    if not gap <= (1e-3 if device.type == "cpu" else 0.1):
-        raise UserError(f"--model {args.model}: packed and padded rows differ by {gap:.2g}; add --padded")
 
 
 LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better

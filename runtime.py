@@ -381,12 +381,11 @@ def make_batch(encoded_records, args, tokenizer, device):
 
 
 def check_packing(model, encoded, args, tokenizer, device):
-    """common.check_packing on a run's two shortest prompts in its rows: a model that cannot take them: --padded."""
+    """common.check_packing in a run's rows: a model that cannot take them: --padded."""
     if args.padded:
         return
-    some, tolerance = sorted(encoded, key=lambda e: e.num_tokens)[:2], 1e-3 if device.type == "cpu" else 0.1  # bf16
     try:
-        common.check_packing(model, some, tolerance, lambda row: make_batch(row, args, tokenizer, device))
+        common.check_packing(model, encoded, lambda row: make_batch(row, args, tokenizer, device))
     except UserError as e:
         raise UserError(f"--model {args.model}: {e}; add --padded") from e
     if hasattr(model, "reshard"):

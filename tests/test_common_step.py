@@ -12,6 +12,7 @@ from conftest import make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
 import common
+import reward_model
 import runtime
 from common import Encoded, candidate_logprobs, pack, pack_padded
 from run import Run
@@ -145,6 +146,51 @@ class TestRefused:
         model = make(kind, **(SIZES | {"state_size": 4, "intermediate_size": 64, "attention_hidden_size": 32}))
         with pytest.raises((common.UserError, TypeError)):
             common.check_packing(model, ENCODED)
+
+
+DATA_SETS = [
+    make_encoded(*[(9 + k, responses)] * 6) for responses in ([2, 2, 2], [1, 1], [20, 31, 26]) for k in range(4)
+]
+
+
+def without(what, batch):
+    """A batch as a model sees it that ignores the mask or the positions."""
+    T = batch.input_ids.shape[1]
+    own = {"attention_mask": common.dense_mask(torch.full((T,), T)), "position_ids": torch.arange(T)[None]}
+    return batch if batch.position_ids is None else dataclasses.replace(batch, **{what: own[what]})
+
+
+class TestCheckPacking:
+    """In bf16, on answers of one word and on explanations: right rows pass, both kinds of wrong ones do not."""
+
+    @pytest.fixture(scope="class")
+    def bf16(self):
+        return make("llama", initializer_range=0.2).bfloat16()
+
+    @pytest.mark.parametrize("encoded", DATA_SETS)
+    def test_bf16_passes_and_what_ignores_mask_or_positions_does_not(self, bf16, encoded):
+        bf16.set_attn_implementation("sdpa")
+        common.check_packing(bf16, encoded)
+        for what in ("attention_mask", "position_ids"):
+            with pytest.raises(common.UserError, match="packed and padded rows differ by"):
+                score = lambda b, what=what: torch.div(*candidate_logprobs(bf16, without(what, b)))  # noqa: E731
+                common.refuse_packing_gap(torch.no_grad()(score), encoded)
+
+    @pytest.mark.parametrize("encoded", DATA_SETS)
+    def test_reward_models(self, bf16, encoded):
+        args = types.SimpleNamespace(padded=False, attn="sdpa", model="x")
+        config = type(bf16.config).from_dict(bf16.config.to_dict() | {"num_labels": 1})
+        model = transformers.AutoModelForSequenceClassification.from_config(config).bfloat16()
+        model.score.weight.data.zero_()
+        reward_model.add_score_forward(model)
+        reward_model.check_packing(model, encoded, args, make_tokenizer(), torch.device("cpu"))
+        forward = model.forward
+        ignores = lambda ids, mask, positions, last: forward(  # noqa: E731
+            ids, mask, positions if positions is None else torch.arange(ids.shape[1])[None], last
+        )
+        model.forward = ignores
+        with pytest.raises(common.UserError, match="add --padded"):
+            reward_model.check_packing(model, encoded, args, make_tokenizer(), torch.device("cpu"))
 
 
 def test_a_wrapped_model_and_a_device_by_name():
