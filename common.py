@@ -60,6 +60,16 @@ def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
     return parse
 
 
+def auto_or(kind):
+    """An argparse type: "auto", or what `kind` makes of the text."""
+
+    def parse(text):
+        return text if text == "auto" else kind(text)
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
 @contextlib.contextmanager
 def open_data(path, kinds):
     """Open a data file of one of these kinds, plain or .gz -> (its kind, the file of bytes); UserError where it cannot
@@ -288,6 +298,8 @@ class PackedBatch:
 
     def to(self, device):
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}  # a BlockMask is there already
+        if hasattr(self.attention_mask, "blocks"):  # a copy would lose them; pack_for made them where they are read
+            del tensors["attention_mask"]
         if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
@@ -511,8 +523,10 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
     add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")
     add("--attn", choices=["auto", "blocks", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
-    add("--activation_checkpointing", nargs="?", const=1, default=0, type=in_range(int, 0), metavar="N",
-        help="recompute every N-th layer (N 1: all) in the backward: less memory, up to a third more time")
+    add("--activation_checkpointing", nargs="?", const=1, default="auto", type=auto_or(in_range(int, 0)), metavar="N",
+        help="recompute every N-th layer (1: all, 0: none) in the backward: less memory, up to a third more time "
+        "(default auto: all, where the GPU's free memory would not do)")
+    add("--compile", action="store_true", help="torch.compile each layer: faster steps on CUDA, minutes at the start")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")
     add("--overwrite", action="store_true", help="delete what an earlier run left in OUTPUT")

@@ -29,10 +29,28 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from common import UserError
-from runtime import all_sum, describe_plan, make_batch, on_process0, plan_rows, read_json, say, unique_tokens
+from runtime import (
+    all_sum,
+    decoder_layers,
+    describe_plan,
+    make_batch,
+    on_process0,
+    plan_rows,
+    read_json,
+    row_tokens,
+    say,
+    unique_tokens,
+)
 
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}  # dense bf16, for the MFU of the log line
+PEAK_FLOPS = {  # dense bf16 of the vendor's data sheets, the first name that is in the device's
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+}
 
 
 class Run:
@@ -82,8 +100,7 @@ class Run:
         """What the steps train and on which encoded prompts (a list that may change between steps); restores the newest
         checkpoint and sets `start`, the first step to take."""
         self.model, self.optimizer, self.tokenizer, self.encoded = model, optimizer, tokenizer, encoded
-        a_row = self.args.max_tokens_per_row or (8192 if self.device.type == "cuda" else 1024)
-        self.row_budget = 1 if self.args.padded else a_row  # padded: a prompt a row
+        self.row_budget = 1 if self.args.padded else row_tokens(self.args, self.device)  # padded: a prompt a row
         self.start = self.restore(model, optimizer) if self.args.resume and not self.args.overwrite else 0
         self.evaluated = on_process0(self._evaluations)  # step -> what the best is chosen by
 
@@ -414,13 +431,16 @@ def with_held_out(load_data, args):
 
 
 def speed(model, tokens, seconds, device):
-    """-> {"tok/s": unique tokens a second over all processes}, and on a known GPU "MFU": 6 FLOPs a parameter and token
-    against the dense bf16 peak."""
-    peak = next(
-        (f for name, f in PEAK_FLOPS.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None
-    )
-    flops = 6 * sum(p.numel() for p in model.parameters()) * tokens / seconds / dist.get_world_size()
-    return {"tok/s": tokens / seconds} | ({"MFU": flops / peak} if peak else {})
+    """-> {"tok/s": unique tokens a second over all processes}, and on a known GPU "MFU": 6 FLOPs a token and parameter
+    of the layers, against the dense bf16 peak; embedding and head, read at few positions, are not counted."""
+    peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    flops = 6 * sum(p.numel() for m in decoder_layers(model) for p in m.parameters()) * tokens / seconds
+    return {"tok/s": tokens / seconds} | ({"MFU": flops / dist.get_world_size() / peak} if peak else {})
+
+
+def peak_flops(name):
+    """-> the dense bf16 FLOP/s of a GPU by its name, None of one that PEAK_FLOPS lacks."""
+    return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
 def save_model(model, state, tokenizer, folder, dtype):

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import signal
 import sys
 import time
@@ -36,7 +37,7 @@ BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float
 
 
 # what a file, a folder, a flag or the machine may be at fault for; any other error is a mistake of this program
-OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, torch.OutOfMemoryError, zlib.error)
+OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, zlib.error)
 OUTSIDE += (csv.Error, SafetensorError, TemplateError)
 
 
@@ -59,6 +60,8 @@ def run_cli(main):
         if getattr(e, "errno", None) in (errno.ENOSPC, errno.EFBIG, errno.EDQUOT):
             where = f" ({e.filename})" if e.filename else ""
             leave(f"error: {e.strerror}{where}: free some space and run the same command again", 2)
+        if isinstance(e, torch.OutOfMemoryError):
+            leave(f"error: {out_of_memory(said)}", 2)
         if isinstance(e, OUTSIDE):
             leave(f"error: {type(e).__name__}: {said} (a file or a flag is not as expected; --debug shows where)", 2)
         report = "a mistake of this program: please report it with what --debug prints"
@@ -83,6 +86,15 @@ def leave(message, code):
     sys.exit(code)
 
 
+def out_of_memory(reason):
+    """torch's message -> one sentence that names the flags which help."""
+    tried = re.search(r"Tried to allocate [\d.]+ \w+", reason)
+    return (
+        f"out of GPU memory ({tried[0] if tried else 'torch says no more'}): "
+        "for training add --activation_checkpointing or lower --max_tokens_per_row, for answers lower --batch_size"
+    )
+
+
 def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """Attention over a packed row, CPU_BLOCK queries at a time over the keys that one of them sees: what no token sees
     is hardly computed; FlexAttention does so on CUDA but has no backward on CPU. query [1, H, T, D], key and value
@@ -104,16 +116,17 @@ AttentionInterface.register("blocks", attend_blocks)
 AttentionMaskInterface.register("blocks", sdpa_mask)  # of padded rows
 
 
-def key_blocks(end):
+def key_blocks(end, device="cpu"):
     """The mask for attend_blocks, from end [T] of a row: `blocks` holds, for CPU_BLOCK queries each, the keys that one
     of them sees and 0 or -inf [queries, keys]. The tensor itself is one number seen as [1, 1, T, T]."""
     position = torch.arange(len(end))
-    mask = torch.ones((), dtype=torch.bool).expand(1, 1, len(end), len(end))
+    mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, len(end), len(end))
     mask.blocks = []
     for queries in position.split(CPU_BLOCK):
         keys = position[: queries[-1] + 1]
         keys = keys[end[keys] > queries[0]]
-        mask.blocks.append((keys, torch.where(sees(end, queries[:, None], keys), 0.0, -torch.inf)))
+        visible = torch.where(sees(end, queries[:, None], keys), 0.0, -torch.inf)
+        mask.blocks.append((keys.to(device), visible.to(device)))
     return mask
 
 
@@ -191,6 +204,8 @@ def describe_plan(plan, encoded_records, max_tokens):
 
 def init_distributed():
     """-> (process, world, device): nccl on CUDA, gloo on CPU, a group of one without torchrun."""
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch 2.9 to 2.13 reads first
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows differ in length: no fragments
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
@@ -271,13 +286,13 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all processes, layer by
     layer, then the root. Process 0 alone reads the checkpoint and gives the others their shards."""
     tokenizer = load_tokenizer(args.model)
-    if args.attn == "auto":
-        args.attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "blocks"
-    attn = {"attn_implementation": "flex_attention"} if args.attn == "flex" else {}
+    attn = args.attn
+    if attn == "auto":
+        attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "blocks"
     loaded = []
 
     def load():
-        options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32} | attn | kwargs
+        options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32} | kwargs
         loaded.append(load_pretrained(auto_class, args.model, **options))
         return loaded[0].config, getattr(loaded[0], "generation_config", None)
 
@@ -291,20 +306,82 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
             f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded"
         )
     model.config.use_cache = False
-    if args.attn == "blocks" and model.config._attn_implementation == "sdpa":  # some models need their own
-        model.set_attn_implementation("blocks")
-    args.attn = model.config._attn_implementation  # make_batch's masks are for it
-    if args.activation_checkpointing:
+    set_attention(model, attn, args)
+    every = args.activation_checkpointing
+    if every == "auto":
+        every = decide_checkpointing(model, args, device)
+    if every:
         options = {"use_reentrant": False}  # before fully_shard
         old = model.gradient_checkpointing_enable  # its name in transformers 5.17; 5.23 warns of it
-        getattr(model, "activation_checkpointing_enable", old)(options, every_n_layers=args.activation_checkpointing)
+        getattr(model, "activation_checkpointing_enable", old)(options, every_n_layers=every)
     weights = model.state_dict() if loaded else {}
+    if args.compile:
+        compile_layers(model)
     model = shard(model.train(), device)
     if dist.get_world_size() > 1:
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         for buffer in model.buffers():  # rotary frequencies and their like are in no state dict
             dist.broadcast(buffer, src=0)
     return model, tokenizer
+
+
+def set_attention(model, attn, args):
+    """Give the model the attention `attn` (flex, blocks, sdpa) and set args.attn, which make_batch's masks are for, to
+    its name in the config. FlexAttention is not for every model: --attn auto then takes blocks; asked for, UserError."""
+    if attn == "flex":
+        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0) or 0
+        why = "has no FlexAttention" if not model._supports_flex_attn else ""
+        why = f"has attention_dropout {dropout}, which FlexAttention lacks" if not why and dropout else why
+        if why and args.attn == "flex":
+            raise UserError(f"--attn flex: {type(model).__name__} {why}; leave the flag out, or take --attn blocks")
+        attn = "blocks" if why else attn
+    if attn == "flex":
+        model.set_attn_implementation("flex_attention")
+    elif attn == "blocks" and model.config._attn_implementation == "sdpa":  # some models need their own
+        model.set_attn_implementation("blocks")
+    args.attn = model.config._attn_implementation
+
+
+def row_tokens(args, device):
+    """Tokens of a packed row: --max_tokens_per_row."""
+    return args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+
+
+def decide_checkpointing(model, args, device):
+    """--activation_checkpointing auto -> 1 (every layer) or 0: benchmarks/SCALE.md's arithmetic against nine tenths of
+    the free memory of the GPU that has the least; a CPU has nothing to decide."""
+    if device.type != "cuda":
+        return 0
+    free = torch.tensor(torch.cuda.mem_get_info(device)[0])
+    dist.all_reduce(free, dist.ReduceOp.MIN)
+    need, less = training_bytes(model, row_tokens(args, device), dist.get_world_size())
+    every = int(need > 0.9 * free.item())
+    say(
+        f"a GPU needs {need / 1e9:.0f} GB as it is, {less / 1e9:.0f} GB with activation checkpointing, "
+        f"and has {free / 1e9:.0f} GB free: {'every layer is' if every else 'no layer is'} checkpointed"
+    )
+    return every
+
+
+def training_bytes(model, tokens, world):
+    """-> (bytes that a GPU needs for a row of so many tokens, bytes with activation checkpointing): the sum of what
+    benchmarks/scale.py names and lets torch count, for Llama's kind of layer."""
+    config, layers = model.config.get_text_config(), decoder_layers(model)
+    layer, total = (sum(p.numel() for p in m.parameters()) for m in (layers[0], model))
+    root = total - layer * len(layers)
+    heads, H = config.num_attention_heads, config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or H // heads
+    width = (heads + (getattr(config, "num_key_value_heads", None) or heads)) * head_dim  # q and output; k and v
+    kept = tokens * (16 * H + 4 * width + 8 * (getattr(config, "intermediate_size", None) or 4 * H) + 4 * heads + 8)
+    fixed = 16 * total / world + 2 * root + 10 * layer + 10 * 2**27  # state, gathered, reduced, logits
+    return fixed + kept * len(layers), fixed + kept + 2 * H * tokens * len(layers)
+
+
+def compile_layers(model, **options):
+    """torch.compile each layer, before fully_shard: norms, rotary embedding and the MLP's products in one kernel each.
+    Rows differ in length: their number of tokens is dynamic."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True, **options)
 
 
 def unfilled(auto_class, config, generation_config):
@@ -333,8 +410,11 @@ def shard(model, device, policy=None):
 @contextlib.contextmanager
 def gathered(model):
     """Within it every process holds all weights, in the computing dtype: each may generate on its own, without the
-    others. Under no_grad alone: inference mode would leave weights behind that cannot be trained."""
-    parts = [m for m in model.modules() if hasattr(m, "unshard")]
+    others. Under no_grad alone: inference mode would leave weights behind that cannot be trained. FlexAttention would
+    compile anew as the cache grows: SDPA reads it."""
+    parts, attention = [m for m in model.modules() if hasattr(m, "unshard")], model.config._attn_implementation
+    if attention == "flex_attention":
+        model.set_attn_implementation("sdpa")
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()
@@ -344,6 +424,8 @@ def gathered(model):
         for m in parts:
             m.set_reshard_after_forward(m is not model, recurse=False)  # as fully_shard sets them up
             m.reshard()
+        if attention == "flex_attention":
+            model.set_attn_implementation(attention)
 
 
 def decoder_layers(model):
@@ -370,7 +452,7 @@ def pack_for(attn, encoded_records, device):
     """pack() on `device` with the mask that the attention `attn` of a model's config reads."""
     if attn == "flex_attention":
         return pack(encoded_records, lambda end: block_mask(end, device), FLEX_BLOCK).to(device)
-    return pack(encoded_records, key_blocks if attn == "blocks" else dense_mask).to(device)
+    return pack(encoded_records, (lambda end: key_blocks(end, device)) if attn == "blocks" else dense_mask).to(device)
 
 
 def make_batch(encoded_records, args, tokenizer, device):

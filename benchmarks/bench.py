@@ -43,9 +43,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
+import run as training_run  # noqa: E402
 import runtime  # noqa: E402
 from common import in_range  # noqa: E402
-from run import PEAK_FLOPS, write_atomically  # noqa: E402
+from run import write_atomically  # noqa: E402
 from runtime import say  # noqa: E402
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
@@ -247,8 +248,8 @@ def peak_flops(device):
     """-> (FLOP/s, what it is)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name()
-        known = [f for k, f in PEAK_FLOPS.items() if k in name]
-        return (known[0], f"{name}, dense bf16") if known else (None, None)
+        known = training_run.peak_flops(name)
+        return (known, f"{name}, dense bf16") if known else (None, None)
     a = torch.randn(2048, 2048)
     times = []
     for _ in range(6):

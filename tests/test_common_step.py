@@ -2,20 +2,25 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from conftest import make_tokenizer
+from conftest import ROOT, make_tokenizer
 from torch.distributed.fsdp import fully_shard
 
 import common
 import reward_model
 import runtime
 from common import Encoded, candidate_logprobs, pack, pack_padded
-from run import Run
+from run import Run, peak_flops, speed
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scale  # noqa: E402
 
 SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
 LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
@@ -284,8 +289,9 @@ def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkey
     monkeypatch.setattr(runtime, "load_tokenizer", lambda name: None)
     runtime.init_distributed()
     args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
+    args.compile = False
     found = []
-    for args.activation_checkpointing in (0, every):
+    for args.activation_checkpointing in ("auto", every):  # auto: none on a CPU
         model, _ = runtime.load_for_training(args, torch.device("cpu"))
         count = [0] * 4
         for i, layer in enumerate(model.model.layers):
@@ -340,3 +346,115 @@ def test_prompts_that_share_a_start_are_planned_into_one_row():
     assert sorted(plan[0]) == [([i, i + 3, i + 6], 1.0) for i in range(3)]
     assert runtime.unique_tokens([encoded[i] for i in plan[0][0][0]]) == 50 + 1 + 3 * 6
     assert runtime.describe_plan(plan, encoded, 80).startswith("3 rows each, 86% full")
+
+
+class TestAttention:
+    """What --attn gives a model, and what becomes of it."""
+
+    def args(self, attn):
+        return types.SimpleNamespace(attn=attn)
+
+    @pytest.mark.parametrize(
+        "kind, more, why",
+        [
+            ("gpt2", {}, "GPT2LMHeadModel has no FlexAttention"),
+            ("llama", {"attention_dropout": 0.1}, "has attention_dropout 0.1, which FlexAttention lacks"),
+        ],
+    )
+    def test_models_that_flex_is_not_for(self, kind, more, why):
+        model, args = make(kind, **more), self.args("auto")
+        runtime.set_attention(model, "flex", args)
+        assert args.attn == "blocks" == model.config._attn_implementation
+        with pytest.raises(common.UserError, match=why):
+            runtime.set_attention(model, "flex", self.args("flex"))
+
+    def test_models_that_flex_is_for(self):
+        args = self.args("auto")
+        runtime.set_attention(make("llama"), "flex", args)
+        assert args.attn == "flex_attention"
+
+    def test_blocks_survive_the_way_to_the_device(self, monkeypatch):
+        """Pinning returns another tensor, without the attribute: a stand-in for CUDA does as much."""
+        monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
+        monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x.clone())
+        batch = runtime.pack_for("blocks", ENCODED, torch.device("cpu"))
+        moved = batch.to(torch.device("cuda"))
+        assert moved.attention_mask.blocks and moved.input_ids is not batch.input_ids
+
+    @pytest.mark.parametrize("inside, after", [("flex_attention", "sdpa"), ("blocks", "blocks")])
+    def test_generation_in_training_is_not_flexs(self, inside, after):
+        runtime.init_distributed()
+        model = make("llama", attn_implementation=inside)
+        with runtime.gathered(model), torch.no_grad():
+            assert model.config._attn_implementation == after
+            model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
+        torch.distributed.destroy_process_group()
+        assert model.config._attn_implementation == inside
+
+
+class TestMemory:
+    @pytest.mark.parametrize("name, world", [("7B", 4), ("13B", 8), ("70B", 64)])
+    def test_bytes_are_those_of_scale(self, name, world):
+        want = scale.predict(scale.SHAPES[name], world)
+        fixed = sum(want[k] for k in ("state", "gathered", "reduced", "logits"))
+        got = runtime.training_bytes(scale.build(scale.SHAPES[name], "meta"), scale.T, world)
+        assert got == (fixed + want["activations"], fixed + want["checkpointed"])
+
+    @pytest.mark.parametrize("free, every", [(80e9, 0), (1e9, 1)])
+    def test_auto_decides_by_free_memory(self, free, every, monkeypatch, capsys):
+        runtime.init_distributed()
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
+        args = types.SimpleNamespace(max_tokens_per_row=None)
+        assert runtime.decide_checkpointing(make("llama"), args, torch.device("cuda")) == every
+        torch.distributed.destroy_process_group()
+        line = "a GPU needs 1 GB as it is, 1 GB with activation checkpointing, and has"
+        assert line in (out := capsys.readouterr().out) and out.count("\n") == 1
+
+    def test_out_of_memory_is_a_sentence(self, capsys):
+        def main():
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ...")
+
+        with pytest.raises(SystemExit) as left:
+            runtime.run_cli(main)
+        message = capsys.readouterr().err
+        assert left.value.code == 2 and message.count("\n") == 1
+        assert "Tried to allocate 2.50 GiB" in message and "--activation_checkpointing" in message
+
+    def test_expandable_segments_unless_the_user_says_otherwise(self, monkeypatch):
+        for own, want in ((None, "expandable_segments:True"), ("max_split_size_mb:64", None)):
+            monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
+            if own:
+                monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
+            runtime.init_distributed()
+            torch.distributed.destroy_process_group()
+            assert os.environ.get("PYTORCH_ALLOC_CONF") == want
+
+
+def test_compiled_layers_learn_the_same():
+    """Before fully_shard, over rows of two lengths; aot_eager traces as on CUDA and leaves inductor's minutes out."""
+    runtime.init_distributed()
+    found = []
+    for compiled in (False, True):
+        model = make("llama", num_hidden_layers=1)
+        if compiled:
+            runtime.compile_layers(model, backend="aot_eager")
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
+        model.set_attn_implementation("sdpa")
+        found.append([gradients(model, pack(e)) for e in (ENCODED, ENCODED[:1])])
+    torch.distributed.destroy_process_group()
+    for (want, want_grads), (got, got_grads) in zip(*found):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(got_grads, want_grads)
+
+
+def test_mfu_counts_layers_alone(monkeypatch):
+    runtime.init_distributed()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)  # q, o; k, v; MLP; norms
+    figures = speed(make("llama"), 1000, 0.5, torch.device("cuda"))
+    torch.distributed.destroy_process_group()
+    assert figures == {"tok/s": 2000.0, "MFU": pytest.approx(6 * layers * 2000 / 989e12)}
+    assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 NVL") < peak_flops("NVIDIA H100 80GB HBM3")
+    assert peak_flops("some other") is None
