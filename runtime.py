@@ -8,7 +8,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -61,7 +60,8 @@ def run_cli(main):
             where = f" ({e.filename})" if e.filename else ""
             leave(f"error: {e.strerror}{where}: free some space and run the same command again", 2)
         if isinstance(e, torch.OutOfMemoryError):
-            leave(f"error: {out_of_memory(said)}", 2)
+            help = "for training add --activation_checkpointing or lower --max_tokens_per_row, for answers --batch_size"
+            leave(f"error: out of GPU memory: {help} ({said[:160]})", 2)
         if isinstance(e, OUTSIDE):
             leave(f"error: {type(e).__name__}: {said} (a file or a flag is not as expected; --debug shows where)", 2)
         report = "a mistake of this program: please report it with what --debug prints"
@@ -84,15 +84,6 @@ def leave(message, code):
         sys.stdout.flush()
         os._exit(code)  # not by way of the process group: its end would wait for the others
     sys.exit(code)
-
-
-def out_of_memory(reason):
-    """torch's message -> one sentence that names the flags which help."""
-    tried = re.search(r"Tried to allocate [\d.]+ \w+", reason)
-    return (
-        f"out of GPU memory ({tried[0] if tried else 'torch says no more'}): "
-        "for training add --activation_checkpointing or lower --max_tokens_per_row, for answers lower --batch_size"
-    )
 
 
 def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
@@ -326,8 +317,8 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
 
 
 def set_attention(model, attn, args):
-    """Give the model the attention `attn` (flex, blocks, sdpa) and set args.attn, which make_batch's masks are for, to
-    its name in the config. FlexAttention is not for every model: --attn auto then takes blocks; asked for, UserError."""
+    """Give the model the attention `attn`: flex, blocks, or sdpa; args.attn, which make_batch's masks are for, becomes
+    its name in the config. A model that FlexAttention is not for gets blocks, under --attn flex a UserError."""
     if attn == "flex":
         dropout = getattr(model.config.get_text_config(), "attention_dropout", 0) or 0
         why = "has no FlexAttention" if not model._supports_flex_attn else ""
