@@ -10,6 +10,7 @@ anything was lost.
 """
 
 import argparse
+import builtins
 import contextlib
 import importlib
 import json
@@ -35,12 +36,13 @@ from faults.malformed import corpus  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import runtime  # noqa: E402
+from recipes.tiny import make_reward_model  # noqa: E402
 
 
 class Child:
     """A forked run of `script.main()` with these arguments, as rank `rank` of `world`; its output goes to a file."""
 
-    def __init__(self, script, args, log, rank=0, world=1, port=None, file_limit=None):
+    def __init__(self, script, args, log, rank=0, world=1, port=None, file_limit=None, die_at=0):
         self.log = pathlib.Path(log)
         self.pid = os.fork()
         if self.pid:
@@ -57,8 +59,10 @@ class Child:
             if file_limit:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+            calls = count_calls(die_at) if die_at else ()
             runtime.run_cli(importlib.import_module(script).main)
             code = 0
+            print(f"CALLS {len(calls)}")
         except SystemExit as e:
             code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
         except BaseException:
@@ -83,6 +87,26 @@ class Child:
     def kill(self, number=signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, number)
+
+
+def count_calls(die_at):
+    """From here on this process kills itself before its die_at-th call that opens, syncs, renames or deletes a file ->
+    a list, one entry a call so far."""
+    calls = []
+
+    def counted(call):
+        def wrapper(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == die_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for name in ("open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+    builtins.open = counted(open)
+    return calls
 
 
 def free_port():
@@ -143,6 +167,25 @@ def same_weights(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+def outcome(folder):
+    """What a run leaves that another must leave too: weights, log without times, records, figures; and no litter."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        name = str(path.relative_to(folder))
+        if path.name == "log.jsonl":
+            found[name] = [(line["step"], line.get("loss")) for line in read_jsonl(path)]
+        elif path.name.endswith(".metrics.json"):
+            found[name] = json.loads(path.read_text())["metrics"]
+        else:
+            found[name] = None if path.name.endswith("args.json") else path.read_bytes()
+    return found
+
+
+def with_ranks(record):
+    candidates = [c | {"rank": k, "reward": -float(k)} for k, c in enumerate(record["candidates"])]
+    return record | {"candidates": candidates}
+
+
 class Rig:
     def __init__(self, folder, seed):
         self.folder, self.seed, self.rows = folder, seed, []
@@ -151,6 +194,14 @@ class Rig:
         self.data = write_jsonl(folder / "data.jsonl", make_records(24))
         prompts = [r | {"candidates": r["candidates"][:1]} for r in make_records(24)]
         self.prompts = write_jsonl(folder / "prompts.jsonl", prompts)
+        self.reward = folder / "reward"
+        make_reward_model(3).save_pretrained(self.reward)
+        make_tokenizer().save_pretrained(self.reward)
+        self.stopped = folder / "stopped"
+        children = start("rescue", self.training_args("stopped"), folder)
+        wait_for(lambda: (folder / "stopped/latest").exists())
+        children[0].kill()
+        finish(children)
 
     def report(self, what, tried, survived, lost, note=""):
         self.rows.append((what, tried, survived, lost, note))
@@ -206,6 +257,54 @@ class Rig:
         for run in random_kills("collect_candidates", args, folder, 1, kills, rng, tear):
             lost += (folder / f"run{run}.jsonl").read_bytes() != (folder / "reference.jsonl").read_bytes()
         self.report("SIGKILL of collecting, torn lines", kills, kills if not lost else 0, lost, f"seed {self.seed}")
+
+    def kill_at_calls(self, kills, some=None):
+        """Every script and verb, killed just before a system call that touches its files, each time another: run again
+        it gives what an undisturbed run gives."""
+        folder, rng = self.folder / "calls", random.Random(self.seed)
+        folder.mkdir()
+        tiny, prompts, data = self.folder / "tiny", self.prompts, self.data
+        train = ["--model", tiny, "--lr", "1e-3", "--batch_size", "8", "--checkpoint_every", "1", "--resume"]
+        answers = ["--model", tiny, "--max_new_tokens", "4", "--batch_size", "4"]
+        ranked = write_jsonl(folder / "ranked.jsonl", [with_ranks(r) for r in make_records(12)])
+        pairs = write_jsonl(folder / "pairs.jsonl", [{"instruction": f"Say {k}.", "output": f"{k}"} for k in range(8)])
+        bootstrap = ["--bootstrap_splits", "2", "--reward_model", self.reward, "--max_new_tokens", "6", "--epochs", "1"]
+        runs = {
+            "rescue": ["--ordering", "label", "--data", data, *train],
+            "pro": ["--data", ranked, *train, *bootstrap],
+            "tuna": ["--stage", "contextual", "--data", ranked, *train],
+            "reward_model": ["--ordering", "rank", "--data", ranked, *train],
+            "collect_candidates prepare": ["--task", "alpaca", "--input", pairs, "--validation", "2"],
+            "collect_candidates sample": ["--input", prompts, "--num_samples", "2", *answers],
+            "collect_candidates teacher": ["--input", prompts, *answers],
+            "collect_candidates rank": ["--by", "label", "--input", data],
+            "collect_candidates hindsight": ["--input", ranked],
+            "collect_candidates export": ["--input", ranked, "--format", "trl"],
+            "evaluate nll": ["--input", data, "--model", tiny],
+            "evaluate ranking": ["--input", data, "--model", tiny, "--by", "label"],
+            "evaluate nli": ["--input", prompts, *answers],
+        }
+        tried = lost = 0
+        for what in rng.sample(list(runs), some) if some else runs:
+            script, *verb = what.split()
+            place = folder / what.replace(" ", "-")
+            place.mkdir()
+
+            def args(name, what=what, verb=verb, place=place):
+                return [*verb, *runs[what], "--output", place / name / ("out.jsonl" if verb else "run")]
+
+            whole = start(script, args("whole"), place, die_at=10**9)
+            assert finish(whole) == [0], f"{what}: {output(whole)[-2000:]}"
+            calls = int(output(whole).rpartition("CALLS ")[2])
+            wanted = outcome(place / "whole")
+            for at in rng.sample(range(1, calls + 1), min(kills, calls)):
+                killed = finish(start(script, args(f"at{at}"), place, die_at=at))
+                again = start(script, args(f"at{at}"), place)
+                codes, tried = finish(again), tried + 1
+                if codes != [0] or outcome(place / f"at{at}") != wanted:
+                    lost += 1
+                    print(f"  {what}, call {at} of {calls}: {killed}, {codes}: {output(again)[-300:]}", flush=True)
+        self.report("SIGKILL at system calls", tried, tried - lost, lost, f"{some or len(runs)} scripts and verbs")
 
     def signals(self):
         """SIGTERM: saves and leaves with 0 and the resume command; twice: leaves at once; a resumed run is the whole
@@ -345,7 +444,8 @@ class Rig:
             place = folder / str(k)
             place.mkdir()
             source = write(place)
-            kept = {p: p.read_bytes() for p in place.rglob("*") if p.is_file()}
+            kept = {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and p.parts[-2:-1] != ("run",)}
+            kept = {p: content for p, content in kept.items() if "checkpoints" not in p.parts}  # a resumed run's own
             child = Child(script, args(source, place), folder / f"{k}.log")
             code = child.wait(60)
             if code is None:
@@ -396,6 +496,7 @@ def main(argv=None):
         rig.kill_training(1, args.kills)
         rig.kill_training(2, args.kills)
         rig.kill_collecting(args.kills)
+        rig.kill_at_calls(max(1, args.kills // 5), some=None if args.kills > 5 else 2)
         rig.signals()
         rig.one_rank_dies()
         rig.disk_full()

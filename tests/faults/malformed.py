@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import random
+import shutil
 
 from conftest import make_records
 
@@ -164,8 +166,63 @@ def candidate_mutations(row, other):
     yield "empty model text", lines([other, row | {"candidates": [human, model | {"text": ""}]}]), {0}
 
 
+def spoilt(content, rng):
+    """Bytes with one thing wrong: a piece cut out, doubled, zeroed, or a byte changed, or put in."""
+    a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    b = min(b, a + rng.choice((1, 4, 64, 4096)))
+    new = rng.choice((b"", content[a:b] * 2, bytes(b - a), bytes([rng.randrange(256)]), b'"', b"{", b"9" * 400, b"\n"))
+    return content[:a] + new + content[b:]
+
+
+def folders(rig, rng):
+    """(name, write, script, args): model folders, metrics and checkpoints with one file wrong."""
+    tiny, data = rig.folder / "tiny", rig.data
+    flags = ["--ordering", "label", "--data", data, "--batch_size", "12", "--lr", "1e-3"]
+    files = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
+    wrong = ["missing", b"", b"{}", b"[]", b"null", b"\xff\x00", "half", *["spoilt"] * 25]
+
+    def spoil(file, how):
+        content = file.read_bytes()
+        file.unlink()
+        if how != "missing":
+            ways = {"half": content[: len(content) // 2], "spoilt": spoilt(content, random.Random(rng.random()))}
+            file.write_bytes(ways.get(how, how) if isinstance(how, str) else how)
+
+    def changed(source, file, how):
+        def write(place):
+            folder = shutil.copytree(source, place / ("run" if source == rig.stopped else "model"))
+            spoil(next(folder.rglob(file)), how)
+            return folder
+
+        return write
+
+    rescue = ("rescue", lambda s, p: [*flags, "--model", s, "--output", p / "out"])
+    sample = (
+        "collect_candidates",
+        lambda s, p: ["sample", "--model", s, "--input", rig.prompts, "--max_new_tokens", "2", "--output", p / "o"],
+    )
+    resume = ("rescue", lambda s, p: rig.training_args("x", "--output", s))
+    for how in wrong:
+        for file in files:
+            for script, args in (rescue, sample):
+                yield f"model folder for {script}: {file} {how!r}", changed(tiny, file, how), script, args
+        for file in ("args.json", "meta.json", "latest", "log.jsonl", "*.safetensors"):
+            yield f"checkpoint: {file} {how!r}", changed(rig.stopped, file, how), *resume
+    figures = json.dumps({"name": "x", "verb": "nli", "metrics": {"accuracy": 0.5, "f1": {"a": 1}}}).encode()
+    for how in [*wrong[1:6], *["spoilt"] * 60]:
+
+        def write(place, how=how):
+            (place / "nli.metrics.json").write_bytes(figures if isinstance(how, str) else how)
+            if isinstance(how, str):
+                spoil(place / "nli.metrics.json", how)
+            return place
+
+        yield f"metrics {how!r}", write, "evaluate", lambda s, p: ["report", s, "--output", p / "new.md"]
+
+
 def corpus(rig):
     """Yield (name, write(place) -> source file, script, args(source, place), allowed exit codes)."""
+    rng = random.Random(0)
 
     def writer(file, content):
         def write(place):
@@ -184,3 +241,8 @@ def corpus(rig):
         if "candidates" in row:
             for what, content, allowed in candidate_mutations(row, other):
                 yield f"{name}: {what}", writer("a.jsonl", content), script, args, allowed
+        for k in range(40):
+            content = spoilt(lines([row, other]), rng)
+            yield f"{name}: spoilt bytes {k}", writer("a.jsonl", content), script, args, EITHER
+    for name, write, script, args in folders(rig, rng):
+        yield name, write, script, args, EITHER
