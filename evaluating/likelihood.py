@@ -159,4 +159,5 @@ def nll(args):
         token_nll = sum(r["nll"] for r in rows) / tokens
         by_response = mean(r["nll"] / r["tokens"] for r in rows)
         figures = {"token_nll": token_nll, "perplexity": math.exp(token_nll), "response_nll": by_response}
-        write_metrics(args, "nll", figures | {"tokens": tokens, "prompts": len(rows)})
+        items = {"response_nll": {r["id"]: r["nll"] / r["tokens"] for r in rows}}
+        write_metrics(args, "nll", figures | {"tokens": tokens, "prompts": len(rows)}, items)

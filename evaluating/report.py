@@ -9,7 +9,7 @@ import statistics
 import common
 from common import UserError
 from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
-from evaluating.shared import EVAL_FOLDER, wilson
+from evaluating.shared import EVAL_FOLDER, paired_bootstrap, wilson
 from run import write_atomically
 from runtime import say
 
@@ -33,6 +33,7 @@ def report_flags(add):
     add("--columns", nargs="+", help="one table with just these figures, whichever verbs they come from")
     add("--plot", nargs="+", choices=sorted(PLOTS), default=[], help=PLOT_HELP)
     add("--paper", help="a JSON of a paper's table (recipes/paper/): ours with 95%% intervals, the paper's in brackets")
+    add("--paired", action="store_true", help="the first system against each other one, item by item: paired bootstrap")
     add("--output", help="also write the Markdown there")
 # fmt: on
 
@@ -46,7 +47,7 @@ def report(args):
     """
     tables, systems = {}, {}
     for name in args.names:
-        folder = pathlib.Path(name) if pathlib.Path(name).is_dir() else EVAL_FOLDER / name
+        folder = folder_of(name)
         files = sorted(folder.glob("*.metrics.json"))
         if not files:
             raise UserError(f"{folder}: no *.metrics.json; evaluate {name} first")
@@ -68,6 +69,8 @@ def report(args):
         text = beside_paper(args.paper, tables, args.columns)
     else:
         text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
+    if args.paired:
+        text += f"\n\n{paired({name: folder_of(name) for name in args.names})}"
     say(text)
     if args.output:
         output = pathlib.Path(args.output)
@@ -91,6 +94,32 @@ def read_document(path, **fields):
         if not isinstance(document.get(field), kind):
             raise UserError(f"{path}: has no {field!r}: it is not what this script reads here")
     return document
+
+
+def folder_of(name):
+    return pathlib.Path(name) if pathlib.Path(name).is_dir() else EVAL_FOLDER / name
+
+
+def paired(folders):
+    """{system: its folder} -> Markdown: the first system minus each other one, on the items of every figure that both
+    have in a VERB.items.json, with the 95% interval and p of a paired bootstrap."""
+    items = {
+        name: {k: v for file in sorted(folder.glob("*.items.json")) for k, v in json.loads(file.read_text()).items()}
+        for name, folder in folders.items()
+    }
+    first, *others = items
+    rows = {}
+    for other in others:
+        for figure in items[first].keys() & items[other].keys():
+            ours, theirs = items[first][figure], items[other][figure]
+            differences = [ours[i] - theirs[i] for i in ours if i in theirs]
+            if differences:
+                difference, (low, high), p = paired_bootstrap(differences)
+                row = {"difference": difference, "95% low": low, "95% high": high, "p": p, "items": len(differences)}
+                rows[f"{first} - {other}, {figure}"] = row
+    if not rows:
+        raise UserError(f"--paired: {' and '.join(folders)} have no *.items.json with the same figure and items")
+    return markdown(rows)
 
 
 def beside_paper(path, tables, wanted=None):

@@ -98,9 +98,12 @@ def length_figures(rows):
     return {"mean_words": mean(words), "unfinished": mean(unfinished), "prompts": len(rows)}
 
 
-def write_metrics(args, verb, metrics):
+def write_metrics(args, verb, metrics, items=None):
     """Write VERB.metrics.json beside the predictions: the figures, the arguments, device and versions; print the
-    plain figures."""
+    plain figures. items {figure: {id: value}}, what a figure is the mean of, goes to VERB.items.json for `report
+    --paired`."""
+    if items:
+        write_atomically(beside(args, ".items.json"), json.dumps(items))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     document = {"name": args.name, "verb": verb, "metrics": metrics, "settings": settings_of(args), "device": device}
@@ -126,3 +129,18 @@ def normal_interval(values):
     mean = statistics.fmean(values)
     half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
     return mean - half, mean + half
+
+
+def paired_bootstrap(differences, resamples=9999):
+    """The same items under two systems, their differences [n] -> (mean, (low, high) of its 95% interval, two-sided p):
+    p is twice the share of resampled means on the other side of 0, at least 2 / (resamples + 1)."""
+    import numpy as np
+    from scipy.stats import bootstrap
+
+    middle = mean(differences)
+    if len(differences) < 2 or len(set(differences)) == 1:  # nothing to resample
+        return middle, (middle, middle), 1.0
+    found = bootstrap((differences,), np.mean, n_resamples=resamples, method="percentile", random_state=0)
+    means, (low, high) = found.bootstrap_distribution, found.confidence_interval
+    beyond = min((means <= 0).sum(), (means >= 0).sum())
+    return middle, (float(low), float(high)), min(1.0, 2 * (1 + int(beyond)) / (1 + resamples))

@@ -16,6 +16,8 @@ from collecting.sample import rouge_scorer
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
 
+SCORES = ("rouge_l", "exact_match", "bertscore")
+
 
 # fmt: off
 def superni_flags(add):
@@ -47,8 +49,13 @@ def superni(args):
     records = []
     for name in args.tasks or listed:
         records += superni_records(root / f"tasks/{name}.json", tokenizer, args)
-    if rows := answer(args, "superni", records):
-        write_metrics(args, "superni", superni_metrics(rows, args.bertscore, args.bertscore_layer))
+    verb = f"superni-{args.shots}shot" if args.shots else "superni"
+    if rows := answer(args, verb, records):
+        figures = superni_metrics(rows, args.bertscore, args.bertscore_layer)
+        if args.shots:  # so that both settings stand in one table
+            figures = {f"{k}_{args.shots}shot" if k in SCORES else k: v for k, v in figures.items()}
+        name = next(k for k in figures if k.startswith("rouge_l"))
+        write_metrics(args, verb, figures, {name: {r["id"]: r["rouge_l"] for r in rows}})
 
 
 def superni_records(file, tokenizer, args):

@@ -86,7 +86,15 @@ def nq_rows(count, documents):
 
 
 def reply(prompt):
-    """What the stand-in server says: a ranking, a rewritten sentence, a label, or an NLI answer."""
+    """What the stand-in server says: a ranking, a verdict, a rewritten sentence, a label, or an NLI answer."""
+    if "[A's answer]" in prompt:
+        a, b = (re.search(rf"\[{x}'s answer\]\n(.*?)\n\[End of {x}", prompt, re.DOTALL)[1] for x in "AB")
+        return f"The longer one. [[{'A' if len(a) > len(b) else 'B' if len(b) > len(a) else 'C'}]]"
+    if "\nWork in this order" in prompt:  # rank --by contextual: its own response, then the longer ones first
+        parts = re.split(r"^Response \d+:\n", prompt.partition("\nWork in this order")[0], flags=re.MULTILINE)[1:]
+        order = [len(parts), *sorted(range(len(parts)), key=lambda k: -len(parts[k]))]
+        scores = "".join(f"{k}: {max(0, 5 - i)} {max(0, 5 - i)} 0\n" for i, k in enumerate(order))
+        return f"Type: open\nReference: it\nDuplicates: none\nScores:\n{scores}Ranking: {' > '.join(map(str, order))}"
     responses = re.findall(r"^Response (\d+):", prompt, re.MULTILINE)
     if responses:
         return " > ".join(reversed(responses))
@@ -117,6 +125,22 @@ def serve(file):
         server.handle_request()
 
 
+def write_alpaca(folder, rows=12):
+    """What Tuna's recipes read, in the layouts of Alpaca, LIMA, Vicuna's questions, and a clone of Super-NI."""
+    alpaca = [{"instruction": r["premise"], "input": "", "output": r["explanation"]} for r in ROWS[:rows]]
+    (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
+    lima = [{"conversations": [r["hypothesis"], r["explanation"]], "source": "tiny"} for r in ROWS[:3]]
+    questions = [{"question_id": i, "category": "tiny", "turns": [r["hypothesis"]]} for i, r in enumerate(ROWS[:2])]
+    for name, some in (("lima", lima), ("question", questions)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    for part in ("tasks", "splits/default"):
+        (folder / "superni" / part).mkdir(parents=True)
+    (folder / "superni/splits/default/test_tasks.txt").write_text("task1_say\n")
+    examples = [{"input": r["premise"], "output": r["label"]} for r in ROWS[:5]]
+    task = {"Definition": ["Say it."], "Positive Examples": examples[:2], "Instances": examples[2:]}
+    (folder / "superni/tasks/task1_say.json").write_text(json.dumps(task))
+
+
 def main():
     if sys.argv[1] == "--serve":
         return serve(sys.argv[2])
@@ -134,6 +158,7 @@ def main():
         for split, count in (("train", 6), ("test", 4)):
             with gzip.open(folder / "hh" / subset / f"{split}.jsonl.gz", "wt") as f:
                 f.writelines(json.dumps(row) + "\n" for row in hh_rows(count, 100 * k + 10 * (split == "test")))
+    write_alpaca(folder)
     with gzip.open(folder / "nq.jsonl.gz", "wt") as f:
         f.writelines(json.dumps(row) + "\n" for row in nq_rows(12, 10))
     with open(folder / "esnli.csv", "w", newline="") as f:

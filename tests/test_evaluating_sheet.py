@@ -88,6 +88,61 @@ def test_score_of_five_systems_is_six_minus_place(cli, two_systems):
 WRONG = [([[2]] * 6, "not 0, 1 or tie"), (["x"] * 6, "not a ranking"), ([[0]], "another sheet"), ([[]] * 6, "nothing")]
 
 
+def test_people_against_a_stored_ranking(cli, two_systems):
+    """Tuna App. G: one prompt's candidates in people's order; Spearman against their ranks by hand."""
+    candidates = [{"text": f"t{k}", "source": "m", "rank": k} for k in (2, 0, 3, 1)]
+    records = [{"id": f"q{i}", "prompt": f"p{i}", "candidates": candidates} for i in range(3)]
+    records.append({"id": "short", "prompt": "p", "candidates": candidates[:2]})  # another number of them stays out
+    records[0]["candidates"] = [{"text": "original", "source": "reference"}, *candidates]  # not ranked, not shown
+    write_jsonl(two_systems / "r.jsonl", records)
+    flags = ["--within", "--input", "r.jsonl", "--output", "s.html"]
+    assert "3 prompts, 4 candidates" in cli("evaluate", "sheet", *flags).out
+    key, page = json.loads(open("s.html.key.json").read()), open("s.html").read()
+    assert "original" not in page and "rank" not in page.partition('id="data">')[2].partition("</script>")[0]
+
+    def judge(best_first):  # what is pressed for an order given as ranks
+        return [[ranks.index(rank) for rank in best_first] for ranks in key["ranks"]]
+
+    for order, expected in (([0, 1, 2, 3], 1.0), ([3, 2, 1, 0], -1.0), ([1, 0, 3, 2], 0.6)):  # 1 - 6 * 4 / 60
+        save_results(key, judge(order))
+        assert cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json").code == 0
+        [row] = json.loads((two_systems / "s.html.score.json").read_text()).values()
+        assert row["spearman"] == pytest.approx(expected) and row["prompts"] == 3
+    refused(cli("evaluate", "sheet", *flags, "--systems", "a/p.jsonl", "b/p.jsonl"), "sheet --within needs --input")
+
+
+def test_p_of_five_systems(cli, two_systems):
+    """Table 2's kind of test: a system that people always prefer differs from the last, not from itself."""
+    key, _ = make_sheet(cli, "abc")
+    save_results(key, [[order.index(s) for s in (0, 1, 2)] for order in key["orders"]])
+    cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json")
+    assert json.loads((two_systems / "s.html.score.json").read_text())["a"]["p, c"] == 1.0  # one value: no resampling
+    save_results(
+        key, [[order.index(s) for s in ((0, 1, 2) if i else (1, 0, 2))] for i, order in enumerate(key["orders"])]
+    )
+    cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json")
+    row = json.loads((two_systems / "s.html.score.json").read_text())["a"]
+    assert row["p, c"] < 0.01 < row["p, b"] and "p, a" not in row
+
+
+def test_paired_bootstrap(cli, two_systems):
+    """Against the exact distribution: resampled from -1, 1, 1, 1, 1, a mean is <= 0 with binomial odds."""
+    from scipy.stats import binom
+
+    middle, (low, high), p = shared.paired_bootstrap([-1.0, 1.0, 1.0, 1.0, 1.0], resamples=50000)
+    exact = 2 * binom.sf(2, 5, 0.2)  # three or more draws of the -1 (a mean of 0 needs an even number)
+    assert middle == pytest.approx(0.6) and p == pytest.approx(exact, abs=0.01) and low < middle < high
+    for name, values in (("a", [1.0, 2.0, 3.0]), ("b", [0.0, 1.5, 2.0])):
+        document = {"name": name, "metrics": {"x": 2.0}}
+        (two_systems / name / "v.metrics.json").write_text(json.dumps(document))
+        items = {f"q{i}": v for i, v in enumerate(values)}
+        (two_systems / name / "v.items.json").write_text(json.dumps({"x": items}))
+    out = cli("evaluate", "report", "a", "b", "--paired").out
+    assert "| a - b, x | 0.8333 | " in out and out.rstrip().endswith("| 0.0002 | 3 |")
+    (two_systems / "b/v.items.json").unlink()
+    refused(cli("evaluate", "report", "a", "b", "--paired"), "--paired: a and b have no *.items.json")
+
+
 @pytest.mark.parametrize("answers, words", WRONG)
 def test_wrong_results_are_refused(cli, two_systems, answers, words):
     key, _ = make_sheet(cli, "ab")

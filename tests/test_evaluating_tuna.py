@@ -151,10 +151,13 @@ def test_superni(cli, tiny, here):
     make_superni(here / "ni")
     flags = ["--model", tiny, "--name", "tiny", "--superni_dir", "ni", "--max_new_tokens", 4]
     assert cli("evaluate", "superni", *flags, "--max_instances", 3, "--shots", 2).code == 0
-    rows = read_jsonl(here / "runs/eval/tiny/superni.jsonl")
+    rows = read_jsonl(here / "runs/eval/tiny/superni-2shot.jsonl")
     assert [r["id"] for r in rows] == [f"{t}-{i}" for t in ("task1_add", "task2_say") for i in range(3)]
     assert "Positive Example 2 -" in rows[0]["prompt"] and "Example 3" not in rows[0]["prompt"]
-    assert metrics_of(here, "superni")["tasks"] == 2
+    got = metrics_of(here, "superni-2shot")
+    assert got["tasks"] == 2 and "rouge_l_2shot" in got and "rouge_l" not in got
+    [items] = json.loads((here / "runs/eval/tiny/superni-2shot.items.json").read_text()).items()
+    assert items[0] == "rouge_l_2shot" and sum(items[1].values()) / 6 == pytest.approx(got["rouge_l_2shot"])
     refused(cli("evaluate", "superni", *flags, "--tasks", "task9"), "--tasks task9", "not among the test tasks")
     flags[flags.index("ni")] = "."
     refused(cli("evaluate", "superni", *flags), "no splits/default/test_tasks.txt")

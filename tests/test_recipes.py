@@ -1,6 +1,7 @@
 """recipes/*.sh at SCALE=tiny, from end to end, as a user types them."""
 
 import json
+import re
 import subprocess
 
 import pytest
@@ -97,3 +98,55 @@ def test_rescue_esnli(env, tmp_path):
     assert flipped[0]["candidates"][1]["flip_of"] == "gpt-3.5-turbo"  # the random model's have no label to flip
     runs = {p.name for p in (tmp_path / "results/rescue_esnli-tiny").iterdir()}
     assert {"base@0", "none@4-seed0", "hybrid@4-seed0", "label-flip@4-seed0", "table1.md"} <= runs
+
+
+@pytest.fixture(scope="module")
+def tuna_folder(tmp_path_factory):
+    """Tuna's recipes share what they collect and train."""
+    return tmp_path_factory.mktemp("tuna")
+
+
+def digests(out):
+    """What a recipe prints of each stage's data -> {run: digest}."""
+    return {line.split()[2][:-1]: line.split()[3] for line in out.splitlines() if line.startswith("data of ")}
+
+
+def test_tuna(env, tuna_folder):
+    """The whole sequence; each stage's data differ where the paper samples anew."""
+    out = recipe("tuna", env, tuna_folder).stdout
+    data = digests(out)
+    assert list(data) == ["alpaca", "alpaca_mul", "tuna_p", "tuna_c", "tuna", "tuna_cp-13K", "mix-52K"]
+    assert data["alpaca_mul"] == data["tuna_p"] and len(set(data.values())) == 6  # both: the teacher's responses
+    for row in ("Alpaca-Mul", "Tuna_p", "Tuna_c", "Tuna", "Tuna_cp-13K", "mix-Tuna-52K"):
+        assert any(line.startswith(f"| {row} | ") and line.count(" (") >= 4 for line in out.splitlines()), row
+    assert "8 prompts are 40 examples" in out and "10 steps of 4" in out  # Alpaca-Mul; Alpaca: 2 steps
+    folder = tuna_folder / "data/tuna-tiny"
+    ranked = {s: read_jsonl(folder / f"ranked-{s}.jsonl") for s in ("alpaca", "tuna_p")}
+    for student, records in ranked.items():
+        assert len(records) == 4 and {r["ranked_by"] for r in records} == {"stand-in"}
+        assert {c["source"] for r in records for c in r["candidates"]} == {"reference", student}
+    assert (tuna_folder / "results/tuna-tiny/sheet.html").is_file()
+
+
+def test_tuna_prm(env, tuna_folder):
+    out = recipe("tuna_prm", env, tuna_folder).stdout
+    rows = [line for line in out.splitlines() if line.startswith("| Tuna_c (PRM-3B-")]
+    assert len(rows) == 2 and all(len(re.findall(r"\d\]? \(", line)) == 4 for line in rows)  # ours and the paper's
+    assert "mean words: 0: " in out and "16 prompts" in out  # Table 4; mix-Tuna-104K: 8 and 8
+
+
+def test_tuna_sweeps(env, tuna_folder):
+    out = recipe("tuna_sweeps", env, tuna_folder).stdout
+    assert any(line.startswith("| lambda-10 |") for line in out.splitlines())
+    line = [line for line in out.splitlines() if line.startswith("| Tuna_p | ")][-1]
+    assert "(2.14)" in line and len(re.findall(r"\d \(", line)) == 2  # ours at two of six betas
+
+
+def test_tuna_stopped_by_its_budget(env, tmp_path):
+    """--max_requests ends the ranking early: what is there is trained, and the next start goes on and trains anew."""
+    want = {"SYSTEMS": "tuna_c", "SUPERNI": "", "N": "4"}
+    first = recipe("tuna", env, tmp_path, MAX_REQUESTS="2", **want)
+    assert "2 of 4 done, 2 missing" in first.stdout and "2 prompts, 8 ranked candidates" in first.stdout
+    second = recipe("tuna", env, tmp_path, **want).stdout
+    assert "tuna_c: its data changed" in second and "4 prompts, " in second
+    assert digests(second)["tuna_c"] != digests(first.stdout)["tuna_c"]

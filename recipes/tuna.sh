@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Tuna, Tables 1, 2, 3 and 7 (arXiv 2310.13385, Sec. 2.4 to 3.4): Alpaca and Alpaca-Mul; Tuna_p from the teacher's
+# likelihoods; Tuna_c from a ranking of what Alpaca answers, Tuna from one of what Tuna_p answers; the other order
+# (Tuna_cp) with the first 13K, the last 39K and all 52K probabilistic rankings; both kinds of data at once (mix-Tuna).
+# Prints each stage's data by its digest, at the end Table 3, which holds Table 1's rows: ours and the paper's. The page
+# for Table 2, which wants people, is $RESULTS/sheet.html. Rows with a PRM (mix-Tuna-104K): tuna_prm.sh.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. recipes/tuna_common.sh
+
+[ "$SCALE" = tiny ] && : "${SYSTEMS:=alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K}"
+SYSTEMS=${SYSTEMS:-alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K}
+
+instructions
+alpaca
+measure alpaca
+teacher
+for system in $SYSTEMS; do
+  case $system in
+  alpaca_mul) EPOCHS=$SFT_EPOCHS train alpaca_mul "$BASE" teacher --stage sft --all_candidates --lr "$LR_SFT" ;;
+  tuna_p) tuna_p ;;
+  tuna_c) tuna_c ;;
+  tuna)
+    sample tuna_p "$FIRST"
+    contextual tuna_p
+    by_rank tuna tuna_p ranked-tuna_p --lr "$LR_SECOND" ;;
+  tuna_cp-13K) by_rank "$system" tuna_c teacher-ranked-first --lr "$LR_SECOND" ;;
+  tuna_cp-39K) by_rank "$system" tuna_c teacher-ranked-rest --lr "$LR_SECOND" ;;
+  tuna_cp-52K) by_rank "$system" tuna_c teacher-ranked --lr "$LR_SECOND" ;;
+  mix-52K)
+    cat "$DATA/ranked-alpaca.jsonl" "$DATA/teacher-ranked-rest.jsonl" > "$DATA/mix-52K.jsonl"
+    by_rank mix-52K alpaca mix-52K --lr "$LR" ;;
+  esac
+  measure "$system"
+done
+
+people=() # Table 2's systems, without PPO-sim
+for system in alpaca tuna_p tuna_c tuna; do
+  [[ " alpaca $SYSTEMS " != *" $system "* ]] || people+=("$RUNS/eval/$system/vicuna.jsonl")
+done
+[ -e "$RESULTS/sheet.html" ] || run python evaluate.py sheet --systems "${people[@]}" --input "${people[0]}" --output "$RESULTS/sheet.html"
+report table3

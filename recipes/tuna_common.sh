@@ -1,0 +1,128 @@
+# Sourced by Tuna's three recipes, which share what they collect and train: the paper's values (each can be set from the
+# environment), and how a stage is collected, trained and measured.
+#
+# ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their
+# log-probabilities, the only way to the paper's retired teacher; without it TEACHER answers, a model at TEACHER_URL or a
+# folder. RANKER at RANKER_URL ranks and judges (below paper scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; empty: left out.
+# MAX_REQUESTS stops the ranking early: training takes what is there, the next start goes on and trains that part anew.
+NAME=tuna
+. recipes/lib.sh
+
+case $SCALE in
+tiny) # random models, seconds
+  tiny
+  : "${ALPACA:=$DATA/tiny/alpaca_data.json}" "${BASE:=$DATA/tiny/model}" "${TEACHER:=$BASE}" "${N:=8}" "${FIRST:=4}"
+  : "${SUPERNI=$DATA/tiny/superni}" "${LMENTRY=}" "${VICUNA:=$DATA/tiny/question.jsonl}" "${LIMA:=$DATA/tiny/lima.jsonl}"
+  : "${TOKENS:=8}" "${EVAL_TOKENS:=4}" "${SHOTS:=2}" "${BATCH:=4}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
+cpu | 135m) # demo/model
+  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=400}" "${FIRST:=100}" "${TOKENS:=64}" "${EVAL_TOKENS:=64}" "${BATCH:=16}"
+  : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
+esac
+if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then # without a ranker: one that prefers the longer response
+  mkdir -p "$DATA/tiny"
+  tiny_server
+  RANKER_URL=$BASE_URL RANKER=${RANKER:-stand-in}
+fi
+ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA:-question.jsonl}
+BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-text-davinci-003} TEACHER_URL=${TEACHER_URL:-}
+RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} MAX_REQUESTS=${MAX_REQUESTS:-}
+SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} SHOTS=${SHOTS:-0 2}
+N=${N:-52002} FIRST=${FIRST:-13000}                         # Alpaca's instructions; "the first 13K", Sec. 3.1
+LR_SFT=${LR_SFT:-2e-5} SFT_EPOCHS=${SFT_EPOCHS:-3}          # Sec. 3.1; epochs are not printed, the recipe it cites has 3
+LR=${LR:-1e-5} LR_SECOND=${LR_SECOND:-1e-6} LR_104K=${LR_104K:-5e-6} # Table 7; LR_SECOND: on Tuna_c or Tuna_p
+EPOCHS=${EPOCHS:-1} BATCH=${BATCH:-128} WARMUP=${WARMUP:-2}  # Table 7
+BETA=${BETA:-1.3} MARGIN=${MARGIN:-0.1} LAMBDA=${LAMBDA:-1}  # Sec. 3.1
+RESPONSES=${RESPONSES:-4} TEMPERATURE=${TEMPERATURE:-1} TAU=${TAU:-0.8} # Sec. 3.1
+TOKENS=${TOKENS:-512} EVAL_TOKENS=${EVAL_TOKENS:-}          # 512 as released; the benchmarks' own defaults
+TEMPLATE=${TEMPLATE:-}                                      # alpaca: the released prompt, for off-the-shelf weights
+PRM_3B=${PRM_3B:-stabilityai/stablelm-base-alpha-3b} PRM_7B=${PRM_7B:-$BASE} # Sec. 3.1, App. D
+
+template=(${TEMPLATE:+--template "$TEMPLATE"})
+tokens=(${EVAL_TOKENS:+--max_new_tokens "$EVAL_TOKENS"})
+names=()
+
+collect() { run python collect_candidates.py "$@"; }
+
+instructions() { # Alpaca's, with the original response
+  collect prepare --task alpaca --input "$ALPACA" --limit "$N" "${template[@]}" --output "$DATA/train.jsonl"
+}
+
+teacher() { # N responses of the teacher with its log-probabilities, and as ranks (Eq. 3)
+  if [ -n "$DAVINCI" ]; then
+    collect prepare --task alpaca --from_release --input "$DAVINCI" --limit "$N" "${template[@]}" --output "$DATA/teacher.jsonl"
+  elif [ -n "$TEACHER_URL" ]; then
+    collect teacher --input "$DATA/train.jsonl" --output "$DATA/teacher.jsonl" --model "$TEACHER" --base_url "$TEACHER_URL" \
+      --completions --logprobs --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
+  else
+    run $TORCHRUN collect_candidates.py sample --input "$DATA/train.jsonl" --output "$DATA/teacher.jsonl" --model "$TEACHER" \
+      --source teacher --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
+  fi
+  collect rank --by probabilistic --input "$DATA/teacher.jsonl" --output "$DATA/teacher-ranked.jsonl" --length_penalty "$BETA"
+  split teacher-ranked
+}
+
+sample() { # sample STUDENT LIMIT: its own diverse responses (Sec. 2.3); LIMIT of the instructions
+  head -n "$2" "$DATA/train.jsonl" > "$DATA/train-$2.jsonl"
+  run $TORCHRUN collect_candidates.py sample --input "$DATA/train-$2.jsonl" --output "$DATA/sampled-$1.jsonl" \
+    --model "$RUNS/$1/model" --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS"
+}
+
+contextual() { # contextual STUDENT: the ranker on the first of its responses (Table 9)
+  collect rank --by contextual --input "$DATA/sampled-$1.jsonl" --limit "$FIRST" --output "$DATA/ranked-$1.jsonl" \
+    --model "$RANKER" --base_url "$RANKER_URL" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
+}
+
+split() { # split FILE: into FILE-first and FILE-rest, the paper's 13K and 39K
+  head -n "$FIRST" "$DATA/$1.jsonl" > "$DATA/$1-first.jsonl"
+  tail -n +$((FIRST + 1)) "$DATA/$1.jsonl" > "$DATA/$1-rest.jsonl"
+}
+
+train() { # train RUN FROM DATA FLAGS...: tuna.py (or $SCRIPT) from the run FROM, or from a model; anew where the data grew
+  local name=$1 from=$2 data=$DATA/$3.jsonl model=$2
+  [ ! -d "$RUNS/$from/model" ] || model=$RUNS/$from/model
+  local digest
+  digest=$(sha256sum < "$data" | cut -c1-16)$(cat "$RUNS/$from.data" 2>/dev/null || true)
+  if [ -e "$RUNS/$name.data" ] && [ "$(cat "$RUNS/$name.data")" != "$digest" ]; then
+    echo "$name: its data changed, so it is trained and measured anew"
+    rm -rf "${RUNS:?}/$name" "$RUNS/eval/$name"
+  fi
+  echo "$digest" > "$RUNS/$name.data"
+  echo "data of $name: ${digest:0:16} $data"
+  run $TORCHRUN "${SCRIPT:-tuna.py}" --model "$model" --data "$data" --output "$RUNS/$name" --batch_size "$BATCH" \
+    --warmup "$WARMUP" --epochs "$EPOCHS" --resume "${@:4}"
+}
+
+probabilistic() { train "$1" "$2" "$3" --stage probabilistic --length_penalty "$BETA" "${ranking[@]}" "${@:4}"; }
+by_rank() { train "$1" "$2" "$3" --stage contextual "${ranking[@]}" "${@:4}"; }
+ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
+
+alpaca() { EPOCHS=$SFT_EPOCHS train alpaca "$BASE" train --stage sft --lr "$LR_SFT"; }
+
+tuna_p() { probabilistic tuna_p alpaca teacher --lr "$LR"; }
+
+tuna_c() { # Alpaca's responses to all instructions (the PRM ranks the rest), the ranker on the first
+  sample alpaca "$N"
+  contextual alpaca
+  by_rank tuna_c alpaca ranked-alpaca --lr "$LR"
+}
+
+measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers
+  local eval=(--model "$RUNS/$1/model" --name "$1") out=$RUNS/eval/$1
+  if [ -n "$SUPERNI" ]; then
+    for shots in $SHOTS; do
+      run $TORCHRUN evaluate.py superni "${eval[@]}" --superni_dir "$SUPERNI" --shots "$shots" "${template[@]}" "${tokens[@]}" \
+        --output "$out/superni-$shots.jsonl"
+    done
+  fi
+  [ -z "$LMENTRY" ] || run $TORCHRUN evaluate.py lmentry "${eval[@]}" --lmentry_dir "$LMENTRY" "${template[@]}" "${tokens[@]}" \
+    --output "$out/lmentry.jsonl"
+  run $TORCHRUN evaluate.py vicuna "${eval[@]}" --input "$VICUNA" "${template[@]}" "${tokens[@]}" --output "$out/vicuna.jsonl"
+  [ "$1" = alpaca ] || run python evaluate.py judge --answers "$out/vicuna.jsonl" "$RUNS/eval/alpaca/vicuna.jsonl" --name "$1" \
+    --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL"
+  keep "$1" "$out"
+  names+=("$RESULTS/$1")
+}
+
+report() { # report TABLE: ours beside the paper's
+  run python evaluate.py report "${names[@]}" --paper "recipes/paper/tuna_$1.json" --output "$RESULTS/$1.md"
+}

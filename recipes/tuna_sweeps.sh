@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Tuna, Fig. 2, Fig. 3 and Table 5 (arXiv 2310.13385, Sec. 3.4 and App. A): Tuna_c with lambda of 0, .1, 1, 5 and 10;
+# Tuna_p with 0 (Alpaca), 13K, 24K and 52K probabilistic rankings; Tuna_p with beta of 0.9 to 1.4, by the NLL that it
+# gives LIMA's expert responses. Prints the figures of Fig. 2 and 3 (the paper prints no numbers), and Table 5: ours and
+# the paper's.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. recipes/tuna_common.sh
+
+[ "$SCALE" = tiny ] && : "${LAMBDAS:=0 10}" "${SIZES:=4}" "${BETAS:=0.9 1.3}"
+LAMBDAS=${LAMBDAS:-0 0.1 1 5 10}                      # Fig. 2
+SIZES=${SIZES:-13000 24000 52002}                     # Fig. 3
+BETAS=${BETAS:-0.9 1.0 1.1 1.2 1.3 1.4}               # Table 5
+
+instructions
+alpaca
+measure alpaca
+teacher
+sample alpaca "$N"
+contextual alpaca
+for LAMBDA in $LAMBDAS; do
+  ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
+  by_rank "lambda-$LAMBDA" alpaca ranked-alpaca --lr "$LR"
+  measure "lambda-$LAMBDA"
+done
+ranking=(--margin "$MARGIN" --mle_weight 1)
+for size in $SIZES; do
+  probabilistic "size-$size" alpaca teacher --lr "$LR" --max_train_samples "$size"
+  measure "size-$size"
+done
+run python evaluate.py report "${names[@]}" --output "$RESULTS/figures2-3.md"
+
+names=()
+collect prepare --task alpaca --input "$LIMA" "${template[@]}" --output "$DATA/lima.jsonl"
+for BETA in $BETAS; do
+  probabilistic "beta-$BETA" alpaca teacher --lr "$LR"
+  run $TORCHRUN evaluate.py nll --model "$RUNS/beta-$BETA/model" --name "beta@$BETA" --input "$DATA/lima.jsonl" \
+    --output "$RUNS/eval/beta-$BETA/nll.jsonl"
+  keep "beta-$BETA" "$RUNS/eval/beta-$BETA"
+  names+=("$RESULTS/beta-$BETA")
+done
+report table5
