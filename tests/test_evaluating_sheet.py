@@ -97,7 +97,7 @@ def test_people_against_a_stored_ranking(cli, two_systems):
     write_jsonl(two_systems / "r.jsonl", records)
     flags = ["--within", "--input", "r.jsonl", "--output", "s.html"]
     assert "3 prompts, 4 candidates" in cli("evaluate", "sheet", *flags).out
-    key, page = json.loads(open("s.html.key.json").read()), open("s.html").read()
+    key, page = json.loads((two_systems / "s.html.key.json").read_text()), (two_systems / "s.html").read_text()
     assert "original" not in page and "rank" not in page.partition('id="data">')[2].partition("</script>")[0]
 
     def judge(best_first):  # what is pressed for an order given as ranks
