@@ -104,7 +104,7 @@ def paired(folders):
     """{system: its folder} -> Markdown: the first system minus each other one, on the items of every figure that both
     have in a VERB.items.json, with the 95% interval and p of a paired bootstrap."""
     items = {
-        name: {k: v for file in sorted(folder.glob("*.items.json")) for k, v in json.loads(file.read_text()).items()}
+        name: {k: v for file in sorted(folder.glob("*.items.json")) for k, v in read_document(file).items()}
         for name, folder in folders.items()
     }
     first, *others = items
