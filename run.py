@@ -365,7 +365,8 @@ class Run:
         """Drop the log's lines after `step`: these steps are about to be taken again."""
         log = self.output / "log.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        kept = [x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step]
+        steps = [as_dict(read_json(x)).get("step") for x in lines]  # a torn line has none
+        kept = [x for x, s in zip(lines, steps) if x.endswith("\n") and type(s) is int and s <= step]
         if len(kept) < len(lines):
             write_atomically(log, "".join(kept))
 

@@ -158,6 +158,6 @@ def nll(args):
         tokens = sum(r["tokens"] for r in rows)
         token_nll = sum(r["nll"] for r in rows) / tokens
         by_response = mean(r["nll"] / r["tokens"] for r in rows)
-        figures = {"token_nll": token_nll, "perplexity": math.exp(token_nll), "response_nll": by_response}
+        figures = {"token_nll": token_nll, "perplexity": math.exp(min(token_nll, 700)), "response_nll": by_response}
         items = {"response_nll": {r["id"]: r["nll"] / r["tokens"] for r in rows}}
         write_metrics(args, "nll", figures | {"tokens": tokens, "prompts": len(rows)}, items)
