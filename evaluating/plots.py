@@ -96,7 +96,8 @@ def plot_setting(systems, path, setting):
         x = sorted(points, key=float)
         shares = [fmean(m["accuracy"] for m in points[v]) for v in x]
         prompts = [points[v][0]["prompts"] for v in x]  # seeds answer the same ones: they add none
-        label = ", ".join(v if k == "ordering" else f"{k} {v[:12]}" for k, v in own)
+        told = [(k, pathlib.Path(v).name) for k, v in own if not k.startswith("content of ")]
+        label = ", ".join(v if k == "ordering" else f"{k} {v}" for k, v in told)
         plot_shares(axes, x, shares, prompts, fmt="-o", label=label or "accuracy")
     axes.set(xlabel="training prompts" if setting == TRAIN_SIZE else setting.replace("_", " "), ylabel="accuracy")
     values = sorted({x for points in lines.values() for x in points})

@@ -144,7 +144,7 @@ def beside_paper(path, tables, wanted=None):
                     runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
     columns += [c for row in runs.values() for c in row if c not in columns]
     if cell:  # sizes in order, then words
-        columns = sorted(set(columns), key=lambda c: (float(c) if c.isdigit() else math.inf, c))
+        columns = sorted(set(columns), key=lambda c: (float(c) if c.replace(".", "").isdigit() else math.inf, c))
     lines = []
     for row in dict.fromkeys([*paper["rows"], *runs]):
         cells = [paper_cell(runs.get(row, {}).get(c), paper["rows"].get(row, {}).get(c)) for c in columns]

@@ -1,68 +1,12 @@
 #!/usr/bin/env bash
 # RESCUE, Table 1 (arXiv 2311.09136, Sec. 5.1 and 6.1): accuracy on e-SNLI of models trained on 2k to 20k prompts with
 # SFT, full orderings (similarity, gpt) and partial ones (human, label, hybrid), without and with flipped responses.
-# Prints Table 1, ours and the paper's. Every value can be set from the environment: SIZES=2000 recipes/rescue_esnli.sh
-#
-# ESNLI_TRAIN, ESNLI_TEST: OanaMariaCamburu/e-SNLI, dataset/esnli_{train_1,train_2,test}.csv. The paper's proprietary
-# models are gone: TEACHER, RANKER, FLIPPER name others, all at BASE_URL (their key: OPENAI_API_KEY); TEACHER="" does
-# without a response of it. A sampler that does not know the form yet can be trained first: SAMPLER_PROMPTS.
+# Prints Table 1, ours and the paper's, and draws it: train_size.png. Its values stand in rescue_common.sh; each can be
+# set from the environment: SIZES=2000 ORDERINGS="none label" bash recipes/rescue_esnli.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-NAME=rescue_esnli
-. recipes/lib.sh
+. recipes/rescue_common.sh
 
-case $SCALE in
-tiny) # random model and a stand-in server, seconds
-  tiny && tiny_server
-  : "${ESNLI_TRAIN:=$DATA/tiny/esnli.csv}" "${ESNLI_TEST:=$DATA/tiny/esnli.csv}" "${TEST:=3}" "${MODEL:=$DATA/tiny/model}"
-  : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${SHOTS:=0}" "${DROP=}" "${MIN_CANDIDATES:=1}"
-  : "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" "${SAMPLES:=2}" ;;
-cpu) # demo/model, one core, hours. One file of e-SNLI, as JSONL, gives all prompts: the last 1,001 rows are the test's
-  : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
-  head -n -1001 "$ESNLI" > "$DATA/rows.jsonl"
-  tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"
-  : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
-  : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
-  : "${PROMPT:=recipes/prompts/nli_short.txt}" "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}" ;;
-esac
-ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
-MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
-SIZES=${SIZES:-2000 5000 10000 20000}     # Sec. 6.1; the first so many of one seeded draw
-FLIP_SIZES=${FLIP_SIZES-2000 5000}        # Table 1
-ORDERINGS=${ORDERINGS:-none similarity gpt human label hybrid} FLIP_ORDERINGS=${FLIP_ORDERINGS-similarity gpt human label hybrid}
-SEEDS=${SEEDS:-0}                         # the paper reports one run each, as far as it says
-SAMPLES=${SAMPLES:-3} TEMPERATURE=${TEMPERATURE:-0.8} SHOTS=${SHOTS:-3} # Sec. 5.1; three shots as released
-TEACHER=${TEACHER-gpt-3.5-turbo} RANKER=${RANKER-gpt-3.5-turbo} FLIPPER=${FLIPPER-gpt-4} # Sec. 5.1: -0613 of each
-BASE_URL=${BASE_URL:-https://api.openai.com/v1}
-DROP=${DROP---drop_malformed} MIN_CANDIDATES=${MIN_CANDIDATES:-5} # as released: 3 + 1 + human, all well-formed
-ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the paper does not name it
-ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
-LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
-EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} PROMPT=${PROMPT:-}
-
-pool=0
-for size in $SIZES; do pool=$((size > pool ? size : pool)); done
-[ "$MIN_CANDIDATES" = 1 ] || pool=$((pool * 3 / 2)) # prompts that lose a candidate are left out
-answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"})
-train() { # train OUTPUT DATA ORDERING SIZE SEED
-  run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$MODEL" --output "$1" --max_train_samples "$4" --seed "$5" \
-    --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume
-}
-names=()
-measure() { # measure NAME MODEL SHOTS
-  run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
-    --shots "$3" "${answers[@]}"
-  keep "$1" "$RUNS/eval/$1"
-  names+=("$RESULTS/$1")
-}
-collect() { run python collect_candidates.py "$@"; }
-annotate() { # annotate PREFIX: PREFIX.jsonl -> PREFIX-label.jsonl, and from that -similarity and -gpt
-  collect rank --by label $DROP --min_candidates "$MIN_CANDIDATES" --input "$1.jsonl" --output "$1-label.jsonl"
-  collect rank --by similarity --encoder "$ENCODER" --input "$1-label.jsonl" --output "$1-similarity.jsonl"
-  [ -z "$RANKER" ] || collect rank --by gpt --model "$RANKER" --base_url "$BASE_URL" --input "$1-label.jsonl" \
-    --output "$1-gpt.jsonl"
-}
 compare() { # compare PREFIX SUFFIX SIZES ORDERINGS SEED: train and measure
   for size in $3; do
     for ordering in $4; do
@@ -74,35 +18,12 @@ compare() { # compare PREFIX SUFFIX SIZES ORDERINGS SEED: train and measure
   done
 }
 
-# Prompts: the test's, the training pool, and, apart from it, those of the sampler
-prepare=(prepare --task esnli ${PROMPT:+--prompt_file "$PROMPT"})
-collect "${prepare[@]}" --input $ESNLI_TEST --limit "$TEST" --output "$DATA/test.jsonl"
-collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --limit "$pool" --output "$DATA/train.jsonl"
-sampler=$MODEL
-if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
-  collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
-  train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0
-  sampler=$RUNS/sampler/model
-  measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler" "$EVAL_SHOTS"
-fi
-# Candidates (Sec. 5.1): three samples, a stronger model's, the human one
-run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \
-  --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/train.jsonl" --output "$DATA/sampled.jsonl"
-mix=$DATA/sampled
-if [ -n "$TEACHER" ]; then
-  mix=$DATA/mixed
-  collect teacher --model "$TEACHER" --base_url "$BASE_URL" --shots "$SHOTS" --input "$DATA/sampled.jsonl" --output "$mix.jsonl"
-fi
-annotate "$mix"
-if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as released
-  collect flip --replace --prompt_file recipes/prompts/rescue_flip.txt --model "$FLIPPER" --base_url "$BASE_URL" \
-    ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} --input "$mix.jsonl" --output "$DATA/flipped.jsonl"
-  annotate "$DATA/flipped"
-fi
-
 measure base@0 "$MODEL" "$EVAL_SHOTS"
+untrained=${#names[@]}
 for seed in $SEEDS; do
   compare "$mix" "" "$SIZES" "$ORDERINGS" "$seed"
   compare "$DATA/flipped" -flip "$FLIP_SIZES" "$FLIP_ORDERINGS" "$seed"
 done
+trained=("${names[@]:untrained}")
 run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_table1.json --output "$RESULTS/table1.md"
+run python evaluate.py report "${trained[@]}" --columns accuracy --plot train_size --output "$RESULTS/train_size.md" > "$RESULTS/plot.log"

@@ -87,7 +87,7 @@ def test_pro_rankings(env, pro_folder):
     assert any(line.startswith("| Random |  | ") for line in lines)
 
 
-def test_rescue_esnli(env, tmp_path):
+def test_rescue_esnli_and_sweeps(env, tmp_path):
     out = recipe("rescue_esnli", env, tmp_path).stdout
     assert "| (PO) Label Prioritization, flipped |" in out and "(87.97)" in out
     records = read_jsonl(tmp_path / "data/rescue_esnli-tiny/mixed-gpt.jsonl")
@@ -97,7 +97,11 @@ def test_rescue_esnli(env, tmp_path):
     flipped = read_jsonl(tmp_path / "data/rescue_esnli-tiny/flipped.jsonl")
     assert flipped[0]["candidates"][1]["flip_of"] == "gpt-3.5-turbo"  # the random model's have no label to flip
     runs = {p.name for p in (tmp_path / "results/rescue_esnli-tiny").iterdir()}
-    assert {"base@0", "none@4-seed0", "hybrid@4-seed0", "label-flip@4-seed0", "table1.md"} <= runs
+    assert {"base@0", "none@4-seed0", "hybrid@4-seed0", "label-flip@4-seed0", "table1.md", "train_size.png"} <= runs
+    out = recipe("rescue_sweeps", env, tmp_path, ALPHAS="0.01 1").stdout
+    assert "|  | 0.01 | 1 |" in out and "|  | 2 | 3 | 4 |" in out and "Fig. 4" in out
+    assert "sampled 0 responses" in out  # what the other recipe collected is used
+    assert all((tmp_path / f"results/rescue_esnli-tiny/{x}.png").is_file() for x in ("alpha", "num_candidates"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# RESCUE, Fig. 4 (arXiv 2311.09136, Sec. 7): accuracy on e-SNLI against alpha (left) and against the number of candidate
+# responses a prompt (right). Values, prompts and candidates are those of rescue_esnli.sh, and what that collected is
+# used. Draws alpha.png and num_candidates.png and prints the accuracies. The paper prints none of the figure's values,
+# only that alpha is best "between 0.01 to 0.1" and that 3-4 responses suffice.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+FLIP_SIZES=
+. recipes/rescue_common.sh
+ORDERING=${ORDERING:-label} SIZE=${SIZE:-${SIZES%% *}} # the paper does not say of which ordering and size Fig. 4 is
+ALPHAS=${ALPHAS:-0.001 0.01 0.1 1}        # around Sec. 7's 0.01 to 0.1
+CANDIDATES=${CANDIDATES:-$(seq -s " " 2 $((1 + SAMPLES + (${#TEACHER} > 0))))} # 2 to all, in print 5
+annotation=label
+case $ORDERING in similarity | gpt) annotation=$ORDERING ;; esac
+
+sweep() { # sweep FLAG VALUES
+  names=()
+  for seed in $SEEDS; do
+    for value in $2; do
+      output=$RUNS/$ORDERING-$1-$value@$SIZE-seed$seed
+      train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
+      measure "$1@$value-seed$seed" "$output/model" "$EVAL_SHOTS"
+    done
+  done
+  run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_figure4.json --plot "$1" --output "$RESULTS/$1.md"
+}
+sweep alpha "$ALPHAS"
+sweep num_candidates "$CANDIDATES"
