@@ -63,7 +63,13 @@ def unread_flags(sources):
     return declared - {name for tree in trees for name in reads_of(tree)}
 
 
-READ_BY_NAME = {"completions", "num_beams", "num_samples", "top_p"}  # getattr(args, name) in collecting/, evaluating/
+READ_BY_NAME = {
+    "completions",
+    "num_beams",
+    "num_samples",
+    "template",
+    "top_p",
+}  # getattr(args, name) in collecting/, evaluating/
 
 
 def test_every_flag_is_read():

@@ -195,6 +195,11 @@ def test_lmentry(cli, tiny, here):
     flags = ["--model", tiny, "--name", "tiny", "--lmentry_dir", "lm", "--max_new_tokens", 6]
     tasks = ["--tasks", "word_after", "more_letters_length_diff_1"]
     assert cli("evaluate", "lmentry", *flags, *tasks, "--max_examples", 4).code == 0
+    (here / "t.txt").write_text("T {instruction} I {input}\n---\nT {instruction} R:\n")
+    told = [*flags, *tasks, "--max_examples", 4, "--prompt_file", "t.txt", "--output", "told.jsonl"]
+    assert cli("evaluate", "lmentry", *told).code == 0
+    plain, wrapped = read_jsonl(here / "runs/eval/tiny/lmentry.jsonl"), read_jsonl("told.jsonl")
+    assert [r["prompt"] for r in wrapped] == [f"T {r['prompt']} R:" for r in plain]
     rows = read_jsonl(here / "runs/eval/tiny/lmentry.jsonl")
     assert [r["id"] for r in rows[:4]] == [f"word_after/{i}" for i in (1, 3, 5, 2)]  # spread over the templates
     got = metrics_of(here, "lmentry")
