@@ -1,10 +1,10 @@
-# make demo | make test | make bench | make faults: each sets up .venv by itself (python >= 3.11)
+# make demo | make test | make bench | make gpu | make faults: each sets up .venv by itself (python >= 3.11)
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_DISABLE_TELEMETRY = 1
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: help demo test bench faults lock clean
+.PHONY: help demo test bench gpu faults lock clean
 
 help:
 	@sed -n 's/^\([a-z]*\):.*## /make \1	/p' Makefile
@@ -25,6 +25,9 @@ test: .venv/installed  ## ruff, then every test
 
 bench: .venv/installed  ## step time and memory beside the padded step and peers (PAGE=reading: scoring, generating); ARGS=--help
 	$(BIN)/python benchmarks/$(or $(PAGE),bench).py $(ARGS)
+
+gpu: .venv/installed  ## one GPU, 40 minutes: is the CUDA path right, how fast; without CUDA it says so
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 faults: .venv/installed  ## the long fault rig: kills, torn files, hostile servers, malformed inputs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(ARGS)

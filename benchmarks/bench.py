@@ -1,12 +1,14 @@
 """Time and memory of one training step: ours, the padded step, and peers, on the same preferences in one process.
 
 A step is forward, loss and backward of one prompt with its n responses of R tokens each (--prompts: of several), from
-token ids to gradients. With --optimizer (default on CUDA) clipping and AdamW's update are in it too. Contenders take
-turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians are shown. With
-OMP_NUM_THREADS=1 on a CPU seconds are those that the thread computed, so that figures stand on a busy machine too.
+token ids to gradients. With --optimizer (on CUDA without --no_optimizer) clipping and AdamW's update are in it too.
+Contenders take turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians
+are shown. With OMP_NUM_THREADS=1 on a CPU seconds are those that the thread computed, so that figures stand on a busy
+machine too.
 
-    ours        common.pack, common.candidate_logprobs: one pass a prompt, logits at response positions only
-    ours_flex   the same with FlexAttention instead of SDPA (CUDA)
+    ours        common.pack, common.candidate_logprobs: one pass a prompt, logits at response positions only; with
+                FlexAttention on CUDA, in blocks on a CPU, as the scripts train
+    ours_compiled   the same with --compile, each layer compiled
     padded      what the papers' released code does: one sequence a response, each with its own copy of the prompt,
                 padded; a softmax over the vocabulary at every position, then the responses' tokens are picked
     trl         TRL's CPO trainer with the SimPO loss, its compute_loss, where `trl` is installed: the best response
@@ -22,12 +24,14 @@ backward) for each second, over the device's peak: dense bf16 on a known GPU, el
     make bench ARGS="--growth --repeats 3"                      # time and memory against n and against P
     make bench ARGS="--contenders ours trl --workloads pairs"   # n = 2..4
     make bench ARGS="--model llama-6m --growth"                 # random weights in a small shape: seconds
-    make bench ARGS="--model llama-2-7b --prompts 8"            # on CUDA: random weights in that shape, full optimizer
+    make bench ARGS="--model llama-1b --prompts 4"              # on CUDA: random weights in that shape, full optimizer
+    make bench ARGS="--model llama-2-7b --no_optimizer"         # 7B on a card of 80 GB: weights and gradients take 54
 """
 
 import ctypes
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
@@ -61,6 +65,8 @@ WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
 PAPERS, GROWTH = ["e-SNLI", "multi-document QA", "HH", "Alpaca"], ["candidates", "prompt"]
 GEOMETRIES = {  # random weights in a known shape, where no weights can be had
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
+    | {"num_key_value_heads": 4},
     "llama-6m": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
     | {"vocab_size": 8192, "tie_word_embeddings": True},  # a smoke run of seconds
 }
@@ -211,9 +217,16 @@ def measure(contenders, model, optimizer, shape, args, device):
     for turn in range(args.warmup + args.repeats):
         scores = {}
         for name, contender in contenders.items():
-            attn = "blocks" if (name, device.type) == ("ours", "cpu") else ATTENTION[name]
-            model.set_attn_implementation(attn)
-            seconds, peak, scores[name] = timed_step(contender, model, optimizer, encoded, device)
+            if "out_of_memory" in result[name]:
+                continue
+            ours_attention = "blocks" if device.type == "cpu" else "flex_attention"
+            model.set_attn_implementation(ATTENTION.get(name, ours_attention))
+            set_compiled(model, name == "ours_compiled")
+            try:
+                seconds, peak, scores[name] = timed_step(contender, model, optimizer, encoded, device)
+            except torch.OutOfMemoryError as e:
+                result[name] = {"out_of_memory": str(e).splitlines()[0][:200]}
+                continue
             if turn >= args.warmup:
                 result[name]["seconds"].append(seconds)
                 result[name]["peak_bytes"].append(peak.bytes)
@@ -224,8 +237,16 @@ def measure(contenders, model, optimizer, shape, args, device):
     return result
 
 
-ATTENTION = {"ours": "sdpa", "ours_flex": "flex_attention", "padded": "sdpa", "trl": "sdpa"}
-ATTENTION["flash_pref"] = "flash_attention_2"
+ATTENTION = {"padded": "sdpa", "trl": "sdpa", "flash_pref": "flash_attention_2"}
+
+
+def set_compiled(model, on):
+    """--compile for the steps that follow, or not; each layer is compiled once."""
+    for layer in runtime.decoder_layers(model):
+        if on and not hasattr(layer, "compiled_call"):
+            layer.compile(dynamic=True)
+            layer.compiled_call = layer._compiled_call_impl
+        layer._compiled_call_impl = layer.compiled_call if on else None
 
 
 def step_flops(model, shape, prompts):
@@ -266,7 +287,7 @@ def peak_flops(device):
 def ratios(row, name, base="ours"):
     """-> medians over turns: the contender's time over ours, and our memory over its, all of it and the step's own."""
     a, b = row["contenders"][name], row["contenders"].get(base)
-    if b is None:
+    if b is None or "out_of_memory" in b:
         return None, None, None
     over = lambda x, y, key: statistics.median(i / j for i, j in zip(x[key], y[key]))  # noqa: E731
     return over(a, b, "seconds"), over(b, a, "peak_bytes"), over(b, a, "step_bytes")
@@ -282,6 +303,9 @@ def table(report):
     for row in report["rows"]:
         P, n, R = row["shape"]
         for name, c in row["contenders"].items():
+            if "out_of_memory" in c:
+                lines.append(f"| {row['workload']} | {P} / {n} x {R} | {name} | out of memory | | | | | | |")
+                continue
             seconds, peak, own = (statistics.median(c[k]) for k in ("seconds", "peak_bytes", "step_bytes"))
             times, memory, own_memory = ratios(row, name)
             ideal = (n * (P + R) / (P + n * R), row["padded_flops"] / row["flops"]) if name == "padded" else None
@@ -305,7 +329,7 @@ def plot(report, path):
     figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
     units = {"seconds": ("seconds a step", 1), "step_bytes": ("the step's own peak memory, GB", 1e-9)}
     for line, (key, (label, scale)) in zip(axes, units.items()):
-        value = lambda c: statistics.median(c[key]) * scale  # noqa: B023, E731
+        value = lambda c: statistics.median(c.get(key, [0])) * scale  # noqa: B023, E731
         rows = [r for r in report["rows"] if r["workload"] in PAPERS]
         names = list(dict.fromkeys(n for r in rows for n in r["contenders"]))
         for i, name in enumerate(names):
@@ -347,13 +371,14 @@ def parse_args():
     add(
         "--contenders",
         nargs="+",
-        choices=sorted(ATTENTION),
+        choices=["ours", "ours_compiled", *sorted(ATTENTION)],
         help="default: ours padded; on CUDA all that are installed",
     )
     add("--repeats", type=in_range(int, 1), default=5, help="turns that count")
     add("--warmup", type=in_range(int, 0), default=1, help="turns before")
     add("--prompts", type=in_range(int, 1), default=1, help="prompts a step")
-    add("--optimizer", action="store_true", help="clipping and AdamW's update in the step (always on CUDA)")
+    add("--optimizer", action="store_true", default=torch.cuda.is_available(), help="clipping and AdamW in the step")
+    add("--no_optimizer", dest="optimizer", action="store_false", help="neither: the default on a CPU")
     add("--seed", type=int, default=0)
     add(
         "--output",
@@ -401,7 +426,7 @@ def main():
     output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     versions = {name: installed(name) for name in ("torch", "transformers", "trl", "flash-pref", "flash-attn")}
-    report = {"model": model_name, "device": device_name(device), "optimizer": args.optimizer or device.type == "cuda"}
+    report = {"model": model_name, "device": device_name(device), "optimizer": args.optimizer}
     report |= {"versions": {k: v for k, v in versions.items() if v}, "peak_flops": peak_flops(device), "rows": []}
     before = json.loads(output.read_text()) if output.exists() else report
     if args.show:
@@ -424,9 +449,9 @@ def run(args, report, output, device):
     if device.type == "cpu":
         say("no CUDA device: FlexAttention, flash-pref and bf16 are left out; the same command measures them on one")
     if device.type == "cuda" and not args.contenders:
-        names = ["ours", "ours_flex", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
+        names = ["ours", "ours_compiled", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
         names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
-    makers = {"ours": ours, "ours_flex": ours, "padded": padded, "flash_pref": flash_pref}
+    makers = {"ours": ours, "ours_compiled": ours, "padded": padded, "flash_pref": flash_pref}
     contenders = {name: makers.get(name) or make_trl(model, tokenizer) for name in names}
     lr = 1e-6 if report["optimizer"] else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -442,7 +467,7 @@ def run(args, report, output, device):
             rows = json.loads(output.read_text())["rows"] if output.exists() else []
             report["rows"] = [r for r in rows if not same(r)] + [row]
             write_atomically(output, json.dumps(report, indent=1) + "\n")
-            medians = {name: round(statistics.median(c["seconds"]), 2) for name, c in result.items()}
+            medians = {n: round(statistics.median(c.get("seconds", [math.nan])), 2) for n, c in result.items()}
             say(workload, shape, medians)
 
 
