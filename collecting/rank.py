@@ -48,6 +48,7 @@ def rank_flags(add):
     by = group(add, "what some rankers read")
     by("--drop_malformed", action="store_true", help="label: first drop NLI responses that are not well-formed")
     by("--min_candidates", type=in_range(int, 1), default=1, help="and prompts left with fewer (RESCUE's code: 5)")
+    by("--mark_answers", action="store_true", help="label, multi-document QA: end texts with #### Correct, as released")
     by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
     by("--rank_original", action="store_true", help="contextual, prm: rank the original response too")
     by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")

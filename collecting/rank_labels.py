@@ -13,6 +13,9 @@ def rank_by_label(records, args):
     for record in records:
         if record.get("task") == "multidoc_qa":
             rank_by_answer(record, count, args.input)
+            if args.mark_answers:
+                for c in record["candidates"]:
+                    c["text"] += f" #### {'Correct' if c['correct'] else 'Incorrect'}"
             yield record
             continue
         if record.get("label") not in NLI_LABELS:
@@ -45,14 +48,20 @@ def rank_by_answer(record, count, where):
 
 def drop_malformed(records, min_candidates):
     """Yield the NLI records without the model responses that are not well-formed, except those that are left with
-    fewer than min_candidates (RESCUE's released code: 5, the human response among them)."""
+    fewer than min_candidates (RESCUE's released code: 5, the human response among them). The others get the human
+    responses' form, one line: explanation #### Label."""
     count = Counter()
     for record in records:
-        good = [c["source"] in HUMAN or parse_nli(c["text"])[1] for c in record["candidates"]]
-        count["malformed"] += good.count(False)
-        enough = good.count(True) >= min_candidates
-        count["prompts left out"] += not enough
-        if enough:
-            yield record | {"candidates": [c for c, g in zip(record["candidates"], good) if g]}
+        kept = []
+        for c in record["candidates"]:
+            label, well_formed = parse_nli(c["text"])
+            if c["source"] not in HUMAN and well_formed:
+                explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
+                c = c | {"text": f"{explanation} #### {label.capitalize()}"}
+            kept += [c] * (c["source"] in HUMAN or well_formed)
+        count["malformed"] += len(record["candidates"]) - len(kept)
+        count["prompts left out"] += len(kept) < min_candidates
+        if len(kept) >= min_candidates:
+            yield record | {"candidates": kept}
     left = f"{count['prompts left out']} prompts with fewer than --min_candidates {min_candidates}"
     say(f"left out: {count['malformed']} malformed responses, {left}")

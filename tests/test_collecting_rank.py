@@ -148,17 +148,27 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
     records = [
         nli(0, "h #### Neutral", "a #### Neutral", "b #### Entailment", "no label"),
         nli(1, "h #### Neutral", "neutral it is", "b #### Neutral and so on", "no label"),
-        nli(2, "h", "a #### Neutral", "b #### neutral", "c #### Contradiction."),
+        nli(2, "h", "a\nand so\n#### Neutral", "b #### neutral", "```c #### Contradiction.```"),
     ]
     source = write_jsonl(tmp_path / "in.jsonl", records)
     flags = ("--drop_malformed", "--min_candidates", "3", "--output", tmp_path / "o.jsonl")
     run(monkeypatch, "rank", "--by", "label", "--input", source, *flags)
     rows = read_jsonl(tmp_path / "o.jsonl")
-    assert {r["id"]: [c["text"][0] for c in r["candidates"]] for r in rows} == {"r0": list("hab"), "r2": list("habc")}
+    assert {r["id"]: [c["text"] for c in r["candidates"]] for r in rows} == {
+        "r0": ["h #### Neutral", "a #### Neutral", "b #### Entailment"],
+        "r2": ["h", "a and so #### Neutral", "b #### Neutral", "c #### Contradiction"],  # in the human responses' form
+    }
     out = capsys.readouterr().out
     assert (
         "left out: 4 malformed responses, 1 prompts with fewer than --min_candidates 3" in out and "WARNING" not in out
     )
+    qa = {"id": "q", "task": "multidoc_qa", "prompt": "p", "answers": ["Oslo"]}
+    qa["candidates"] = [{"source": "m", "text": text} for text in ("In Oslo.", "In Rome.")]
+    flags = ("--mark_answers", "--output", tmp_path / "qa.jsonl")
+    run(monkeypatch, "rank", "--by", "label", "--input", write_jsonl(tmp_path / "in.jsonl", [qa]), *flags)
+    texts = [c["text"] for c in read_jsonl(tmp_path / "qa.jsonl")[0]["candidates"]]
+    assert texts == ["In Oslo. #### Correct", "In Rome. #### Incorrect"]
+    capsys.readouterr()
     records = [nli(i, "h #### Neutral", *["what?"] * 4, "a #### Neutral") for i in range(2)]
     for c in (c for r in records for c in r["candidates"][5:] if r["id"] == "r0"):
         c["text"] = "what?"
