@@ -3,12 +3,13 @@
 import ast
 import pathlib
 import re
+import tokenize
 
 import pytest
 from conftest import ROOT
 
 PAPERS = ("RESCUE", "PRO", "Tuna")
-OTHERS = ("LMentry", "X")  # other papers whose parts are named; X is a test's
+OTHERS = ("LMentry",)  # another paper whose parts are named
 KINDS = {"sec": "Sec.", "eq": "Eq.", "table": "Table", "fig": "Fig.", "app": "App.", "algorithm": "Algorithm"}
 KINDS |= {"section": "Sec.", "appendix": "App.", "figure": "Fig.", "equation": "Eq.", "footnote": "Footnote"}
 NUMBER = r"(?:\d+(?:\.\d+)*|[A-K]\b)"
@@ -70,7 +71,12 @@ def own_paper(path):
 
 
 def parts(path):
-    """A file as (text, own paper): pages by their sections, PAPERS.md's with a paper each, code whole."""
+    """A file as (text, own paper): pages by their sections, PAPERS.md's with a paper each, code whole, of tests the
+    docstrings and comments."""
+    if path.parent.name == "tests":
+        tokens = tokenize.generate_tokens(path.open().readline)
+        said = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string.startswith('"""')]
+        return [("\n".join(said), own_paper(path))]
     if path.suffix != ".md":
         return [(path.read_text(), own_paper(path))]
     if path.name != "PAPERS.md":
