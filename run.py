@@ -397,8 +397,8 @@ class Run:
         say(f"model saved in {self.model_folder}")
 
     def _drop_checkpoints(self):
-        remove(self.output / "checkpoints")
-        remove(self.output / "latest")
+        for name in ("checkpoints", "latest", "latest.part", "log.jsonl.part"):  # .part: of a run killed while writing
+            remove(self.output / name)
 
 
 def learning_rate(step, total, args):

@@ -15,7 +15,7 @@ RE_ASKS = 2  # after an answer that could not be used
 
 # fmt: off
 def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logprobs=False, completions=False,
-             follow_up=None, count=None):
+             follow_up=None, count=None, done=()):
     # fmt: on
     """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
 
@@ -24,17 +24,21 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
     finished, num_tokens and logprob where known} (logprobs=True asks a server for them), or None with `error`, a
     sentence: such prompts failed and may be asked again another time. follow_up(index, text) -> None, or the message to
     re-ask with when `text` is no use: RE_ASKS times, the dialogue so far before it. What concerns all prompts (a
-    refused key, an unknown model, no server) is a UserError. count: a Counter that several calls share, so that
+    refused key, an unknown model, no server) is a UserError. done: indices not to yield; a local model still draws
+    the others as if it had them before it (batches, padding). count: a Counter that several calls share, so that
     --max_requests bounds them together.
     """
     options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
-    ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else ask_local
+    ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else functools.partial(ask_local, done=done)
     dialogues = {i: [{"role": "user", "content": p}] if isinstance(p, str) else p for i, p in enumerate(prompts)}
+    dialogues = {i: d for i, d in dialogues.items() if not args.base_url or i not in done}
     count = Counter() if count is None else count
-    with tqdm(total=len(prompts), desc=f"asking {args.model}", leave=False) as bar:
+    with tqdm(total=len(prompts) - len(done), desc=f"asking {args.model}", leave=False) as bar:
         for turn in range(1 + RE_ASKS):
             again = {}
             for i, responses, error in ask(args, dialogues, count, **options):
+                if i in done:
+                    continue
                 bar.set_postfix(count)
                 more = follow_up(i, responses[0]["text"]) if follow_up and responses and turn < RE_ASKS else None
                 if more is None:
@@ -48,7 +52,7 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
                 break
 
 
-def ask_local(args, dialogues, count, *, completions, **options):
+def ask_local(args, dialogues, count, *, done, completions, **options):
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device)
     prompts = {
@@ -63,6 +67,8 @@ def ask_local(args, dialogues, count, *, completions, **options):
     order = sorted(prompts, key=lambda i: -len(prompts[i]))
     for start in range(0, len(order), args.batch_size):
         batch = order[start : start + args.batch_size]
+        if all(i in done for i in batch):
+            continue
         torch.manual_seed(zlib.crc32(f"{args.seed} {prompts[batch[0]]}".encode()))
         responses = generation.generate(model, tokenizer, [prompts[i] for i in batch], **options)
         for i, samples in zip(batch, responses):

@@ -26,14 +26,14 @@ def teacher_flags(add):
 
 def ask_each(args, records, journal, prompt, finish, **options):
     """Ask prompt(record) for every record not done; journal finish(record, responses) as they come; list failures."""
-    todo, failed = [r for r in records if r["id"] not in journal.done], Counter()
-    for i, responses, error in asking.complete(args, [prompt(r) for r in todo], **options):
+    done, failed = {i for i, r in enumerate(records) if r["id"] in journal.done}, Counter()
+    for i, responses, error in asking.complete(args, [prompt(r) for r in records], done=done, **options):
         if error:
             failed[error] += 1
             if error != BUDGET_SPENT:
-                say(f"{todo[i]['id']} failed: {error}")
+                say(f"{records[i]['id']} failed: {error}")
         else:
-            journal.write([finish(todo[i], responses)])
+            journal.write([finish(records[i], responses)])
     for error, number in failed.items():
         say(f"{number} prompts failed and are left for another run: {error}")
     journal.finish()

@@ -120,6 +120,25 @@ class TestJournalFiles:
         assert journal.finish() == 1 and mine.read_text() == "mine"
 
 
+def test_a_local_teacher_goes_on_bit_for_bit(cli, tiny, data, tmp_path, monkeypatch):
+    """Batches are those of the whole input, also where the first run was killed inside one."""
+    argv = ["teacher", "--model", tiny, "--input", data, "--max_new_tokens", 6, "--batch_size", 4, "--output"]
+    assert cli("collect_candidates", *argv, tmp_path / "whole.jsonl").code == 0
+    with monkeypatch.context() as context:
+        write, left = Journal.write, iter(range(6))
+
+        def killed(journal, records):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            write(journal, records)
+
+        context.setattr(Journal, "write", killed)
+        assert cli("collect_candidates", *argv, tmp_path / "parts.jsonl").code == 130
+    assert len(read_jsonl(tmp_path / "parts.jsonl.part0")) == 6
+    assert cli("collect_candidates", *argv, tmp_path / "parts.jsonl").code == 0
+    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 class TestNoCodeFromData:
     def test_a_model_folders_code_is_not_run(self, own, data, tmp_path):
         config = json.loads((own / "config.json").read_text())
