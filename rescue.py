@@ -138,6 +138,7 @@ def parse_args():
     return args
 
 
+HUMAN = "a candidate with source human or reference (--ordering gpt, by rank, and reward need none)"
 NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
 RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
 COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv --shuffle 0
@@ -156,7 +157,7 @@ def load_data(args, path, limit):
         where = f"{path}: record {record['id']!r}"
         human = [c["source"] in common.HUMAN for c in record["candidates"]]
         if not any(human) and args.ordering in ("human", "none", "similarity"):
-            raise UserError(f"{where} has no human response, which --ordering {args.ordering} needs")
+            raise UserError(f"{where} has no human response, which --ordering {args.ordering} needs: {HUMAN}")
         for i, (c, h) in enumerate(zip(record["candidates"], human)):
             if field and field not in c and not (h and field in ("correct", "similarity", "rank")):
                 hint = RANK_BY.format(by, path)

@@ -189,7 +189,8 @@ def load_data(args, path, limit):
                 hint = ANNOTATE[args.stage].format(path)
                 raise UserError(f"{where}: candidates[{i}] has no {absent[0]!r}; add it with: {hint}")
         if original is None and not learn_all and (args.mle_weight or args.stage == "sft"):
-            raise UserError(f"{where} has no reference response, which the MLE term needs")
+            hint = "a candidate with source reference or human (without one: --mle_on all, or --mle_weight 0)"
+            raise UserError(f"{where} has no reference response, which the MLE term needs: {hint}")
         level = teacher_levels(candidates, args.stage, args.length_penalty)
         mle = [(learn_all and bool(c["text"].strip())) or i == original for i, c in enumerate(candidates)]
         used = [i for i in range(len(candidates)) if level[i] >= 0 or mle[i]]

@@ -14,6 +14,7 @@ from collecting.files import read_rows
 from collecting.flags import group
 from collecting.hh import HH_PUBLISHED, hh_rows, hub_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import Journal, settings_of
+from collecting.pairs import pair_converter, pair_rows, prepare_pair
 from collecting.prompts import (
     ALPACA_TEMPLATE,
     HH_TEMPLATE,
@@ -227,6 +228,7 @@ TASKS = {
     "multidoc_qa": (prepare_multidoc_qa, QA_TEMPLATE),
     "hh": (prepare_hh, HH_TEMPLATE),
     "alpaca": (prepare_alpaca, ALPACA_TEMPLATE),
+    "pairs": (prepare_pair, "{prompt}"),  # your own preferences
 }
 RELEASED = {  # for --from_release
     **{"esnli": prepare_release, "multidoc_qa": prepare_release},
@@ -236,8 +238,9 @@ RELEASED = {  # for --from_release
 
 # fmt: off
 def prepare_flags(add):
-    add("--task", required=True, choices=sorted(TASKS), help="which data set")
-    add("--input", nargs="+", help="the files as downloaded, CSV, JSON or JSONL, plain or .gz (hh, alpaca: or the hub)")
+    add("--task", required=True, choices=sorted(TASKS), help="which data set; pairs: your own preferences")
+    add("--input", nargs="+", help="the files as downloaded, CSV, JSON or JSONL, plain or .gz "
+        "(hh, alpaca: or the hub; pairs: or Parquet, a folder, a hub id)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
     add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
@@ -247,10 +250,14 @@ def prepare_flags(add):
     add("--validation", type=in_range(int, 0), default=0, help="move so many, drawn, to validation.jsonl")
     add("--keep_validation", action="store_true", help="copy them instead (PRO: 280 of the test data)")
     add("--from_release", action="store_true", help="the rows are what the paper's authors released, ranked")
-    add("--split", choices=["train", "test"], default="train", help="of the hub's data set, or what --input is")
+    add("--split", default="train", help="of the hub's data set, or what --input is")
 
     hh = group(add, "hh")
     hh("--subset", nargs="+", choices=HH_PUBLISHED, default=["harmless-base"], help="one for each file of --input")
+
+    pairs = group(add, "pairs (README, section 'Your own data')")
+    pairs("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="prompt=... chosen=...: your columns' names")
+    pairs("--chat_template", metavar="MODEL", help="render the prompts with this model's template")
 
     qa = group(add, "multidoc_qa")
     qa("--num_documents", type=in_range(int, 2), default=10, help="documents a prompt (paper: 5 and 10)")
@@ -268,6 +275,8 @@ def prepare(args):
         raise UserError(f"--from_release reads --task {' or '.join(RELEASED)}, from --input")
     if args.task == "hh":
         rows = hh_rows(args)
+    elif args.task == "pairs" and args.input:
+        rows, convert = pair_rows(args), pair_converter(args)
     elif args.input:
         rows = itertools.chain.from_iterable(map(read_rows, args.input))
     elif args.task == "alpaca":
@@ -315,7 +324,7 @@ def prepare(args):
             journal.finish()
     if args.task == "hh":
         return say_counts(read, Counter(r["subset"] for r in records.values()), args)
-    say(f"left out: {left_out} rows without a response")
+    say(f"left out: {left_out} rows without", "two different responses" if args.task == "pairs" else "a response")
     if count := Counter(r["label"] for r in records.values() if r.get("label")):
         say("label:", ", ".join(f"{k} {n}" for k, n in count.items()))
     return None
