@@ -1,8 +1,11 @@
 """collect_candidates.py prepare --task pairs: data of one's own, from its shapes to a training."""
 
+import shlex
+
 import datasets
 import pytest
 from conftest import read_jsonl, refused, write_jsonl
+from test_cli import readme_commands
 
 from recipes.tiny import make_tokenizer
 
@@ -159,3 +162,17 @@ def test_what_a_method_cannot_use_is_said(cli, tiny, tmp_path):
     refused(cli("rescue", "--ordering", "human", *flags), "source human or reference", "--ordering gpt")
     refused(cli("tuna", "--stage", "contextual", *flags), "source reference or human", "--mle_on all")
     refused(cli("pro", *flags), "--by reward", "--no_temperature")
+
+
+def test_readme_own_data_runs(cli, tiny, chat_model, tmp_path, monkeypatch):
+    """The section's commands as printed, but for the models."""
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "my.jsonl", [{k.replace("prompt", "question"): v for k, v in r.items()} for r in PAIRS])
+    lines = list(readme_commands("Your own data"))
+    assert len(lines) == 5
+    for line in lines:
+        model = str(chat_model if "prepare" in line else tiny)
+        words = [model if w == "demo/model" else w for w in shlex.split(line)]
+        done = cli(words[1].removesuffix(".py"), *words[2:])
+        assert done.code == 0, (line, done.err)
+    assert len(list(tmp_path.glob("runs/*/model/config.json"))) == 4
