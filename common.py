@@ -27,6 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
+GIVEN = ("chosen", "rejected", "release", *HUMAN)  # sources of the ranking that data came with
 
 
 class UserError(Exception):

@@ -11,8 +11,8 @@ response is contrasted with all that follow it, and a reward model's gaps sharpe
 
 Table 5's ablations are flags and combine: --no_sft, --no_temperature (Eq. 8), --first_only (the term k = 1 alone);
 without L_PRO (--no_ranking) it is the baseline BoN, supervised fine-tuning on the best of n. The other baselines: RRHF
-is `rescue.py --ordering reward --alpha 1 --length_scaling 1`; CoH is `collect_candidates.py hindsight`, then
---no_ranking.
+is rescue.py's, on this script's backbone and setting (Sec. 4.4): recipes/README.md has the command in full; CoH is
+`collect_candidates.py hindsight`, then --no_ranking.
 
 Algorithm 1, self-bootstrapping (--bootstrap_splits K --reward_model M): the prompts are split in K; before each split
 the current model answers its prompts, M scores the answers, and they join the rankings (footnote 6: never in first
@@ -39,7 +39,7 @@ Where the print and the released code differ, or the print is silent:
 
     torchrun --nproc_per_node 4 pro.py                                                 # data/hh/ranked.jsonl
     torchrun --nproc_per_node 4 pro.py --no_ranking                                    # BoN
-    torchrun --nproc_per_node 4 pro.py --eval_data data/hh/validation.jsonl --reward_model RM
+    torchrun --nproc_per_node 4 pro.py --eval_data VALIDATION --reward_model RM   # VALIDATION: after `rank`
     torchrun --nproc_per_node 4 pro.py --bootstrap_splits 4 --reward_model RM          # Algorithm 1
     python pro.py --data d.jsonl --model demo/model --output runs/x                    # one process, GPU or CPU
 """
@@ -134,14 +134,13 @@ COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-
   torchrun --nproc_per_node 4 collect_candidates.py sample --task hh --model huggyllama/llama-7b --num_samples 1 \\
       --max_prompt_length 384 --stop Human: human: Assistant: assistant:
   python collect_candidates.py rank --task hh --by reward"""
-GIVEN = ("chosen", "rejected", *common.HUMAN)  # sources of the ranking that the data came with
 
 
 def select_candidates(record, ranking_length, seed):
     """At most `ranking_length` of a record's candidates: those the data came with first, then a seeded draw of the
     others, in the file's order."""
     candidates = record["candidates"]
-    given = [i for i, c in enumerate(candidates) if c["source"] in GIVEN]
+    given = [i for i, c in enumerate(candidates) if c["source"] in common.GIVEN]
     others = [i for i in range(len(candidates)) if i not in given]
     drawn = random.Random(f"{seed}-{record['id']}").sample(others, len(others))
     return record | {"candidates": [candidates[i] for i in sorted([*given, *drawn][:ranking_length])]}

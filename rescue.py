@@ -17,7 +17,7 @@ and the pairs come from an ordering (Sec. 4), partial (PO) where that is all one
     similarity  FO: by embedding similarity to the human response
     gpt         FO: the human response, then a stronger model's ranking of the others
     none        supervised fine-tuning on the human response alone: Sec. 6.1's SFT
-    reward      FO: by a reward model's score, y* the best-rewarded: RRHF, with --length_scaling 1 --alpha 1
+    reward      FO: by a reward model's score, y* the best-rewarded: RRHF (--alpha 1 and both lambdas 1)
 
 Where print and released code differ, the default is what gave the paper's results:
  1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. Used: the

@@ -41,7 +41,9 @@ def hindsight(args):
         fields = {"better": best["text"], "worse": worst["text"]}
         text = fill(template.removeprefix(head), fields, args.prompt_file or "the template").strip()
         if record["id"] not in journal.done:
-            candidates = [{"text": text, "source": "hindsight", "rank": 0}]
+            last = best if template.rfind("{better}") > template.rfind("{worse}") else worst  # it ends the response
+            cut = {"finished": False} if last.get("finished") is False else {}
+            candidates = [{"text": text, "source": "hindsight", "rank": 0} | cut]
             journal.write([record | {"prompt": f"{record['prompt']} {head}".rstrip(), "candidates": candidates}])
     journal.finish()
 

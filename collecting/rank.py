@@ -104,7 +104,7 @@ def taken(path, args):
 def expand_ranking(record, args):
     """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Sec. 4.8.1)."""
     candidates = record["candidates"]
-    ranking = [c for c in candidates if c["source"] in ("chosen", "rejected", *common.HUMAN)]
+    ranking = [c for c in candidates if c["source"] in common.GIVEN]
     sources = list(args.expand_sources)  # the weakest first
     if args.expand == "descending":
         sources.reverse()
