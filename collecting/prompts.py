@@ -38,27 +38,29 @@ Premise: {premise}
 Hypothesis: {hypothesis}
 Answer:
 """
-NLI_SHOTS_TEMPLATE = """Premise: A girl in boots jumps over a puddle.
-Hypothesis: A girl is jumping.
-First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
-Jumping over a puddle is jumping.
-#### Entailment
+# Two lines and labels in lower case: a small model ends an answer at its first full stop unless a new line begins with
+# the mark, and misspells labels of several tokens. rank --drop_malformed gives answers the human responses' form.
+NLI_SHOTS_TEMPLATE = """Premise: A cook stirs soup in a large pot.
+Hypothesis: The kitchen is empty.
+A reason, then #### and contradiction, neutral or entailment:
+A kitchen with a cook in it has somebody in it.
+#### contradiction
 
 Premise: Two men carry a sofa up the stairs.
 Hypothesis: The men are brothers.
-First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
-Two men who carry a sofa need not be brothers.
-#### Neutral
+A reason, then #### and contradiction, neutral or entailment:
+Friends or movers carry sofas too.
+#### neutral
 
-Premise: A cook stirs soup in a large pot.
-Hypothesis: The kitchen is empty.
-First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
-The cook is there, so the kitchen is not empty.
-#### Contradiction
+Premise: A girl in boots jumps over a puddle.
+Hypothesis: A girl is jumping.
+A reason, then #### and contradiction, neutral or entailment:
+Jumping over a puddle is jumping.
+#### entailment
 
 Premise: {premise}
 Hypothesis: {hypothesis}
-First line: a reason. Second line: #### and Entailment, Neutral or Contradiction.
+A reason, then #### and contradiction, neutral or entailment:
 """
 ALPACA_TEMPLATE = """Carry out the task below, with the input that follows it. Write the response and nothing else.
 

@@ -11,7 +11,7 @@ case $SCALE in
 tiny) # random model and a stand-in server, seconds
   tiny && tiny_server
   : "${ESNLI_TRAIN:=$DATA/tiny/esnli.csv}" "${ESNLI_TEST:=$DATA/tiny/esnli.csv}" "${TEST:=3}" "${MODEL:=$DATA/tiny/model}"
-  : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${SHOTS:=0}" "${DROP=}" "${MIN_CANDIDATES:=1}"
+  : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${DROP=}" "${MIN_CANDIDATES:=1}"
   : "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" "${SAMPLES:=2}" ;;
 cpu) # demo/model, one core, hours. One file of e-SNLI, as JSONL, gives all prompts: the last 1,001 rows are the test's
   : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
@@ -19,7 +19,8 @@ cpu) # demo/model, one core, hours. One file of e-SNLI, as JSONL, gives all prom
   tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
   : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
-  : "${PROMPT:=recipes/prompts/nli_short.txt}" "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}" ;;
+  : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
+  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}" ;;
 esac
 ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
@@ -35,7 +36,7 @@ ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the pa
 ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} PROMPT=${PROMPT:-}
+TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
 
 pool=0
 for size in $SIZES; do pool=$((size > pool ? size : pool)); done
@@ -47,9 +48,9 @@ train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
     "${@:6}"
 }
 names=()
-measure() { # measure NAME MODEL SHOTS
+measure() { # measure NAME MODEL, and more flags
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
-    --shots "$3" "${answers[@]}"
+    --shots "$EVAL_SHOTS" "${@:3}" "${answers[@]}"
   keep "$1" "$RUNS/eval/$1"
   names+=("$RESULTS/$1")
 }
@@ -70,7 +71,7 @@ if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
   collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
   train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0
   sampler=$RUNS/sampler/model
-  measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler" "$EVAL_SHOTS"
+  measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
 fi
 # Candidates (Sec. 5.1): three samples, a stronger model's, the human one
 run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \

@@ -13,12 +13,12 @@ compare() { # compare PREFIX SUFFIX SIZES ORDERINGS SEED: train and measure
       local annotation=label name=$ordering$2@$size-seed$5
       case $ordering in similarity | gpt) annotation=$ordering ;; esac
       train "$RUNS/$name" "$1-$annotation.jsonl" "$ordering" "$size" "$5"
-      measure "$name" "$RUNS/$name/model" "$EVAL_SHOTS"
+      measure "$name" "$RUNS/$name/model"
     done
   done
 }
 
-measure base@0 "$MODEL" "$EVAL_SHOTS"
+measure base@0 "$MODEL" ${BASE_PROMPT:+--prompt_file "$BASE_PROMPT"}
 untrained=${#names[@]}
 for seed in $SEEDS; do
   compare "$mix" "" "$SIZES" "$ORDERINGS" "$seed"

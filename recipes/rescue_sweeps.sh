@@ -19,7 +19,7 @@ sweep() { # sweep FLAG VALUES
     for value in $2; do
       output=$RUNS/$ORDERING-$1-$value@$SIZE-seed$seed
       train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
-      measure "$1@$value-seed$seed" "$output/model" "$EVAL_SHOTS"
+      measure "$1@$value-seed$seed" "$output/model"
     done
   done
   run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_figure4.json --plot "$1" --output "$RESULTS/$1.md"

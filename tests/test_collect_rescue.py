@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import rescue
 from collecting import generation
 from collecting.answers import parse_nli
 from collecting.flip import clean_sentence
+from collecting.prompts import shown_prompts
 from common import UserError
 
 
@@ -254,6 +256,27 @@ def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, m
     hamlet["candidates"][2]["correct"] = True  # right, but not from the gold passage
     assert rescue.preference(hamlet, "label") == [1.0, 0.0, 1.0]
     assert rescue.preference(hamlet, "hybrid") == [2.0, 0.0, 1.0]
+
+
+# -- prompts that collect and evaluate, apart from those that train
+
+
+def test_shown_prompts(tmp_path):
+    record = {"prompt": "P", "premise": "A {man} sits.", "hypothesis": "He sleeps.", "candidates": []}
+    args = types.SimpleNamespace(shots=0, prompt_file=None)
+    assert shown_prompts(args, [record]) == ["P"]
+    (tmp_path / "t.txt").write_text("Look: {prompt} {hypothesis}")
+    args.prompt_file = str(tmp_path / "t.txt")
+    assert shown_prompts(args, [record]) == ["Look: P He sleeps."]
+    args.shots = 3
+    [text] = shown_prompts(args, [record])
+    *examples, asked = text.split("\n\n")
+    assert [parse_nli(e.split(":\n")[1]) for e in examples] == [
+        (x, True) for x in ("contradiction", "neutral", "entailment")
+    ]
+    assert "Premise: A {man} sits.\nHypothesis: He sleeps.\n" in asked and asked.endswith("entailment:\n")
+    with pytest.raises(UserError, match="premise"):
+        shown_prompts(args, [{"prompt": "P"}])
 
 
 # -- the authors' files
