@@ -31,6 +31,10 @@ TRAIN_ROWS=${TRAIN_ROWS:-} TEST_ROWS=${TEST_ROWS:-} RM_ROWS=${RM_ROWS:-} # of th
 ALPACA=${ALPACA:-alpaca-7b} CHATGPT=${CHATGPT:-gpt-3.5-turbo} CURIE=${CURIE:-text-curie-001} # a folder; names at BASE_URL
 BASE_URL=${BASE_URL-https://api.openai.com/v1}
 BLOCKS=${BLOCKS:-raw alpaca3 chatgpt3}     # Table 2's
+if [[ $BLOCKS = *alpaca3* && $ALPACA != */* ]]; then
+  echo "set ALPACA to a folder with Alpaca-7B's weights (Table 2's Alpaca-3 block), or BLOCKS='raw chatgpt3' without" >&2
+  exit 2
+fi
 LR=${LR:-5e-6} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-112} MAX_LENGTH=${MAX_LENGTH:-512} # Sec. 4.3; for all methods, Sec. 4.4
 MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} # as released, as the constant schedule is
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
