@@ -39,7 +39,12 @@ def test_likelihoods_are_those_of_one_sequence_at_a_time(monkeypatch):
     monkeypatch.setitem(scoring.ROW_TOKENS, "cpu", 600)
     monkeypatch.setattr(runtime, "pack_for", lambda *x: rows.append(len(x[1])) or pack_for(*x))
     got = scoring.score_candidates(model, tokenizer, records, max_length=200)
-    assert rows == [2, 10, 10]  # the check; five prompts of four candidates, one of them in both rows
+    assert rows == [
+        1,
+        1,
+        10,
+        10,
+    ]  # the check, right and without a mask; five prompts of four candidates, one of them in both rows
     model.set_attn_implementation("sdpa")
     for record, (logprobs, lengths) in zip(records, got, strict=True):
         e = common.encode(tokenizer, record, 200)

@@ -18,6 +18,7 @@ CHECKS = gpu.CHECKS if CUDA else [gpu.kernel, gpu.packed, gpu.tolerance, gpu.hea
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_check(check):
+    torch._dynamo.reset()  # row lengths of earlier tests make sizes dynamic, and torch 2.13's C++ for flex then fails
     _, _, device = runtime.init_distributed()
     try:
         result = check(device)
