@@ -24,35 +24,37 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
     finished, num_tokens and logprob where known} (logprobs=True asks a server for them), or None with `error`, a
     sentence: such prompts failed and may be asked again another time. follow_up(index, text) -> None, or the message to
     re-ask with when `text` is no use: RE_ASKS times, the dialogue so far before it. What concerns all prompts (a
-    refused key, an unknown model, no server) is a UserError. done: indices not to yield; a local model still draws
-    the others as if it had them before it (batches, padding). count: a Counter that several calls share, so that
-    --max_requests bounds them together.
+    refused key, an unknown model, no server) is a UserError. done: indices not to yield, from a run before. A local
+    model's batches are those of all prompts, one that is not all done is asked whole, and re-asked by itself: so its
+    answers do not depend on `done`. count: a Counter that several calls share, so that --max_requests bounds them
+    together.
     """
     options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
-    ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else functools.partial(ask_local, done=done)
+    ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else ask_local
     dialogues = {i: [{"role": "user", "content": p}] if isinstance(p, str) else p for i, p in enumerate(prompts)}
-    dialogues = {i: d for i, d in dialogues.items() if not args.base_url or i not in done}
+    order = sorted(dialogues, key=lambda i: -sum(len(message["content"]) for message in dialogues[i]))
+    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    batches = [[i for i in dialogues if i not in done]] if args.base_url else batches
     count = Counter() if count is None else count
     with tqdm(total=len(prompts) - len(done), desc=f"asking {args.model}", leave=False) as bar:
-        for turn in range(1 + RE_ASKS):
-            again = {}
-            for i, responses, error in ask(args, dialogues, count, **options):
-                if i in done:
-                    continue
-                bar.set_postfix(count)
-                more = follow_up(i, responses[0]["text"]) if follow_up and responses and turn < RE_ASKS else None
-                if more is None:
-                    bar.update()
-                    yield i, responses, error
-                else:
-                    answer = {"role": "assistant", "content": responses[0]["text"]}
-                    again[i] = [*dialogues[i], answer, {"role": "user", "content": more}]
-            dialogues = again
-            if not again:
-                break
+        for batch in batches:
+            asked = {i: dialogues[i] for i in batch} if not all(i in done for i in batch) else {}
+            for turn in range(1 + RE_ASKS):
+                again = {}
+                for i, responses, error in ask(args, asked, count, **options) if asked else ():
+                    bar.set_postfix(count)
+                    more = follow_up(i, responses[0]["text"]) if follow_up and responses and turn < RE_ASKS else None
+                    if more is not None:
+                        answer = {"role": "assistant", "content": responses[0]["text"]}
+                        again[i] = [*asked[i], answer, {"role": "user", "content": more}]
+                    elif i not in done:
+                        bar.update()
+                        yield i, responses, error
+                asked = again
 
 
-def ask_local(args, dialogues, count, *, done, completions, **options):
+def ask_local(args, dialogues, count, *, completions, **options):
+    """One batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device)
     prompts = {
@@ -64,13 +66,8 @@ def ask_local(args, dialogues, count, *, done, completions, **options):
         for i, dialogue in dialogues.items()
     }
     options = generation.options_of(args) | options
-    order = sorted(prompts, key=lambda i: -len(prompts[i]))
-    for start in range(0, len(order), args.batch_size):
-        batch = order[start : start + args.batch_size]
-        if all(i in done for i in batch):
-            continue
-        torch.manual_seed(zlib.crc32(f"{args.seed} {prompts[batch[0]]}".encode()))
-        responses = generation.generate(model, tokenizer, [prompts[i] for i in batch], **options)
-        for i, samples in zip(batch, responses):
-            count["tokens"] += sum(r["num_tokens"] for r in samples)
-            yield i, samples, None
+    torch.manual_seed(zlib.crc32(f"{args.seed} {next(iter(prompts.values()))}".encode()))
+    responses = generation.generate(model, tokenizer, [*prompts.values()], **options)
+    for i, samples in zip(prompts, responses):
+        count["tokens"] += sum(r["num_tokens"] for r in samples)
+        yield i, samples, None

@@ -47,10 +47,12 @@ def flip(args):
     provenance = {"explanation_by": pathlib.Path(args.model).name, "label_by": pathlib.Path(labeler.model).name}
     source = "flip-{explanation_by}-{label_by}".format(**provenance)
     count, outcome = Counter(), Counter()
-    todo = [r for r in records if r["id"] not in journal.done]
+    todo = [r for r in records if not args.base_url or r["id"] not in journal.done]
     size = 16 * max(args.concurrency, args.batch_size)  # the work on so many prompts is lost where a run is killed
     for start in tqdm(range(0, len(todo), size), desc="flip"):
-        chunk = todo[start : start + size]
+        chunk = todo[start : start + size]  # of a local model whole, as before a kill: batches, so draws, stay the same
+        if all(r["id"] in journal.done for r in chunk):
+            continue
         jobs, failed = [], set()  # (record, candidate, explanation); ids that are left for another run
         for record in chunk:
             candidates = [c for c in record.get("candidates", []) if (c["source"] in common.HUMAN) in wanted]
@@ -79,7 +81,8 @@ def flip(args):
         def labeled(_, text):
             return None if one_label(text) else LABEL_AGAIN
 
-        for n, responses, error in asking.complete(labeler, prompts, follow_up=labeled, count=count):
+        done = {n for n, i in enumerate(asked) if jobs[i][0]["id"] in journal.done}
+        for n, responses, error in asking.complete(labeler, prompts, follow_up=labeled, count=count, done=done):
             record, candidate, _ = jobs[asked[n]]
             if error:
                 say(f"{record['id']} failed: {error}")
@@ -97,7 +100,7 @@ def flip(args):
             record, candidate, _ = jobs[i]
             more = {"text": text, "source": source, "label": one_label(text.partition("####")[2])}
             new[record["id"]].append(more | provenance | {"flip_of": candidate["source"]})
-        for record in (r for r in chunk if r["id"] not in failed):
+        for record in (r for r in chunk if r["id"] not in failed | journal.done):
             old = record.get("candidates", [])
             kept = [c for c in old if not args.replace or (c["source"] in common.HUMAN) not in wanted]
             journal.write([record | {"candidates": kept + new[record["id"]]} if old else record])

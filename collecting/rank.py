@@ -30,6 +30,7 @@ RANKERS = {
     "probabilistic": rank_by_probabilistic,
     "prm": rank_by_prm,
 }
+ASKED = ("gpt", "contextual")  # their batches are formed over all records, so they learn which are done
 SCORERS = ("reward", "similarity", "logprob", "prm")  # by a model on this machine, on every process under torchrun
 EXPANSIONS = ("alpacas", "chatgpt", "ascending", "descending", "random")
 EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
@@ -82,8 +83,10 @@ def rank(args):
         share = [*scoring.chunks(records)][process::processes]
         todo = [r for chunk in share if not all(r["id"] in journal.done for r in chunk) for r in chunk]
     else:
-        todo = [r for r in records if r["id"] not in journal.done]
-    for record in RANKERS[args.by](tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0), args):
+        todo = [r for r in records if args.by in ASKED or r["id"] not in journal.done]
+    done = {"done": journal.done} if args.by in ASKED else {}
+    bar = tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0)
+    for record in RANKERS[args.by](bar, args, **done):
         journal.write([record] * (record["id"] not in journal.done))
     if journal.finish():
         print_length_by_rank(common.load_candidates(journal.path), args.by)

@@ -12,12 +12,13 @@ from runtime import say
 RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
 
 
-def rank_by_gpt(records, args):
+def rank_by_gpt(records, args, done=()):
     """Set every candidate's `rank` by a stronger model: 0 for the human response, which it is shown as the reference
     and does not rank, then the others, those with the human label first (RESCUE Sec. 4); null for all others where it
     gave no ranking after re-asking.
 
-    The responses are shown in a seeded random order: models prefer some places.
+    The responses are shown in a seeded random order: models prefer some places. done: ids not to yield, from a run
+    before.
     """
     records, template = list(records), read_template(args, GPT_TEMPLATE)
     orders, prompts, count = [], [], Counter()
@@ -36,7 +37,8 @@ def rank_by_gpt(records, args):
         n = len(orders[i])
         return None if parse_ranking(text, n) else RANK_AGAIN.format(n=n, example=example_ranking(n))
 
-    for i, responses, error in asking.complete(args, prompts, follow_up=unranked):
+    done = {i for i, r in enumerate(records) if r["id"] in done}
+    for i, responses, error in asking.complete(args, prompts, follow_up=unranked, done=done):
         if error:
             count[error] += 1
             continue

@@ -67,12 +67,13 @@ def judge(args):
             fields = {"question": systems[0][i]["question"], "a": a, "b": b}
             prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = fill(template, fields, args.prompt_file or "the template")
     journal = Journal(args.output, prompts, settings_of(args))
-    todo = [key for key in prompts if key not in journal.done]
-    for number, replies, error in asking.complete(args, [prompts[key] for key in todo]):
+    keys = [*prompts]
+    done = {number for number, key in enumerate(keys) if key in journal.done}
+    for number, replies, error in asking.complete(args, [*prompts.values()], done=done):
         if replies is None:
-            say(f"question {todo[number]}: {error}")
+            say(f"question {keys[number]}: {error}")
             continue
-        journal.write([{"id": todo[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
+        journal.write([{"id": keys[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
     if journal.finish() == len(prompts):
         verdicts = {row["id"]: row["verdict"] for _, row in common.read_rows(args.output)}
         rows = [

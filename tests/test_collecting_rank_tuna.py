@@ -132,9 +132,9 @@ RANKABLE = {
 def fake_complete(replies):
     """Stands for the model: replies by the number of words it was shown, in an order that is not the prompts'."""
 
-    def complete(args, prompts, follow_up):
-        fake_complete.prompts = prompts
-        for i in reversed(range(len(prompts))):
+    def complete(args, prompts, follow_up, done):
+        fake_complete.prompts = [p for i, p in enumerate(prompts) if i not in done]
+        for i in reversed([i for i in range(len(prompts)) if i not in done]):
             reply = replies(prompts[i])
             asked = [m for m in (reply and follow_up(i, reply),) if m]
             fake_complete.asked_again += asked

@@ -6,15 +6,17 @@ import os
 import pathlib
 import shutil
 import sys
+import zlib
 
 import pytest
 import torch
-from conftest import ROOT, command, make_model, read_jsonl, refused
+from conftest import ROOT, command, make_model, make_records, read_jsonl, refused, write_jsonl
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import run as room
+from collecting import generation
 from collecting.journal import Journal
 from common import UserError
 from run import Run
@@ -120,22 +122,60 @@ class TestJournalFiles:
         assert journal.finish() == 1 and mine.read_text() == "mine"
 
 
-def test_a_local_teacher_goes_on_bit_for_bit(cli, tiny, data, tmp_path, monkeypatch):
-    """Batches are those of the whole input, also where the first run was killed inside one."""
-    argv = ["teacher", "--model", tiny, "--input", data, "--max_new_tokens", 6, "--batch_size", 4, "--output"]
-    assert cli("collect_candidates", *argv, tmp_path / "whole.jsonl").code == 0
+LOCAL = {  # by a model on this machine, with what makes of a random one's replies something to go on with
+    "teacher": ("collect_candidates", ["teacher", "--input"]),
+    "flip": ("collect_candidates", ["flip", "--concurrency", 1, "--input"]),
+    "gpt": ("collect_candidates", ["rank", "--by", "gpt", "--input"]),
+    "contextual": ("collect_candidates", ["rank", "--by", "contextual", "--input"]),
+    "judge": ("evaluate", ["judge", "--name", "x", "--answers"]),
+}
+
+
+@pytest.mark.parametrize("what", LOCAL)
+def test_a_local_model_is_asked_the_same_after_a_kill(cli, tiny, tmp_path, monkeypatch, what):
+    """The same batches, those of the whole input, also where the first run was killed inside one: the same samples."""
+
+    def some(text, n=None):  # by chance, but always the same; of no use in one of four
+        number = zlib.crc32(text.encode())
+        first = number % n if n else 0
+        answer = [*range(1 + first, n + 1), *range(1, 1 + first)] if n else "neutral"
+        return answer if number % 4 else None
+
+    def verdict(text, n):
+        if not (ranking := some(text, n)):
+            raise ValueError("by chance")
+        ranking = [k - 1 for k in ranking]
+        rest = {"type": "open", "reference": text, "repeated": set(), "ratings": dict.fromkeys(ranking)}
+        return rest | {"ranking": ranking, "scores": {k: n - i for i, k in enumerate(ranking)}}
+
+    monkeypatch.setattr("collecting.flip.one_label", some)
+    monkeypatch.setattr("collecting.rank_asked.parse_ranking", some)
+    monkeypatch.setattr("collecting.rank_contextual.parse_contextual", verdict)
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: asked.append(a[2]) or generate(*a, **k))
+    records = make_records(16)
+    for i, r in enumerate(records):  # prompts of three sizes, so that batches are not in the input's order
+        r |= {"prompt": r["prompt"] * (1 + i % 3), "question": r["prompt"], "text": r["candidates"][1]["text"]}
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    script, argv = LOCAL[what]
+    argv = [*argv, *[data] * (1 + (what == "judge")), "--model", tiny, "--max_new_tokens", 6]
+    argv += ["--batch_size", 4, "--output"]
+    assert cli(script, *argv, tmp_path / "whole.jsonl").code == 0
+    whole = list(asked)
     with monkeypatch.context() as context:
         write, left = Journal.write, iter(range(6))
 
         def killed(journal, records):
-            if next(left, None) is None:
+            if records and next(left, None) is None:
                 raise KeyboardInterrupt
             write(journal, records)
 
         context.setattr(Journal, "write", killed)
-        assert cli("collect_candidates", *argv, tmp_path / "parts.jsonl").code == 130
+        assert cli(script, *argv, tmp_path / "parts.jsonl").code == 130
     assert len(read_jsonl(tmp_path / "parts.jsonl.part0")) == 6
-    assert cli("collect_candidates", *argv, tmp_path / "parts.jsonl").code == 0
+    asked.clear()
+    assert cli(script, *argv, tmp_path / "parts.jsonl").code == 0
+    assert asked and all(batch in whole for batch in asked)
     assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
