@@ -33,8 +33,6 @@ from common import UserError, dense_mask, encode, pack, pack_padded, sees, share
 CPU_BLOCK = 64  # queries that attend_blocks takes at a time
 FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-
-
 # what a file, a folder, a flag or the machine may be at fault for; any other error is a mistake of this program
 OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, zlib.error)
 OUTSIDE += (csv.Error, SafetensorError, TemplateError)
@@ -102,8 +100,6 @@ def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scalin
 
 
 AttentionInterface.register("blocks", attend_blocks)
-
-
 AttentionMaskInterface.register("blocks", sdpa_mask)  # of padded rows
 
 
@@ -224,22 +220,30 @@ def on_process0(fn):
 
 def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
     """auto_class.from_pretrained from safetensors only (a pickle can run code), no remote code; errors name `flag`."""
-    safe = {} if auto_class is AutoTokenizer else {"use_safetensors": None if allow_pickle else True}
     try:
-        if auto_class is not AutoModelForCausalLM:
-            return auto_class.from_pretrained(name, trust_remote_code=False, **safe, **kwargs)
-        more = {"trust_remote_code": False, "output_loading_info": True}
-        model, info = auto_class.from_pretrained(name, **more, **safe, **kwargs)
-        if info["missing_keys"]:  # transformers would begin with random ones
-            raise ValueError(f"its weights lack {', '.join(sorted(info['missing_keys'])[:3])}")
-        return model
+        if not auto_class.__name__.startswith("AutoModel"):
+            return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+        options = {"trust_remote_code": False, "use_safetensors": None if allow_pickle else True}
+        loaded = auto_class.from_pretrained(name, **kwargs | options | {"output_loading_info": True})
+        check_weights(*loaded, whole=auto_class is AutoModelForCausalLM)
+        return loaded if kwargs.get("output_loading_info") else loaded[0]
     except Exception as e:  # a folder may hold anything
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
-            reason = (
-                "its weights are pickles, which can run code: convert them to safetensors, or train with --allow_pickle"
-            )
+            reason = "its weights are pickles, which can run code: convert them to safetensors, or add --allow_pickle"
         raise UserError(f"{flag} {name}: cannot be loaded ({reason})") from e
+
+
+def check_weights(model, info, whole):
+    """Raise ValueError where weights and config do not fit: what lacks would begin at random, what has no place would
+    be left out. Outside the layers only a `whole` model must be complete: other tasks' models have other heads."""
+    place = next((n for n, m in model.named_modules() if m is decoder_layers(model)), None)
+    layers = tuple(p + "." for p in (place, place and place.removeprefix(f"{model.base_model_prefix}.")) if p)
+    buffers = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq")  # of older checkpoints
+    if lacks := sorted(k for k in info["missing_keys"] if whole or k.startswith(layers)):
+        raise ValueError(f"its weights lack {', '.join(lacks[:3])}")
+    if over := sorted(k for k in info["unexpected_keys"] if k.startswith(layers) and not k.endswith(buffers)):
+        raise ValueError(f"its config.json has no place for {len(over)} of its weights: {', '.join(over[:3])}")
 
 
 def load_tokenizer(name, flag="--model"):
@@ -268,9 +272,9 @@ def run_name(model):
 def run_settings(model):
     """The arguments of the run that left this model, RUN/model or RUN/best -> dict, empty where it is no run's."""
     path = pathlib.Path(model)
-    args_file = path.parent / "args.json"
-    ours = path.name in ("model", "best") and args_file.is_file()
-    return (read_json(args_file.read_text()) or {}).get("settings", {}) if ours else {}
+    ours = path.name in ("model", "best") and (path.parent / "args.json").is_file()
+    found = read_json((path.parent / "args.json").read_bytes()) if ours else {}  # a foreign file may hold anything
+    return found["settings"] if isinstance(found, dict) and isinstance(found.get("settings"), dict) else {}
 
 
 def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
@@ -293,14 +297,11 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     model = loaded[0] if loaded else unfilled(auto_class, config, generation_config)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
-        raise UserError(
-            f"--model {args.model}: its sliding window of {window} tokens is below --max_length; add --padded"
-        )
+        raise UserError(f"--model {args.model}: its sliding window of {window} is below --max_length; add --padded")
     model.config.use_cache = False
     set_attention(model, attn, args)
     every = args.activation_checkpointing
-    if every == "auto":
-        every = decide_checkpointing(model, args, device)
+    every = decide_checkpointing(model, args, device) if every == "auto" else every
     if every:
         options = {"use_reentrant": False}  # before fully_shard
         old = model.gradient_checkpointing_enable  # its name in transformers 5.17; 5.23 warns of it

@@ -1,12 +1,12 @@
 """The verb hh: BLEU and reward of answers to HH-RLHF's dialogues (PRO, Table 2)."""
 
 import itertools
-import json
 import math
 import pathlib
 import warnings
 
 import common
+import runtime
 from collecting import generation, reward_models
 from collecting.flags import generation_flags, group
 from common import UserError, in_range
@@ -90,14 +90,11 @@ def chosen_text(record):
 
 def reward_models_of_training(model):
     """The reward models that a run of ours was trained with, from its args.json and its data, where they are there."""
-    file = pathlib.Path(model).parent / "args.json"
-    if not file.exists():
-        return set()
-    settings = json.loads(file.read_text())["settings"]
-    names = {settings.get("reward_model")}
-    if pathlib.Path(settings["data"]).exists():
-        names |= {row.get("reward_model") for _, row in itertools.islice(common.read_rows(settings["data"]), 1)}
-    return names - {None}
+    settings = runtime.run_settings(model)
+    names, data = [settings.get("reward_model")], settings.get("data")
+    if isinstance(data, str) and pathlib.Path(data).is_file():
+        names += [row.get("reward_model") for _, row in itertools.islice(common.read_rows(data), 1)]
+    return [name for name in names if name]
 
 
 def hh_metrics(rows):

@@ -46,24 +46,28 @@ def lmentry(args):
         raise UserError(f"--lmentry_dir {root}: has no {', '.join(sorted(unknown))}")
     scorers = lmentry_scorers(root)
     args.input = [str(files[name]) for name in args.tasks or files]
-    records, examples, template = [], {}, read_template(args, "{instruction}")
+    records, examples, cores, template = [], {}, {}, read_template(args, "{instruction}")
     for name in args.tasks or files:
-        examples[name] = json.loads(files[name].read_text(encoding="utf-8"))["examples"]
-        templates = {}
-        for number, example in examples[name].items():
-            templates.setdefault(example["metadata"]["template_id"], []).append(number)
-        spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
-        numbers = spread[: args.max_examples]
-        for n in numbers:
-            fields = {"instruction": examples[name][n]["input"], "input": ""}
-            prompt = alpaca_prompt(template, fields, "--prompt_file")
-            records.append({"id": f"{name}/{n}", "task": name, "prompt": prompt})
+        try:
+            examples[name] = json.loads(files[name].read_text(encoding="utf-8"))["examples"]
+            templates, cores[name] = {}, max((t for t in scorers if name.startswith(t)), key=len)
+            for number, example in examples[name].items():
+                templates.setdefault(example["metadata"]["template_id"], []).append(number)
+            spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
+            for n in spread[: args.max_examples]:
+                fields = {"instruction": examples[name][n]["input"], "input": ""}
+                prompt = alpaca_prompt(template, fields, "--prompt_file")
+                records.append({"id": f"{name}/{n}", "task": name, "prompt": prompt})
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
+            raise UserError(f"{files[name]}: no examples of LMentry ({type(e).__name__}: {e})") from e
     if rows := answer(args, "lmentry", records):
         for row in rows:
-            core = max((t for t in scorers if row["task"].startswith(t)), key=len)
             example = examples[row["task"]][row["id"].partition("/")[2]]
-            row["score"], row["certainty"] = scorers[core].score_prediction(row["text"], example)
-            row |= {"core": core, "template": example["metadata"]["template_id"]}
+            row |= {"core": cores[row["task"]], "template": example["metadata"]["template_id"]}
+            try:
+                row["score"], row["certainty"] = scorers[row["core"]].score_prediction(row["text"], example)
+            except Exception as e:  # another project's code
+                raise UserError(f"--lmentry_dir {root}: its scorer fails on {row['id']} ({e})") from e
             row["answer_index"] = example["metadata"].get("answer_index")
         write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
         complete = len(rows) == sum(map(len, examples.values())) and not args.tasks
@@ -75,11 +79,12 @@ def lmentry_scorers(root):
     sys.path.insert(0, str(root))
     try:
         from lmentry.scorers.scorer_mapping import task_name_to_scorer
-    except ImportError as e:
+
+        return {task: scorer() for task, scorer in task_name_to_scorer.items()}
+    except Exception as e:  # another project's code
         raise UserError(f"--lmentry_dir {root}: no scorers ({e}); they need pip install num2words") from e
     finally:
         sys.path.remove(str(root))
-    return {task: scorer() for task, scorer in task_name_to_scorer.items()}
 
 
 def write_lmentry_layout(rows, folder, name):

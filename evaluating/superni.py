@@ -60,18 +60,21 @@ def superni(args):
 
 def superni_records(file, tokenizer, args):
     """A task's file -> records with prompt, task, and the references in `answers`."""
+    template, records = read_template(args, "{prompt}"), []
     try:
         task = json.loads(file.read_text(encoding="utf-8"))
         definition, examples, instances = task["Definition"], task["Positive Examples"], task["Instances"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        definition = definition if isinstance(definition, str) else definition[0]
+        for i, instance in enumerate(instances[: args.max_instances]):
+            outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
+            if not outputs or not all(isinstance(text, str) for text in outputs):
+                raise ValueError(f"instance {i} has no output")
+            shots, text = examples[: args.shots], instance["input"]
+            prompt = superni_prompt(definition, shots, text, tokenizer, args.max_prompt_length, template)
+            records.append({"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs})
+        return records
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise UserError(f"{file}: not a task of Super-NaturalInstructions ({type(e).__name__}: {e})") from e
-    template = read_template(args, "{prompt}")
-    definition = definition if isinstance(definition, str) else definition[0]
-    for i, instance in enumerate(instances[: args.max_instances]):
-        outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
-        shots, text = examples[: args.shots], instance["input"]
-        prompt = superni_prompt(definition, shots, text, tokenizer, args.max_prompt_length, template)
-        yield {"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs}
 
 
 def superni_prompt(definition, examples, text, tokenizer, max_tokens, template="{prompt}"):

@@ -7,10 +7,14 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from api_server import Server
 from conftest import ROOT, make_model, make_records, make_tokenizer, refused, write_jsonl
 from safetensors.torch import load_file, save_file
 from test_collecting_server import arguments
+from test_evaluating_tuna import make_lmentry, make_superni
+from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForSequenceClassification as CLASSIFIER
 
 import runtime
 from collecting import asking
@@ -113,6 +117,51 @@ class TestModelFolders:
         weights.pop("model.layers.1.mlp.up_proj.weight")
         save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
         refused(self.train(cli, own, data, tmp_path), "layers.1.mlp.up_proj")
+
+    @pytest.mark.parametrize("script", ["rescue", "reward_model", "sample"])
+    def test_fewer_layers_than_weights(self, cli, own, data, tmp_path, script):
+        config = json.loads((own / "config.json").read_text()) | {"num_hidden_layers": 1}
+        (own / "config.json").write_text(json.dumps(config))
+        flags = ["--model", own, "--output", tmp_path / "o"]
+        if script == "sample":
+            done = cli("collect_candidates", "sample", "--input", data, *flags)
+        else:
+            done = cli(script, "--ordering", "label", "--data", data, *flags)
+        refused(done, own, "no place for 9 of its weights: model.layers.1.")
+
+    def test_what_legitimately_is_left_over(self, own, tmp_path):
+        """Another task's head, a tied head of its own, buffers of older checkpoints; a base model's names."""
+        weights = load_file(own / "model.safetensors")
+        weights |= {"score.weight": torch.zeros(1, 32), "lm_head.weight": weights["model.embed_tokens.weight"].clone()}
+        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        for auto_class, options in ((AutoModelForCausalLM, {}), (CLASSIFIER, {"num_labels": 1}), (AutoModel, {})):
+            runtime.load_pretrained(auto_class, own, **options)
+        runtime.load_pretrained(AutoModelForCausalLM, own).model.save_pretrained(tmp_path / "body")
+        runtime.load_pretrained(CLASSIFIER, tmp_path / "body", num_labels=1)
+        gpt2 = GPT2LMHeadModel(
+            GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+        )
+        gpt2.save_pretrained(tmp_path / "gpt2")
+        weights = load_file(tmp_path / "gpt2/model.safetensors")
+        masks = {f"transformer.h.{i}.attn.{k}": torch.zeros(1) for i in (0, 1) for k in ("bias", "masked_bias")}
+        save_file(weights | masks, tmp_path / "gpt2/model.safetensors", metadata={"format": "pt"})
+        runtime.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+        weights = {k.removeprefix("transformer."): v for k, v in (weights | masks).items()}  # as the hub's gpt2
+        save_file(weights, tmp_path / "gpt2/model.safetensors", metadata={"format": "pt"})
+        runtime.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+        (tmp_path / "gpt2/config.json").write_text(
+            (tmp_path / "gpt2/config.json").read_text().replace('"n_layer": 2', '"n_layer": 1')
+        )
+        with pytest.raises(UserError, match="no place for 11 of its weights: h.1."):
+            runtime.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+
+    def test_a_classifiers_missing_layer_is_not_made_up(self, cli, own, data, tmp_path):
+        weights = load_file(own / "model.safetensors")
+        weights.pop("model.layers.1.mlp.up_proj.weight")
+        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        flags = ["--ordering", "label", "--data", data, "--model", own, "--output", tmp_path / "o"]
+        refused(cli("reward_model", *flags), "lack model.layers.1.mlp.up_proj")
 
     def test_a_tokenizer_larger_than_the_vocabulary(self, cli, own, data, tmp_path):
         make_model(vocab_size=make_tokenizer().vocab_size - 9).save_pretrained(own)
@@ -230,3 +279,53 @@ class TestTheGuard:
         with pytest.raises(SystemExit):
             runtime.run_cli(main)
         assert "Traceback" in capsys.readouterr().err and sys.argv == ["x.py"]
+
+
+class TestForeignClones:
+    """Super-NaturalInstructions and LMentry as somebody changed them."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"Definition": []},
+            {"Definition": [7]},
+            {"Definition": None},
+            {"Positive Examples": {}},
+            {"Positive Examples": [7, 7]},
+            {"Instances": {"a": 1}},
+            {"Instances": ["text"]},
+            {"Instances": [{"input": 7, "output": ["a"]}]},
+            {"Instances": [{"input": "a", "output": [5]}]},
+            {"Instances": [{"input": "a", "output": []}]},
+        ],
+    )
+    def test_superni(self, cli, tiny, tmp_path, change):
+        file = make_superni(tmp_path / "ni") / "tasks/task2_say.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        flags = ["--model", tiny, "--superni_dir", tmp_path / "ni", "--shots", 2, "--output", tmp_path / "o.jsonl"]
+        refused(cli("evaluate", "superni", *flags), "task2_say.json: not a task")
+
+    @pytest.mark.parametrize("content", [[], {"examples": []}, {"examples": {"1": {"input": "a"}}}, {"examples": 7}])
+    def test_lmentry(self, cli, tiny, tmp_path, content):
+        file = make_lmentry(tmp_path / "lm") / "data/word_after.json"
+        flags = ["--model", tiny, "--lmentry_dir", tmp_path / "lm", "--output", tmp_path / "o.jsonl"]
+        file.write_text(json.dumps(content))
+        refused(cli("evaluate", "lmentry", *flags), "word_after.json: no examples")
+
+    def test_a_scorer_that_fails(self, cli, tiny, tmp_path):
+        file = make_lmentry(tmp_path / "lm") / "data/word_after.json"
+        file.write_text(file.read_text().replace('"answer": "e"', '"answer": 7'))
+        flags = ["--lmentry_dir", tmp_path / "lm", "--output", tmp_path / "o.jsonl", "--tasks", "word_after"]
+        refused(cli("evaluate", "lmentry", "--model", tiny, *flags, "--max_new_tokens", 2), "its scorer fails on word_")
+
+    @pytest.mark.parametrize("content", ["[]", '{"settings": 3}', '{"settings": {"data": 3}}', "\x00"])
+    def test_args_beside_a_model_that_are_no_runs(self, cli, own_run, tmp_path, content):
+        (own_run / "args.json").write_text(content)
+        data = write_jsonl(tmp_path / "d.jsonl", make_records(2))
+        flags = ["--model", own_run / "model", "--input", data, "--reward_model", "none", "--max_new_tokens", 2]
+        assert cli("evaluate", "hh", *flags, "--output", tmp_path / "o.jsonl").code == 0
+
+    @pytest.fixture
+    def own_run(self, tiny, tmp_path):
+        shutil.copytree(tiny, tmp_path / "run/model")
+        return tmp_path / "run"
