@@ -70,7 +70,10 @@ def hh(args):
         return rows
 
     if rows := predict(args, "hh", records, compute):
-        write_metrics(args, "hh", hh_metrics(rows) | by_subset(rows, hh_metrics))
+        items = {"words": {r["id"]: len(r["text"].split()) for r in rows}}
+        items["char_bleu"] = {r["id"]: 100 * char_bleu(r["text"], r["reference"]) for r in rows}
+        items["reward"] = {r["id"]: 100 * r["reward"] for r in rows if "reward" in r}
+        write_metrics(args, "hh", hh_metrics(rows) | by_subset(rows, hh_metrics), items)
 
 
 def own_response(record, source, path):

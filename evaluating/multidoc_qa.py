@@ -27,8 +27,16 @@ def multidoc_qa(args):
             raise UserError(f"{where} has no answers or gold_position; see prepare multidoc_qa")
     if rows := answer(args, "multidoc-qa", records):
         metrics = multidoc_qa_metrics(rows)
-        write_metrics(args, "multidoc-qa", metrics)
+        write_metrics(args, "multidoc-qa", metrics, {"accuracy": by_question(rows)})
         plot_positions({args.name: metrics}, beside(args, ".png"))
+
+
+def by_question(rows):
+    """-> {question: the share of its gold positions at which the whole answer is right}: one item, not one a place."""
+    questions = {}
+    for r in rows:
+        questions.setdefault(r["id"].partition("-gold")[0], []).append(has_answer(r["text"], r["answers"]))
+    return {question: mean(right) for question, right in questions.items()}
 
 
 def multidoc_qa_metrics(rows):

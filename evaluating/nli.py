@@ -32,7 +32,7 @@ def nli(args):
 
     if rows := predict(args, "nli", records, compute):
         metrics = nli_metrics(rows)
-        write_metrics(args, "nli", metrics)
+        write_metrics(args, "nli", metrics, {"accuracy": {r["id"]: float(r["prediction"] == r["label"]) for r in rows}})
         print_confusion(metrics)
         plot_nli(metrics, args.name, beside(args, ".png"))
 

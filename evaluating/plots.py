@@ -79,7 +79,8 @@ def plot_setting(systems, path, setting):
     for name, documents in systems.items():
         document = need_verb(documents, name, "nli")
         model = document["settings"]["--model"]
-        trained = runtime.run_settings(model)
+        # kept beside the figures, or where the run is
+        trained = runtime.run_settings(document["folder"] / "model") or runtime.run_settings(model)
         if setting not in trained:
             raise UserError(f"--plot {setting}: {name} is no run with --{setting}, as its RUN/args.json says")
         evaluated = {

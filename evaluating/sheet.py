@@ -10,8 +10,8 @@ import common
 from collecting.journal import read_records
 from collecting.rank_likelihood import spearman
 from common import UserError, in_range
-from evaluating.report import markdown
 from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
+from evaluating.tables import markdown
 from run import write_atomically
 from runtime import say
 

@@ -23,7 +23,16 @@ tiny_server() { # a stand-in for every model behind an API: sets BASE_URL
   BASE_URL=$(cat "$DATA/tiny/url")
 }
 
-keep() { # keep NAME FOLDER: the metrics of a system, where results are kept
-  mkdir -p "$RESULTS/$1"
-  cp "$2"/*.metrics.json "$RESULTS/$1/"
+keep() { # keep NAME FOLDER [RUN]: a system's figures, item by item too, and its training's settings, where results are kept
+  local kept=$RESULTS/$1
+  mkdir -p "$kept.part"
+  cp "$2"/*.metrics.json "$kept.part/"
+  find "$2" -name '*.items.json' -exec cp {} "$kept.part/" ';'
+  [ ! -e "${3:-}/args.json" ] || cp "$3/args.json" "$kept.part/"
+  rm -rf "$kept"
+  mv "$kept.part" "$kept"
+}
+
+kept() { # kept NAME: whether its figures are there, from this machine or another; delete the folder to make them anew
+  [ -d "$RESULTS/$1" ] && echo "kept: $RESULTS/$1" >&2
 }

@@ -10,11 +10,13 @@ cd "$(dirname "$0")/.."
 ABLATIONS_RAW=${ABLATIONS_RAW:-no_sft no_temperature no_temperature-no_sft} # of two responses k = 1 is the only term
 ABLATIONS=${ABLATIONS:-first_only no_sft no_temperature no_temperature-no_sft}
 
-for block in $BLOCKS; do
-  block "$block"
-  pro "pro-$block" "$block"
-  for ablation in $([ "$block" = raw ] && echo "$ABLATIONS_RAW" || echo "$ABLATIONS"); do
-    pro "$ablation-$block" "$block" --${ablation//-/ --}
+for block in $BLOCKS; do block "$block"; done
+for seed in $SEEDS; do
+  for block in $BLOCKS; do
+    pro "pro-$block" "$block"
+    for ablation in $([ "$block" = raw ] && echo "$ABLATIONS_RAW" || echo "$ABLATIONS"); do
+      pro "$ablation-$block" "$block" --${ablation//-/ --}
+    done
   done
 done
 report table5 "${names[@]}"

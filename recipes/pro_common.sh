@@ -15,7 +15,7 @@ cpu) # demo/model on one core, harmless-base alone, two reward models of its own
   : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=2e-5}"
   : "${TEST_ROWS:=--shuffle 0 --skip 1500 --limit 150}" "${RM_ROWS:=--shuffle 0 --limit 750}" "${BLOCKS:=raw own3}"
   : "${RM_EVAL_ROWS:=--shuffle 0 --skip 750 --limit 750}" "${LR:=2e-5}" "${BATCH:=16}" "${TOKENS:=64}"
-  : "${MAX_LENGTH:=192}" "${MAX_PROMPT:=128}" "${VALIDATION:=48}" "${EVAL_EVERY:=10}" ;;
+  : "${MAX_LENGTH:=192}" "${MAX_PROMPT:=128}" "${VALIDATION:=48}" "${EVAL_EVERY:=10}" "${SEEDS:=0 1 2}" ;;
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
   : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"
   : "${RM_ROWS:=--shuffle 0 --limit 16000}" "${RM_EVAL_ROWS:=--shuffle 0 --skip 16000 --limit 16000}"
@@ -39,6 +39,7 @@ LR=${LR:-5e-6} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-112} MAX_LENGTH=${MAX_LENGTH:-
 MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} # as released, as the constant schedule is
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
 SPLITS=${SPLITS:-4}                        # K of Algorithm 1: silent
+SEEDS=${SEEDS:-0}                          # silent: one run each, as far as the paper says
 COLUMNS_SHOWN=${COLUMNS_SHOWN:-}           # of the paper's tables, a ; between them: all
 
 collect() { run python collect_candidates.py "$@"; }
@@ -71,18 +72,20 @@ block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one m
 }
 train() { # train NAME SCRIPT FLAGS...
   run $TORCHRUN "$2" --model "$MODEL" --lr "$LR" --epochs "$EPOCHS" --batch_size "$BATCH" --max_length "$MAX_LENGTH" \
-    --max_prompt_length "$MAX_PROMPT" --resume --output "$RUNS/$1" "${@:3}"
+    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume --output "$RUNS/$1" "${@:3}"
 }
 measure() { # measure NAME FLAGS...: answers to the test set, or with --source answers that are there
+  names+=("$RESULTS/$1")
+  ! kept "$1" || return 0
   run $TORCHRUN evaluate.py hh --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/hh.jsonl" \
     --reward_model "$RM_EVAL" "${answers[@]}" "${@:2}"
-  keep "$1" "$RUNS/eval/$1"
-  names+=("$RESULTS/$1")
+  keep "$1" "$RUNS/eval/$1" "$RUNS/$1"
 }
 pro() { # pro NAME DATA FLAGS...: PRO or an ablation, measured at its best step by the reward of the validation answers
-  train "$1" pro.py --data "$DATA/$2.jsonl" --eval_data "$DATA/validation-ranked.jsonl" --eval_every "$EVAL_EVERY" \
-    --reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS" "${@:3}"
-  measure "$1" --model "$RUNS/$1/best"
+  local name=$1-seed$seed
+  kept "$name" || train "$name" pro.py --data "$DATA/$2.jsonl" --eval_data "$DATA/validation-ranked.jsonl" \
+    --eval_every "$EVAL_EVERY" --reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS" "${@:3}"
+  measure "$name" --model "$RUNS/$name/best"
 }
 report() { # report PAPER'S-TABLE SYSTEMS...
   local shown

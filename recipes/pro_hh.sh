@@ -14,19 +14,19 @@ JUDGE=${JUDGE:-}        # gpt-4, Sec. 4.6
 JUDGED=${JUDGED:-20}    # questions a subset: Table 3's shares are multiples of 2.5, so 20 in two orders
 
 method() { # method METHOD BLOCK. RRHF and CoH at their last step: their released codes choose none
-  local name=$1-$2 data=$DATA/$2.jsonl
+  local name=$1-$2-seed$seed data=$DATA/$2.jsonl
   case $1 in
-  pro) pro "$name" "$2" ;;
-  pro_s) pro "$name" "$2" --bootstrap_splits "$SPLITS" ;;
-  bon) pro "$name" "$2" --no_ranking ;;
-  sft) pro "$name" train --no_ranking ;; # the response that people chose
+  pro) pro "pro-$2" "$2" ;;
+  pro_s) pro "pro_s-$2" "$2" --bootstrap_splits "$SPLITS" ;;
+  bon) pro "bon-$2" "$2" --no_ranking ;;
+  sft) pro "sft-$2" train --no_ranking ;; # the response that people chose
   rrhf)
-    train "$name" rescue.py --ordering reward --alpha 1 --length_scaling 1 --human_length_scaling 1 \
+    kept "$name" || train "$name" rescue.py --ordering reward --alpha 1 --length_scaling 1 --human_length_scaling 1 \
       --schedule constant --warmup 0 --data "$data"
     measure "$name" --model "$RUNS/$name/model" ;;
   coh)
     collect hindsight --input "$data" --output "$DATA/$2-hindsight.jsonl"
-    train "$name" pro.py --no_ranking --data "$DATA/$2-hindsight.jsonl"
+    kept "$name" || train "$name" pro.py --no_ranking --data "$DATA/$2-hindsight.jsonl"
     measure "$name" --model "$RUNS/$name/model" --cue " A good answer:" --stop "A bad answer:" Human: human: \
       Assistant: assistant: ;;
   esac
@@ -41,7 +41,11 @@ for block in $BLOCKS; do
     add test test-chatgpt gpt-3.5-turbo 1
     measure chatgpt --source gpt-3.5-turbo --input "$DATA/test-chatgpt.jsonl"
   fi
-  for method in $([ "$block" = raw ] && echo "$METHODS" || echo "$METHODS_3"); do method "$method" "$block"; done
+done
+for seed in $SEEDS; do
+  for block in $BLOCKS; do
+    for method in $([ "$block" = raw ] && echo "$METHODS" || echo "$METHODS_3"); do method "$method" "$block"; done
+  done
 done
 
 bootstrapped=()
@@ -49,9 +53,9 @@ for name in "${names[@]}"; do [[ ${name##*/} != pro* ]] || bootstrapped+=("$name
 [ ${#bootstrapped[@]} = 0 ] || report table6 "${bootstrapped[@]}"
 if [ -n "$JUDGE" ]; then
   judged=()
-  for pair in gold:gold rrhf:rrhf-raw; do
+  for pair in gold:gold rrhf:rrhf-raw-seed0; do
     name=pro-vs-${pair%%:*}
-    run python evaluate.py judge --answers "$RUNS/eval/pro-raw/hh.jsonl" "$RUNS/eval/${pair##*:}/hh.jsonl" \
+    run python evaluate.py judge --answers "$RUNS/eval/pro-raw-seed0/hh.jsonl" "$RUNS/eval/${pair##*:}/hh.jsonl" \
       --name "$name" --output "$RUNS/eval/$name/judge.jsonl" --verdicts average --limit "$JUDGED" \
       --model "$JUDGE" "${server[@]}"
     keep "$name" "$RUNS/eval/$name"

@@ -19,16 +19,19 @@ else
   add longer-curie longer gpt-3.5-turbo 3
 fi
 block raw
-pro pro-raw raw
-mkdir -p "$RESULTS/raw@2"
-sed 's/"name": "pro-raw"/"name": "raw@2"/' "$RESULTS/pro-raw/hh.metrics.json" >"$RESULTS/raw@2/hh.metrics.json"
-names=("$RESULTS/raw@2")
-for expansion in $EXPANSIONS; do
-  for length in $LENGTHS; do
-    way=(--expand "$expansion")
-    [ "$expansion" != own ] || way=(--expand alpacas --expand_sources own)
-    rank longer "$expansion-$length" "${way[@]}" --ranking_length "$length"
-    pro "$expansion@$length" "$expansion-$length"
+names=()
+for seed in $SEEDS; do
+  pro pro-raw raw # pro_hh.sh's run, which has two responses
+  names[-1]=$RESULTS/raw@2-seed$seed
+  mkdir -p "${names[-1]}"
+  sed 's/"name": "pro-raw/"name": "raw@2/' "$RESULTS/pro-raw-seed$seed/hh.metrics.json" >"${names[-1]}/hh.metrics.json"
+  for expansion in $EXPANSIONS; do
+    for length in $LENGTHS; do
+      way=(--expand "$expansion")
+      [ "$expansion" != own ] || way=(--expand alpacas --expand_sources own)
+      rank longer "$expansion-$length" "${way[@]}" --ranking_length "$length"
+      pro "$expansion@$length" "$expansion-$length"
+    done
   done
 done
 report figure3 "${names[@]}"

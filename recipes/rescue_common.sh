@@ -49,10 +49,11 @@ train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
 }
 names=()
 measure() { # measure NAME MODEL, and more flags
+  names+=("$RESULTS/$1")
+  ! kept "$1" || return 0
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
     --shots "$EVAL_SHOTS" "${@:3}" "${answers[@]}"
-  keep "$1" "$RUNS/eval/$1"
-  names+=("$RESULTS/$1")
+  keep "$1" "$RUNS/eval/$1" "$(dirname "$2")"
 }
 collect() { run python collect_candidates.py "$@"; }
 annotate() { # annotate PREFIX: PREFIX.jsonl -> PREFIX-label.jsonl, and from that -similarity and -gpt

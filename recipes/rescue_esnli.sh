@@ -12,7 +12,7 @@ compare() { # compare PREFIX SUFFIX SIZES ORDERINGS SEED: train and measure
     for ordering in $4; do
       local annotation=label name=$ordering$2@$size-seed$5
       case $ordering in similarity | gpt) annotation=$ordering ;; esac
-      train "$RUNS/$name" "$1-$annotation.jsonl" "$ordering" "$size" "$5"
+      kept "$name" || train "$RUNS/$name" "$1-$annotation.jsonl" "$ordering" "$size" "$5"
       measure "$name" "$RUNS/$name/model"
     done
   done

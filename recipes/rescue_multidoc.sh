@@ -49,10 +49,11 @@ measure() { # measure NAME MODEL SEED-SUFFIX: at every number of documents
   for setting in $PLACES; do
     local documents=${setting%%:*}
     local name=$1-$documents$3
+    names+=("$RESULTS/$name")
+    ! kept "$name" || continue
     run $TORCHRUN evaluate.py multidoc-qa --model "$2" --name "$name" --input "$DATA/test-$documents.jsonl" \
       --output "$RUNS/eval/$name/multidoc-qa.jsonl" --num_beams "$BEAMS" "${answers[@]}"
-    keep "$name" "$RUNS/eval/$name"
-    names+=("$RESULTS/$name")
+    keep "$name" "$RUNS/eval/$name" "$(dirname "$2")"
   done
 }
 
@@ -62,12 +63,14 @@ for setting in $PLACES; do
     --output "$DATA/test-${setting%%:*}.jsonl"
 done
 measure base "$MODEL" ""
+last=${PLACES##* }
 for seed in $SEEDS; do
   for ordering in $ORDERINGS; do
     output=$RUNS/$ordering-seed$seed
-    run $TORCHRUN rescue.py --ordering "$ordering" --no_sft --data "$DATA/ranked.jsonl" --model "$MODEL" --output "$output" \
-      --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --max_length "$MAX_LENGTH" \
-      --seed "$seed" --resume
+    kept "$ordering-${last%%:*}-seed$seed" ||
+      run $TORCHRUN rescue.py --ordering "$ordering" --no_sft --data "$DATA/ranked.jsonl" --model "$MODEL" \
+        --output "$output" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" \
+        --max_length "$MAX_LENGTH" --seed "$seed" --resume
     measure "$ordering" "$output/model" "-seed$seed"
   done
 done

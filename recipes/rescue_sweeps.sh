@@ -18,7 +18,7 @@ sweep() { # sweep FLAG VALUES
   for seed in $SEEDS; do
     for value in $2; do
       output=$RUNS/$ORDERING-$1-$value@$SIZE-seed$seed
-      train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
+      kept "$1@$value-seed$seed" || train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
       measure "$1@$value-seed$seed" "$output/model"
     done
   done

@@ -1,0 +1,102 @@
+"""Evidence: what the papers say, held against kept results item by item and seed by seed -> results/README.md."""
+
+import math
+import pathlib
+import re
+
+from common import UserError
+from evaluating.shared import mean, paired_bootstrap
+from evaluating.tables import beside_paper, read_document, t_half_width, table, tables_of
+
+FOUND = {1: "**seen**", 0: "**too small to tell**", -1: "**not seen: the other way round**"}
+
+
+def claims_page(path):
+    """A claims file -> Markdown: for each claim its paper's words, the command, our figures beside the paper's, and the
+    comparisons that decide it.
+
+    The JSON: intro, claims, conclusions (a list of sentences). A claim: title, says (the paper's finding), command,
+    folder (of results, beside the file), setting, table (a JSON of the paper's, optional, with columns), comparisons
+    [{higher, lower, figure}, ...] of systems without their -seedN, plots. `higher` is the system that should have the
+    higher figure; `at_equal` names another figure at whose equal values the first one is compared.
+    """
+    path = pathlib.Path(path)
+    page = read_document(path, intro=str, claims=list, conclusions=list)
+    parts = [f"# Evidence\n\n{page['intro']}"]
+    if page["conclusions"]:
+        parts.append("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in page["conclusions"]))
+    for claim in page["claims"]:
+        parts.append(f"## {claim['title']}\n\nThe paper: {claim['says']}\n\n```sh\n{claim['command']}\n```")
+        folders = sorted(p for p in (path.parent / claim["folder"]).glob("*/") if any(p.glob("*.metrics.json")))
+        if not folders:
+            parts.append("Not run at this size yet.")
+            continue
+        parts.append(claim["setting"])
+        tables, systems = tables_of(folders)
+        if "table" in claim:
+            parts.append(beside_paper(claim["table"], tables, claim.get("columns")))
+        lines = [comparison(systems, **wanted) for wanted in claim["comparisons"]]
+        parts.append(
+            table(["difference", "over items", "over seeds", "items, seeds", ""], lines).replace("|  |", "| |", 1)
+        )
+        parts += [f"![{claim['title']}]({claim['folder']}/{plot})" for plot in claim.get("plots", ())]
+    return "\n\n".join(parts)
+
+
+def comparison(systems, higher, lower, figure, at_equal=None):
+    """The line of a table: whether `higher` has the higher figure, on the items that both have.
+
+    The difference is the mean over items of the mean over seeds. It counts as seen where two intervals lie above 0: a
+    paired bootstrap over items, and, with several seeds, Student's t over the seeds' differences (a system without
+    seeds stands against each). at_equal: the items' differences are regressed on those of log(1 + at_equal); the
+    intercept is the difference where both are equal.
+    """
+    name = f"{higher} > {lower}, {figure}" + (f" at equal {at_equal}" if at_equal else "")
+    runs = [runs_of(systems, system, figure, at_equal) for system in (higher, lower)]
+    if not all(runs):
+        return [name, "not run", "", "", "", ""]
+    ours, theirs = runs
+    ids = sorted(set.intersection(*(set(items) for run in runs for items, _ in run)))
+    if not ids:
+        raise UserError(f"{higher} and {lower} have no items in common: they were measured on different records")
+    differences = [mean(items[i] for items, _ in ours) - mean(items[i] for items, _ in theirs) for i in ids]
+    if at_equal:
+        sizes = [[mean(math.log(1 + other[i]) for _, other in run) for i in ids] for run in runs]
+        middle, interval = intercept([a - b for a, b in zip(*sizes)], differences)
+    else:
+        middle, interval, _ = paired_bootstrap(differences)
+    seeds, over_seeds = max(map(len, runs)), ""
+    low, high = interval
+    if seeds > 1 and not at_equal:
+        pairs = zip(ours * (seeds // len(ours)), theirs * (seeds // len(theirs)))
+        values = [mean(a[i] for i in ids) - mean(b[i] for i in ids) for (a, _), (b, _) in pairs]
+        half = t_half_width(values)
+        low, high = min(low, mean(values) - half), max(high, mean(values) + half)
+        over_seeds = f"[{mean(values) - half:+.3g}, {mean(values) + half:+.3g}]"
+    over_items = f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
+    return [name, f"{middle:+.3g}", over_items, over_seeds, f"{len(ids)}, {seeds}", FOUND[(low > 0) - (high < 0)]]
+
+
+def runs_of(systems, name, figure, at_equal):
+    """The seeds of a system -> [({id: figure}, {id: at_equal}), ...]."""
+    runs = []
+    for system in sorted(systems):
+        if re.sub(r"-seed\d+$", "", system) == name:
+            files = {document["folder"] for document in systems[system].values()}
+            items = {}
+            for file in sorted(f for folder in files for f in folder.glob("*.items.json")):
+                items |= read_document(file)
+            if figure not in items or at_equal and at_equal not in items:
+                raise UserError(f"{system}: no items of {figure} in {', '.join(map(str, files))}; evaluate it again")
+            runs.append((items[figure], items.get(at_equal)))
+    return runs
+
+
+def intercept(x, y):
+    """Least squares of y on x -> (the intercept, its 95% interval)."""
+    from scipy.stats import linregress, t
+
+    fit = linregress(x, y)
+    half = float(t.ppf(0.975, len(x) - 2) * fit.intercept_stderr)
+    middle = float(fit.intercept)
+    return middle, (middle - half, middle + half)

@@ -1,0 +1,114 @@
+"""Figures of several systems as Markdown tables, beside a paper's own."""
+
+import math
+import pathlib
+import re
+import statistics
+
+import common
+from common import UserError
+from evaluating.shared import wilson
+
+
+def read_document(path, **fields):
+    """The JSON object of a file that has these fields {name: type}; UserError on any other."""
+    try:
+        document = common.as_object(common.parse_json(pathlib.Path(path).read_bytes(), path), path)
+    except OSError as e:
+        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    for field, kind in fields.items():
+        if not isinstance(document.get(field), kind):
+            raise UserError(f"{path}: has no {field!r}: it is not what this script reads here")
+    return document
+
+
+def tables_of(folders):
+    """Folders of *.metrics.json -> ({verb: {system: {figure: number}}}, {system: {verb: its document and folder}})."""
+    tables, systems = {}, {}
+    for folder in folders:
+        files = sorted(folder.glob("*.metrics.json"))
+        if not files:
+            raise UserError(f"{folder}: no *.metrics.json; evaluate {folder.name} first")
+        for file in files:
+            document = read_document(file, metrics=dict, name=str)
+            plain = {k: v for k, v in document["metrics"].items() if common.is_number(v)}
+            verb = file.name.removesuffix(".metrics.json")
+            tables.setdefault(verb, {})[document["name"]] = plain
+            systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}
+    return tables, systems
+
+
+def beside_paper(path, tables, wanted=None):
+    """A paper's table and our figures -> Markdown. tables: {verb: {system: {figure: number}}}.
+
+    The JSON: source, rows {system: {column: the paper's value}}; optional: note; names {system: as the paper calls it};
+    percent, the figures (the last word of their names) of ours to be multiplied by 100; cells, one figure's name: then
+    a column is what follows the @ in a system's name (label@2000), otherwise a column is a figure's name. Columns of
+    ours that the paper lacks stay where `cells` is given, and rows of ours always. wanted: of the columns, only these.
+    """
+    paper = read_document(path, rows=dict, source=str)
+    cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
+    columns = [c for c in columns if c in wanted] if wanted else columns
+    runs = {}  # row -> column -> [(value, interval)], a pair for each seed
+    for rows in tables.values():
+        for name, figures in rows.items():
+            name = re.sub(r"-seed\d+$", "", name)
+            row, _, column = name.partition("@") if cell else (name, "", "")
+            for figure in [cell] if cell else columns:
+                if figure in figures:
+                    value = with_interval(figures, figure, figure.split()[-1] in paper.get("percent", ()))
+                    runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
+    columns += [c for row in runs.values() for c in row if c not in columns]
+    if cell:  # sizes in order, then words
+        columns = sorted(set(columns), key=lambda c: (float(c) if c.replace(".", "").isdigit() else math.inf, c))
+    lines = []
+    for row in dict.fromkeys([*paper["rows"], *runs]):
+        cells = [paper_cell(runs.get(row, {}).get(c), paper["rows"].get(row, {}).get(c)) for c in columns]
+        lines.append([paper.get("names", {}).get(row, row), *cells])
+    head = f"Ours, and in brackets {paper['source']}{': ' + paper['note'] if 'note' in paper else ''}"
+    return f"{head}\n\n{table(columns, lines)}"
+
+
+def with_interval(figures, figure, percent):
+    """-> (the figure, x 100 if percent; its 95% interval (low, high), or None)."""
+    value = figures[figure]
+    if f"{figure} 95% low" in figures:
+        return value, (figures[f"{figure} 95% low"], figures[f"{figure} 95% high"])
+    if not percent:
+        return value, None
+    subset, at = figure.rpartition(" ")[0], re.search(r"(_at_\d+)?$", figure)[0]  # of one place of the gold document
+    counts = [figures.get(f"{subset} {what}{at}".strip()) for what in ("prompts", "questions")]
+    n = next((n for n in counts if n), None)
+    return 100 * value, [100 * x for x in wilson(value, n)] if n and 0 <= value <= 1 else None
+
+
+def paper_cell(ours, printed):
+    """ours [(value, interval or None)] or None, the paper's value or None -> `61.2 ±1.9 (81.97)`."""
+    text = ""
+    if ours:
+        values, interval = [value for value, _ in ours], ours[0][1]
+        text = f"{statistics.fmean(values):.2f}"
+        if len(values) > 1:
+            text += f" ±{t_half_width(values):.2f}"
+        elif interval:
+            text += f" [{interval[0]:.1f}, {interval[1]:.1f}]"
+    return f"{text} ({printed})".strip() if printed is not None else text
+
+
+def t_half_width(values):
+    """Half the 95% interval of the mean of n > 1 values, Student's t with n - 1 degrees of freedom."""
+    from scipy import stats
+
+    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def markdown(rows):
+    """{row name: {column: number}} -> a Markdown table."""
+    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+    cells = ([f"{row[c]:.4g}" if c in row else "" for c in columns] for row in rows.values())
+    return table(columns, [[name, *line] for name, line in zip(rows, cells)])
+
+
+def table(columns, lines):
+    lines = [["", *columns], ["---"] * (len(columns) + 1), *lines]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,89 @@
+"""evaluate.py report --claims: kept results held against a paper's words."""
+
+import json
+
+import pytest
+from conftest import refused
+
+from evaluating import claims
+
+
+def keep(folder, name, values, words=None):
+    (folder / name).mkdir(parents=True)
+    document = {"name": name, "metrics": {"accuracy": sum(values) / len(values), "prompts": len(values)}}
+    (folder / name / "nli.metrics.json").write_text(json.dumps(document))
+    items = {"accuracy": {f"q{i}": v for i, v in enumerate(values)}}
+    if words:
+        items["words"] = {f"q{i}": v for i, v in enumerate(words)}
+    (folder / name / "nli.items.json").write_text(json.dumps(items))
+
+
+@pytest.fixture
+def page(tmp_path, cli, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    claim = {
+        "title": "Table 1",
+        "says": "label beats SFT.",
+        "command": "bash x.sh",
+        "folder": "x-cpu",
+        "setting": "60 prompts.",
+        "comparisons": [{"higher": "label", "lower": "none", "figure": "accuracy"}],
+    }
+
+    def run(**more):
+        document = {"intro": "Here.", "claims": [claim | more], "conclusions": ["It does."]}
+        (tmp_path / "claims.json").write_text(json.dumps(document))
+        return cli("evaluate", "report", "--claims", "claims.json", "--output", "README.md")
+
+    return run
+
+
+def test_a_claim_is_decided_over_items_and_seeds(page, tmp_path):
+    assert "Not run at this size yet." in page().out
+    results = tmp_path / "x-cpu"
+    for seed in range(3):
+        keep(results, f"none-seed{seed}", [0.0, 1.0] * 300)
+        keep(results, f"label-seed{seed}", [0.0, 1.0, 1.0] * 200)
+    out = page().out
+    assert "| label > none, accuracy | +0.167 | [" in out and "| [+0.167, +0.167] | 600, 3 | **seen** |" in out
+    assert (tmp_path / "README.md").read_text().endswith(out)
+    swapped = [{"higher": "none", "lower": "label", "figure": "accuracy"}]
+    assert "| **not seen: the other way round** |" in page(comparisons=swapped).out
+    for seed, values in enumerate(([0.0, 1.0] * 300, [0.0] * 600, [1.0] * 600)):
+        keep(results, f"wild-seed{seed}", values)  # over items clear at most by chance, over seeds never
+    out = page(comparisons=[{"higher": "label", "lower": "wild", "figure": "accuracy"}]).out
+    assert "600, 3 | **too small to tell** |" in out and "[-1" in out
+    assert "| x > none, accuracy | not run |" in page(comparisons=[swapped[0] | {"higher": "x", "lower": "none"}]).out
+
+
+def test_a_system_without_seeds_stands_against_each(page, tmp_path):
+    keep(tmp_path / "x-cpu", "none", [0.0] * 40)
+    for seed in range(2):
+        keep(tmp_path / "x-cpu", f"label-seed{seed}", [1.0] * (20 + seed) + [0.0] * (20 - seed))
+    line = page().out.splitlines()[-1]
+    assert "| +0.512 | " in line and line.endswith("| 40, 2 | **seen** |")
+
+
+def test_at_equal_lengths(page, tmp_path):
+    """A reward that falls with length alone is no difference where lengths are equal."""
+    import math
+
+    short, long = [3 + i % 5 for i in range(40)], [12 + i % 7 for i in range(40)]
+    for name, words in (("label", short), ("none", long)):
+        keep(tmp_path / "x-cpu", name, [-math.log(1 + w) for w in words], words)
+    wanted = {"higher": "label", "lower": "none", "figure": "accuracy"}
+    out = page(comparisons=[wanted, wanted | {"at_equal": "words"}]).out.splitlines()
+    assert out[-2].endswith("**seen** |") and "accuracy at equal words | " in out[-1]
+    middle, (low, high) = claims.intercept([1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 7.0, 9.1])
+    assert middle == pytest.approx(0.95) and low < 0.95 < high  # slope 2.03, mean (2.5, 6.025)
+
+
+def test_refusals(page, tmp_path, cli):
+    keep(tmp_path / "x-cpu", "label", [1.0, 0.0])
+    keep(tmp_path / "x-cpu", "none", [1.0, 0.0])
+    (tmp_path / "x-cpu/none/nli.items.json").write_text(json.dumps({"accuracy": {"other": 1.0}}))
+    refused(page(), "label and none have no items in common")
+    (tmp_path / "x-cpu/none/nli.items.json").unlink()
+    refused(page(), "none: no items of accuracy in")
+    refused(cli("evaluate", "report"), "report needs NAMES, or --claims FILE")
+    refused(cli("evaluate", "report", "--claims", "x-cpu/label/nli.items.json"), "has no 'intro'")
