@@ -1,6 +1,7 @@
 """All figures as PNG: what a verb draws of one system, and RESCUE's figures of several."""
 
 import pathlib
+import re
 from statistics import fmean
 
 import common
@@ -56,8 +57,16 @@ def plot_shares(axes, x, shares, counts, **style):
 
 
 def plot_positions(systems, path):
-    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed."""
+    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed. Seeds of a
+    system, which answer the same prompts, are one line, their mean."""
     figure, axes = new_figure()
+    seeds = {}
+    for name, metrics in systems.items():
+        seeds.setdefault(re.sub(r"-seed\d+$", "", name), []).append(metrics)
+    systems = {}
+    for name, runs in seeds.items():
+        means = {k: fmean(r[k] for r in runs) for k in runs[0] if "_at_" in k}
+        systems[f"{name}, {len(runs)} seeds" if len(runs) > 1 else name] = runs[0] | means
     for colour, (name, metrics) in enumerate(systems.items()):
         counts = {int(p): n for p, n in metrics["positions"].items()}
         for kind, style in (("accuracy", "-"), ("first_line", "--")):

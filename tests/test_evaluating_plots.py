@@ -42,6 +42,19 @@ def test_multidoc_qa_and_its_curve(cli, tiny, tmp_path, monkeypatch):
     refused(cli("evaluate", "multidoc-qa", "--model", tiny, "--input", other), "no answers")
 
 
+def test_seeds_are_one_line(curves, tmp_path):
+    def metrics(right):
+        return {"positions": {1: 10, 5: 10}} | {
+            f"{k}_at_{p}": right for k in ("accuracy", "first_line") for p in (1, 5)
+        }
+
+    runs = {"base": metrics(0.1), "label-seed0": metrics(0.2), "label-seed1": metrics(0.6)}
+    plots.plot_positions(runs, tmp_path / "p.png")
+    place = "place of the gold passage"
+    assert curves[place, "label, 2 seeds, whole answer"][1] == pytest.approx([0.4, 0.4])
+    assert "seed0" not in str(curves)
+
+
 def test_wilson_against_the_book():
     assert shared.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
     assert shared.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
