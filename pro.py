@@ -25,8 +25,8 @@ Where the print and the released code differ, or the print is silent:
  1. Temperatures multiply as reward gaps, 1/T = r_k - r_i, and each sum is a log-sum-exp in float32. The released code
     exponentiates and adds 1e-10 inside the logarithm: wrong from gaps of about 10 on, inf or NaN for negative ones.
  2. Equal rewards: the limit T -> infinity, so the term is exp(0) = 1; where all rewards from k on are equal, term k is
-    the constant log(n - k + 1) without gradient. They are no pair of the pair accuracy. Rewards that ascend are an
-    error (the records are sorted on loading).
+    the constant log(n - k + 1) without gradient. They are no pair of the pair accuracy. Rewards that ascend give NaN,
+    which ends a run (the records are sorted on loading).
  3. BoN and SFT, with no other term, are the usual token mean of Eq. 1; as released, L_SFT beside L_PRO is the sum that
     Eq. 1 prints: --sft_reduction.
  4. beta is multiplied with (n - 1)^2 of each prompt's own n, which is the ranking length where all have the same.
@@ -58,19 +58,20 @@ from runtime import say
 def pro_loss(scores, rewards=None, first_only=False):
     """Eq. 8, or with rewards Eq. 9-11. scores [n] fp32, best first; rewards [n], descending -> scalar.
 
-    first_only keeps the term k = 1 (Table 5). Raises ValueError where rewards ascend; fewer than two scores give 0.
+    first_only keeps the term k = 1 (Table 5). Fewer than two scores give 0. Rewards that ascend give NaN: to raise an
+    error would wait for the GPU at every prompt.
     """
-    if rewards is not None and (rewards.diff() > 0).any():
-        raise ValueError(f"rewards must descend, best first: {rewards.tolist()}")
-    loss = scores.sum() * 0.0
-    for k in range(min(1, len(scores) - 1) if first_only else len(scores) - 1):
-        z = scores[k:]  # [n - k]
-        if rewards is not None:
-            gaps = rewards[k] - rewards[k + 1 :]  # [n - k - 1], 1 / T_k^i, Eq. 10
-            own = gaps.max(0, keepdim=True).values  # 1 / T_k^k, Eq. 11: the smallest temperature is the largest gap
-            z = z * torch.cat([own, gaps])  # Eq. 9
-        loss = loss + torch.logsumexp(z - z[0], 0)  # -log of exp(z_k) / sum over i >= k of exp(z_i)
-    return loss
+    n = len(scores)
+    z = scores.expand(n, n)  # row k is term k, column i >= k a response of its sum
+    if rewards is not None:
+        gaps = rewards[:, None] - rewards  # [n, n], 1 / T_k^i, Eq. 10; 0 on the diagonal
+        own = rewards - rewards[-1]  # [n], 1 / T_k^k, Eq. 11: the smallest temperature is the largest gap, to the last
+        z = z * (gaps + own.diag())  # Eq. 9
+    z = z - z.diagonal()[:, None]
+    before = torch.ones_like(z, dtype=torch.bool).tril(-1)  # i < k
+    terms = z.masked_fill(before, -torch.inf).logsumexp(1)  # [n], -log of exp(z_k) / sum over i >= k of exp(z_i)
+    loss = terms[: min(1, n - 1) if first_only else n - 1].sum()
+    return loss if rewards is None else torch.where((rewards.diff() > 0).any(), torch.nan, loss)
 
 
 def sft_loss(logprobs, lengths, reduction):

@@ -41,8 +41,9 @@ def ranking_loss(rewards, levels):
 
     rewards [n] fp32, levels [n], larger better -> scalar. Ties are not compared; no pairs give 0.
     """
-    i, j = torch.nonzero(levels[:, None] > levels[None, :], as_tuple=True)
-    return -F.logsigmoid(rewards[i] - rewards[j]).sum() / max(1, len(i))
+    better = levels[:, None] > levels[None, :]  # [n, n]
+    losses = -F.logsigmoid(rewards[:, None] - rewards[None, :])  # [n, n]
+    return (losses * better).sum() / better.sum().clamp(min=1)
 
 
 def add_score_forward(model):

@@ -43,7 +43,9 @@ from runtime import (
 )
 
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
-PEAK_FLOPS = {  # dense bf16 of the vendor's data sheets, the first name that is in the device's
+# dense bf16, the first name that is in the device's: half of what NVIDIA's product pages print with sparsity for A100,
+# H100 and H200, as torchtitan's get_peak_flops has them; H200 NVL, which it lacks: H100 NVL's, and as users measure it
+PEAK_FLOPS = {
     "H200 NVL": 835e12,
     "H200": 989e12,
     "H100 NVL": 835e12,

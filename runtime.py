@@ -473,8 +473,8 @@ def say(*text):
 
 
 def all_sum(values):
-    """Sum a list of tensors or numbers over all processes, each by itself -> floats. One collective, one sync."""
-    total = torch.stack([torch.as_tensor(v, dtype=torch.float64).detach().cpu() for v in values])
+    """Sum numbers, or a tensor [n], over all processes, each by itself -> floats. One collective, one GPU sync."""
+    total = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     dist.all_reduce(total)
     return total.tolist()
 

@@ -42,6 +42,8 @@ log-probabilities of its own student, unless --own_logprobs.
     torchrun --nproc_per_node 4 tuna.py --stage probabilistic --model runs/tuna-contextual/model       # Tuna_cp
 """
 
+import math
+
 import torch
 
 import common
@@ -66,7 +68,7 @@ def teacher_score(logprob, num_tokens, beta):
 
 
 def teacher_levels(candidates, stage, beta):
-    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst, equals equal, -1 where unranked."""
+    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst, equals equal, NaN where unranked."""
     worth, seen = {}, set()
     for i, c in enumerate(candidates):
         if c["text"].strip() in seen:
@@ -78,31 +80,29 @@ def teacher_levels(candidates, stage, beta):
         if i in worth:
             seen.add(c["text"].strip())
     worst_first = sorted(set(worth.values()))
-    return [worst_first.index(worth[i]) if i in worth else -1 for i in range(len(candidates))]
+    return [float(worst_first.index(worth[i])) if i in worth else math.nan for i in range(len(candidates))]
 
 
 def ranking_loss(scores, margin, levels=None, pair_reduction="sum"):
     """Eq. 4 and 5: sum over pairs j < k of max(0, v_k - v_j + m (k - j)), candidates sorted best first -> scalar.
 
     scores [n]: the student's v, fp32. levels [n] says so where candidates are unsorted or tied: consecutive integers,
-    larger better, so that k - j is a difference of levels; equals are not compared. pair_reduction "mean_by_distance"
-    is the released code's form: the mean over the pairs at each distance, summed.
+    larger better, so that k - j is a difference of levels; equals are not compared, and NaN with nothing.
+    pair_reduction "mean_by_distance" is the released code's form: the mean over the pairs at each distance, summed.
     """
     v, m = scores, margin
     levels = -torch.arange(len(v), device=v.device) if levels is None else levels
     distances = levels[:, None] - levels[None, :]  # [n, n], k - j: j is the row, the better one where it is positive
-    weights = (distances > 0).float()
-    if pair_reduction == "mean_by_distance":
-        d = distances.clamp(min=0)
-        weights = weights / d.flatten().bincount()[d]
     hinge = (v[None, :] - v[:, None] + m * distances).clamp(min=0)  # [n, n], Eq. 5
-    return (weights * hinge).sum()  # Eq. 4
+    if pair_reduction == "mean_by_distance":
+        hinge = hinge / (distances[:, :, None, None] == distances).sum((2, 3)).clamp(min=1)  # pairs at each distance
+    return torch.where(distances > 0, hinge, 0.0).sum()  # Eq. 4
 
 
-def mle_loss(logprobs, lengths):
+def mle_loss(logprobs, lengths, taken):
     """Eq. 2, and L_MLE of Eq. 6: -log p / |r| of one response; of several (--mle_on all) the mean over their tokens.
-    logprobs, lengths [n] -> scalar."""
-    return -logprobs.sum() / lengths.sum()
+    logprobs, lengths [n]; taken [n] bool, which responses -> scalar, 0 for none."""
+    return -(logprobs * taken).sum() / (lengths * taken).sum().clamp(min=1)
 
 
 def parse_args():
@@ -193,7 +193,7 @@ def load_data(args, path, limit):
             raise UserError(f"{where} has no reference response, which the MLE term needs: {hint}")
         level = teacher_levels(candidates, args.stage, args.length_penalty)
         mle = [(learn_all and bool(c["text"].strip())) or i == original for i, c in enumerate(candidates)]
-        used = [i for i in range(len(candidates)) if level[i] >= 0 or mle[i]]
+        used = [i for i in range(len(candidates)) if mle[i] or not math.isnan(level[i])]
         if len(used) < 1 + args.all_candidates:
             more = "one response: Alpaca-Mul needs more (`teacher` adds them)" if used else "no candidate to learn from"
             raise UserError(f"{where} has {more}")
@@ -204,7 +204,7 @@ def load_data(args, path, limit):
         prompts, records = len(records), one_each(records)
         levels, in_mle = ([x for column in columns for x in column.split(1)] for columns in (levels, in_mle))
         say(f"Alpaca-Mul: {prompts} prompts are {len(records)} examples, a response each, --batch_size of them a step")
-    ranked = [int((x >= 0).sum()) for x in levels]
+    ranked = [int((~x.isnan()).sum()) for x in levels]
     say(f"{len(records)} prompts, {sum(ranked)} ranked candidates, {sum(n < 2 for n in ranked)} prompts without a pair")
     if args.mle_weight == 0 and args.stage != "sft":
         say("--mle_weight 0: length-normalised ranking alone can degenerate, so watch the evaluation")
@@ -234,9 +234,8 @@ def main():
             row_loss = 0.0
             by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, *columns)))
             for v, logp, length, level, mle in by_prompt:  # [n] each: pairs never cross prompts
-                v, level = v[level >= 0], level[level >= 0]
                 rank_term = ranking_loss(v, args.margin, level, args.pair_reduction)  # 0 in the sft stage: none ranked
-                mle_term = mle_loss(logp[mle], length[mle]) if mle.any() else v.new_zeros(())
+                mle_term = mle_loss(logp, length, mle)
                 loss = rank_term + mle_weight * mle_term  # Eq. 6
                 row_loss = row_loss + loss
                 run.count(weight, pair_statistics(v, level), loss=loss, rank_loss=rank_term, mle_loss=mle_term)

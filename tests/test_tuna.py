@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import re
 import shutil
 import sys
@@ -90,12 +91,29 @@ def test_teacher_levels():
         {"text": "excluded", "source": "m", "rank": None},
         {"text": "c", "source": "m", "rank": 4},
     ]
-    assert tuna.teacher_levels(candidates, "contextual", 1.3) == [-1, 1, 2, -1, 1, -1, 0]
-    assert tuna.teacher_levels(candidates, "sft", 1.3) == [-1] * 7
+    levels = torch.tensor([tuna.teacher_levels(candidates, stage, 1.3) for stage in ("contextual", "sft")])
+    assert levels.nan_to_num(nan=-1).tolist() == [[-1, 1, 2, -1, 1, -1, 0], [-1] * 7]
 
 
 def test_mle_loss_by_hand():
-    assert tuna.mle_loss(torch.tensor([-6.0, -2.0]), torch.tensor([3.0, 1.0])).item() == 2.0
+    logprobs, lengths = torch.tensor([-6.0, -9.0, -2.0]), torch.tensor([3.0, 2.0, 1.0])
+    for taken, want in (([True, False, True], 2.0), ([False, True, False], 4.5), ([False] * 3, 0.0)):
+        assert tuna.mle_loss(logprobs, lengths, torch.tensor(taken)).item() == want
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean_by_distance"])
+def test_the_unranked_are_compared_with_nothing(reduction):
+    """Values and gradients are those of the ranked ones alone, without a NaN."""
+    scores = torch.randn(5, generator=torch.Generator().manual_seed(0))
+    levels = torch.tensor([1, math.nan, 2, 0, math.nan])
+    whole, alone = scores.clone().requires_grad_(), scores[[0, 2, 3]].requires_grad_()
+    got = tuna.ranking_loss(whole, 2.0, levels, reduction)
+    want = tuna.ranking_loss(alone, 2.0, torch.tensor([1, 2, 0]), reduction)
+    got.backward()
+    want.backward()
+    assert got.item() == pytest.approx(want.item(), rel=1e-6) and want > 0
+    torch.testing.assert_close(whole.grad[[0, 2, 3]], alone.grad)
+    assert whole.grad[[1, 4]].tolist() == [0.0, 0.0]
 
 
 # ----------------------------------------------------------------------------------------------------------------------

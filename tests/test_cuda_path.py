@@ -1,0 +1,138 @@
+"""What a GPU would show first, on stand-ins: waits for the device, the attention of each kind of work."""
+
+import collections
+import importlib
+import types
+
+import pytest
+import torch
+from conftest import make_records, write_jsonl
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import common
+import pro
+import rescue
+import reward_model
+import runtime
+import tuna
+from recipes.tiny import make_model, make_tokenizer
+
+SCORES, LEVELS, TAKEN = (torch.empty(5, device="meta", dtype=t) for t in (torch.float, torch.float, torch.bool))
+LOSSES = {
+    "rescue": lambda s: rescue.ranking_loss(s, LEVELS) + rescue.sft_loss(s, LEVELS, TAKEN),
+    "pro": lambda s: pro.pro_loss(s, LEVELS) + pro.sft_loss(s, LEVELS, "mean"),
+    "pro Eq. 8": lambda s: pro.pro_loss(s) + pro.pro_loss(s, LEVELS, first_only=True),
+    "tuna": lambda s: tuna.ranking_loss(s, 0.1, LEVELS) + tuna.ranking_loss(s, 0.1) + tuna.mle_loss(s, LEVELS, TAKEN),
+    "tuna by distance": lambda s: tuna.ranking_loss(s, 0.1, LEVELS, "mean_by_distance"),
+    "reward_model": lambda s: reward_model.ranking_loss(s, LEVELS),
+    "statistics": lambda s: sum(common.pair_statistics(s, LEVELS)),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_read_nothing_back(name):
+    """On the meta device there is nothing to read and no tensor of another device will do, as on a GPU that is not
+    waited for."""
+    LOSSES[name](SCORES.clone().requires_grad_()).backward()
+
+
+class Waits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU, or sends it something: a value or a shape that is read, a new tensor
+    of host data. `everything`: all operations."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "lift_fresh")
+
+    def __init__(self):
+        super().__init__()
+        self.found, self.everything = collections.Counter(), 0
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masks = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
+        self.found[name] += name in self.NAMES or masks
+        self.everything += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        ("rescue", ["--ordering", "label"]),
+        ("pro", []),
+        ("tuna", ["--stage", "contextual", "--pair_reduction", "mean_by_distance"]),
+        ("reward_model", []),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_step_waits_as_often_for_many_prompts(script, flags, cli, tiny, tmp_path, monkeypatch):
+    """From the scores of a row to its gradients: a row of 6 prompts against one of 2."""
+    module, found = importlib.import_module(script), {}
+    score = "candidate_rewards" if script == "reward_model" else "candidate_logprobs"
+    forward, clip = getattr(module, score), runtime.clip_grad_norm
+
+    def begin(model, batch):
+        scores = forward(model, batch)
+        waits.__enter__()
+        return scores
+
+    def end(model, max_norm):
+        waits.__exit__(None, None, None)
+        return clip(model, max_norm)
+
+    monkeypatch.setattr(module, score, begin)
+    monkeypatch.setattr(runtime, "clip_grad_norm", end)
+    monkeypatch.setattr(runtime, "check_packing", lambda *args: None)  # it scores too
+    monkeypatch.setattr(reward_model, "check_packing", lambda *args: None)
+    for n in (2, 6):
+        records, waits = make_records(n), Waits()
+        for record in records:
+            record["candidates"] = [c | {"rank": i, "reward": -float(i)} for i, c in enumerate(record["candidates"])]
+        data = write_jsonl(tmp_path / f"{n}.jsonl", records)
+        argv = ["--model", tiny, "--data", data, "--output", tmp_path / f"run-{n}", "--batch_size", 6, "--epochs", 1]
+        result = cli(script, *argv, "--max_tokens_per_row", 10_000, *flags)
+        assert result.code == 0, result.err
+        found[n] = waits
+    assert +found[2].found == +found[6].found
+    assert found[6].everything > found[2].everything > 100  # it did count
+
+
+def generate(process, folder, attention, results):
+    """One of two processes that hold a shard each: what `on_policy` makes of a model in training."""
+    from collecting import generation, on_policy
+
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{attention}", rank=process, world_size=2)
+    model = runtime.shard(make_model(num_attention_heads=2).train(), torch.device("cpu"))
+    model.set_attn_implementation(attention)
+    seen, plain = set(), generation.generate
+
+    def spy(*args, **options):
+        found = plain(*args, **options)
+        seen.add(model.config._attn_implementation)
+        return found
+
+    generation.generate = spy
+    args = types.SimpleNamespace(max_new_tokens=12, max_prompt_length=40, seed=0)
+    run = types.SimpleNamespace(args=args, model=model, tokenizer=make_tokenizer(), step=0, signal=None)
+    run.process, run.world = process, 2
+    records = make_records(40)[: 20 if process else 40]  # one process has more to do than the other
+    found = [a["text"] for _, batch in on_policy.answers(run, records, "test", 1.0) for a in batch]
+    sharded = all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
+    results[process] = found, seen, model.config._attn_implementation, sharded
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_generation_in_training_is_sdpas_on_two_processes(tmp_path):
+    """Under FlexAttention on two processes: SDPA while each generates by itself, FlexAttention again after it, the
+    answers those of a model that had SDPA all along."""
+    found = {}
+    for attention in ("flex_attention", "sdpa"):
+        with torch.multiprocessing.Manager() as manager:
+            results = manager.dict()
+            torch.multiprocessing.spawn(generate, (tmp_path, attention, results), nprocs=2)
+            found[attention] = [results[i] for i in (0, 1)]
+    for (answers, seen, after, sharded), (want, *_) in zip(found["flex_attention"], found["sdpa"]):
+        assert answers == want and any(answers)
+        assert seen == {"sdpa"} and after == "flex_attention" and sharded
