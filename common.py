@@ -1,9 +1,8 @@
-"""What the three methods share: records in, packed rows, length-normalised scores, flags. No loss lives here.
+"""What the three methods share: packed rows, length-normalised scores, flags. No loss lives here.
 
 The one idea of the shared computation: what sequences begin with in common, the prompt of n candidates or the examples
 before several prompts, is read once. A row is a prefix tree, depth first: a prompt, its candidates, the next prompt. A
-token sees its ancestors and itself; its position is its depth; logits are computed only where a response token is
-predicted.
+token sees its ancestors and itself; its position is its depth; logits are made where a response token is predicted.
 
     encode(tokenizer, record)        one prompt and its candidates as token ids
     pack(encoded_records)            a row of one or more of them; pack_padded: the plain way, one sequence a candidate
@@ -12,22 +11,15 @@ predicted.
 """
 
 import argparse
-import contextlib
 import dataclasses
-import gzip
 import itertools
-import json
 import math
-import pathlib
-import zlib
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
 HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
-GIVEN = ("chosen", "rejected", "release", *HUMAN)  # sources of the ranking that data came with
 
 
 class UserError(Exception):
@@ -48,10 +40,12 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
-    """An argparse type: a finite number with low <= x <= high and x > above."""
+def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf, also=None):
+    """An argparse type: a finite number with low <= x <= high and x > above, or the word `also`."""
 
     def parse(text):
+        if text == also:
+            return text
         x = kind(text)
         if not (low <= x <= high and x > above and abs(x) < 2**63):  # not so of nan
             raise argparse.ArgumentTypeError(f"{text} is out of range")
@@ -59,153 +53,6 @@ def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf):
 
     parse.__name__ = kind.__name__
     return parse
-
-
-def auto_or(kind):
-    """An argparse type: "auto", or what `kind` makes of the text."""
-
-    def parse(text):
-        return text if text == "auto" else kind(text)
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-@contextlib.contextmanager
-def open_data(path, kinds):
-    """Open a data file of one of these kinds, plain or .gz -> (its kind, the file of bytes); UserError where it cannot
-    be read."""
-    path = pathlib.Path(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind not in kinds:
-        raise UserError(f"{path}: expected .{' or .'.join(kinds)}, plain or .gz")
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
-            yield kind, f
-    except (EOFError, OSError, zlib.error) as e:  # a torn or false .gz
-        raise UserError(f"{path}: cannot be read ({e})") from e
-
-
-def read_rows(path, kinds=("jsonl",)):
-    """Yield (where, dict) for every line of a JSONL file, plain or .gz; `where` is "file:line" for messages.
-
-    Streams. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
-    """
-    with open_data(path, kinds) as (_, f):
-        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
-            where = f"{path}:{number}"
-            if len(line) > MAX_LINE:
-                raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
-            if line.strip():
-                yield where, as_object(parse_json(line, where), where)
-
-
-def parse_json(line, where):
-    """The value of JSON in UTF-8; UserError, naming `where`, for anything that could not be written back."""
-
-    def constant(name):
-        raise UserError(f"{where}: {name} is not a JSON value")
-
-    try:
-        value = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
-        # neither a lone surrogate nor the infinity that 1e999 becomes can be written back
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        return value
-    except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON in UTF-8 ({str(e).splitlines()[0]})") from e
-
-
-def as_object(value, where):
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
-    return value
-
-
-def is_number(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300  # an integer may be longer
-
-
-CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
-    "label": (lambda x: x is None or isinstance(x, str), "a string or null"),
-    "correct": (lambda x: isinstance(x, bool), "true or false"),
-    "finished": (lambda x: isinstance(x, bool), "true or false"),
-    "logprob": (is_number, "a finite number"),
-    "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
-    "reward": (is_number, "a finite number"),
-    "similarity": (is_number, "a finite number"),
-    "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
-}
-
-
-TEXT = (lambda x: x is None or isinstance(x, str), "a string or null")
-RECORD_FIELDS = dict.fromkeys(("label", "task", "instruction", "premise", "hypothesis", "question", "subset"), TEXT) | {
-    "answers": (
-        lambda x: x is None or isinstance(x, list) and all(isinstance(a, str) and a.strip() for a in x),
-        "null or a list of non-empty strings",
-    ),
-    "messages": (lambda x: x is None or isinstance(x, list) and all(map(is_message, x)), "a list of {role, content}"),
-    "documents": (
-        lambda x: isinstance(x, list) and all(isinstance(d, dict) and {"title", "text", "gold"} <= {*d} for d in x),
-        "a list of {title, text, gold}",
-    ),
-}
-
-
-def is_message(m):
-    roles = ("user", "assistant", "system")
-    return isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str)
-
-
-def load_candidates(path, need=(), added_by=None, limit=None):
-    """Read a candidates file -> list of records, each validated; `need` names annotations every candidate must carry.
-
-    Raises UserError naming file, line, and field; for a missing annotation also `added_by`, the command that adds it.
-    """
-    records, seen = [], {}
-    for where, record in read_rows(path):
-        check_record(record, where)
-        if record["id"] in seen:
-            raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
-        seen[record["id"]] = where
-        for i, candidate in enumerate(record["candidates"]):
-            for field in need:
-                if field not in candidate:
-                    hint = f"; add it with: {added_by}" if added_by else ""
-                    raise UserError(f"{where}: candidates[{i}] has no field {field!r}{hint}")
-        records.append(record)
-        if limit and len(records) == limit:
-            break
-    if not records:
-        raise UserError(f"{path}: holds no records")
-    return records
-
-
-def check_record(record, where):
-    """Raise UserError, naming `where` and the field, unless `record` has the form that all scripts share."""
-    for field in ("id", "prompt"):
-        if not isinstance(record.get(field), str) or not record[field].strip():
-            raise UserError(f"{where}: field {field!r} must be a non-empty string")
-    for field, (valid, expected) in RECORD_FIELDS.items():
-        if field in record and not valid(record[field]):
-            raise UserError(f"{where}: field {field!r} must be {expected}")
-    candidates = record.get("candidates")
-    if not isinstance(candidates, list) or not candidates:
-        raise UserError(f"{where}: field 'candidates' must be a non-empty list")
-    for i, candidate in enumerate(candidates):
-        if not isinstance(candidate, dict):
-            raise UserError(f"{where}: candidates[{i}] must be an object")
-        for field in ("text", "source"):
-            if not isinstance(candidate.get(field), str):
-                raise UserError(f"{where}: candidates[{i}].{field} must be a string")
-        if not candidate["source"] or (candidate["source"] in HUMAN and not candidate["text"].strip()):
-            raise UserError(
-                f"{where}: candidates[{i}] has an empty source, or an empty text from {candidate['source']!r}"
-            )
-        for field, (valid, expected) in CANDIDATE_FIELDS.items():
-            if field in candidate and not valid(candidate[field]):
-                raise UserError(f"{where}: candidates[{i}].{field} must be {expected}")
 
 
 @dataclasses.dataclass
@@ -225,12 +72,11 @@ class Encoded:
 
 def encode(tokenizer, record, max_length=512, max_prompt_length=None):
     """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without) apart, so that
-    the boundary never merges. What stands between them is space_before's. A response ends with EOS if it is whole: not
-    cut here, and not marked `finished: false`.
+    the boundary never merges; space_before says what stands between. A whole response ends with EOS: one that is
+    neither cut here nor marked `finished: false`.
 
-    A prompt keeps its last `max_prompt_length` tokens, then a response its first ones that fit `max_length` with it.
-    Without `max_prompt_length` responses go first: the prompt keeps what the longest one leaves. It keeps its BOS, and
-    at least one more token, always.
+    A prompt keeps its last `max_prompt_length` tokens, its BOS and one more always; then a response its first ones that
+    fit `max_length` with it. Without `max_prompt_length` responses go first: the prompt has what they leave.
     """
     prompt = prompt_ids(tokenizer, record["prompt"])
     limit = max_length - min(len(prompt), max_prompt_length or 2, max_length - 2)
@@ -242,11 +88,10 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
         ids = tokenizer(text, add_special_tokens=False).input_ids
         whole = c.get("finished") is not False or not ids  # of nothing there would be nothing to score
         responses.append(ids + [tokenizer.eos_token_id] * whole)
-    responses_cut = sum(len(r) > limit for r in responses)
-    responses = [r[:limit] for r in responses]
-    room = min(max_prompt_length or max_length, max_length - max(map(len, responses)))
-    prompt_cut = max(0, len(prompt) - room)
-    return Encoded(record.get("id"), cut_left(tokenizer, prompt, room), responses, prompt_cut, responses_cut)
+    longest = min(limit, max(map(len, responses)))
+    kept = cut_left(tokenizer, prompt, min(max_prompt_length or max_length, max_length - longest))
+    cut = sum(len(r) > limit for r in responses)
+    return Encoded(record.get("id"), kept, [r[:limit] for r in responses], len(prompt) - len(kept), cut)
 
 
 def space_before(prompt, text):
@@ -267,10 +112,8 @@ def prompt_ids(tokenizer, text):
 
 def cut_left(tokenizer, ids, room):
     """The last `room` tokens of a prompt, its BOS kept in front where it has one."""
-    if len(ids) <= room:
-        return ids
-    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and room > 1 else []
-    return bos + ids[len(ids) - room + len(bos) :]
+    bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] and room > 1 else []
+    return ids if len(ids) <= room else bos + ids[len(ids) - room + len(bos) :]
 
 
 @dataclasses.dataclass
@@ -297,10 +140,8 @@ class PackedBatch:
     num_candidates: int
     longest: int
 
-    def to(self, device):
-        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor)}  # a BlockMask is there already
-        if hasattr(self.attention_mask, "blocks"):  # a copy would lose them; pack_for made them where they are read
-            del tensors["attention_mask"]
+    def to(self, device):  # a BlockMask, or blocks that a copy would lose, are there already
+        tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and not hasattr(v, "blocks")}
         if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
@@ -326,9 +167,8 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
     """Pack encoded records into one row, a prefix tree -> PackedBatch.
 
     Sorted, the sequences prompt + response stand beside those that they share most with: each adds to the row what the
-    one before it did not begin with. So a token's descendants stand right behind it, up to end[token], and nobody else
-    there. `mask_of` makes the mask from end [T]; the row is filled up to a multiple of `block` with tokens that no
-    other token sees.
+    one before it did not begin with. So a token's descendants stand right behind it, up to end[token]. `mask_of` makes
+    the mask from end [T]; tokens that no other one sees fill the row up to a multiple of `block`.
     """
     sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
     ids, positions, end, path, before = [], [], [], [], []  # path: where in the row the tokens of a sequence stand
@@ -347,42 +187,34 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
     mask = mask_of(torch.tensor(end + [len(ids) + fill] * fill))
     tensors = [F.pad(torch.tensor(x)[None], (0, fill)) for x in (ids, positions)] + [mask]
     tensors += [*torch.tensor([*predictions]).T, *torch.tensor(uses).T, torch.tensor(last_positions)]
-    sizes = [len(e.responses) for e in encoded_records]
-    return PackedBatch(*tensors, sizes, len(sequences), max(positions) + 1)
+    return PackedBatch(*tensors, [len(e.responses) for e in encoded_records], len(sequences), max(positions) + 1)
 
 
 def pack_padded(encoded_records, pad_id=0):
-    """The plain way, the reference for `pack`: each candidate a sequence with its own copy of the prompt, padded
-    right -> PackedBatch."""
-    sequences = [(e.prompt_ids, r) for e in encoded_records for r in e.responses]
-    L = max(len(p) + len(r) for p, r in sequences)
-    input_ids = torch.full((len(sequences), L), pad_id)
-    mask = torch.zeros(len(sequences), L, dtype=torch.long)  # by length: pad is often EOS, which responses must keep
-    logit_positions, targets, candidate_index = [], [], []
-    for i, (p, r) in enumerate(sequences):
-        input_ids[i, : len(p) + len(r)] = torch.tensor(p + r)
-        mask[i, : len(p) + len(r)] = 1
-        logit_positions += range(i * L + len(p) - 1, i * L + len(p) + len(r) - 1)
-        targets += r
-        candidate_index += [i] * len(r)
-    last_positions = [i * L + len(p) + len(r) - 1 for i, (p, r) in enumerate(sequences)]
-    indices = [logit_positions, targets, range(len(targets)), candidate_index, last_positions]
-    sizes = [len(e.responses) for e in encoded_records]
-    return PackedBatch(input_ids, None, mask, *map(torch.tensor, indices), sizes, len(sequences), L)
+    """The plain way, the reference for `pack`: each candidate a sequence of its own, padded right -> PackedBatch."""
+    sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
+    L = max(len(tokens) for tokens, _ in sequences)
+    input_ids = [tokens + [pad_id] * (L - len(tokens)) for tokens, _ in sequences]
+    mask = [[1] * len(tokens) + [0] * (L - len(tokens)) for tokens, _ in sequences]  # by length: pad is often EOS
+    uses = [(n * L + k - 1, x[k], n) for n, (x, P) in enumerate(sequences) for k in range(P, len(x))]
+    logit_positions, targets, candidate_index = zip(*uses)
+    last_positions = [n * L + len(tokens) - 1 for n, (tokens, _) in enumerate(sequences)]
+    indices = [logit_positions, targets, range(len(uses)), candidate_index, last_positions]
+    tensors = [torch.tensor(input_ids), None, torch.tensor(mask), *map(torch.tensor, indices)]
+    return PackedBatch(*tensors, [len(e.responses) for e in encoded_records], len(sequences), L)
 
 
 def candidate_logprobs(model, batch, max_logits=2**27):
     """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count;
     both fp32. More than `max_logits` logits are made in chunks, if check_packing found that the model allows it.
-
-    Raises UserError for a packed row that the model's attention would misread. check_packing finds the other models."""
+    Raises UserError where refuse_misread does; check_packing finds other models that would misread a packed row."""
     plain = getattr(model, "module", model)  # what DistributedDataParallel wraps
     refuse_misread(plain.config, batch)
     chunk = max(1, max_logits // plain.config.get_text_config().vocab_size)
     if len(batch.targets) > chunk and getattr(plain, "plain_head", False):
         token_logprobs, _ = chunked_logprobs(model, batch, chunk)
     else:
-        logits = model(**_inputs(batch)).logits.flatten(0, 1)  # [R, V], or padded [N * L, V]
+        logits = logits_of(model, batch).flatten(0, 1)  # [R, V], or padded [N * L, V]
         logits = logits[batch.logit_positions] if batch.position_ids is None else logits
         token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
     token_logprobs = token_logprobs[batch.token_index]  # [C]: a token that candidates share counts for each
@@ -390,6 +222,36 @@ def candidate_logprobs(model, batch, max_logits=2**27):
     logprobs = zeros.index_add(0, batch.candidate_index, token_logprobs)
     lengths = zeros.index_add(0, batch.candidate_index, torch.ones_like(token_logprobs))
     return logprobs, lengths
+
+
+def logits_of(model, batch):
+    """The model's logits: [1, R, V] where a packed row predicts, [N, L, V] of padded sequences."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if batch.position_ids is not None:  # by logits_to_keep: under fully_shard only the root's forward gathers the head
+        inputs |= {"position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
+    return model(**inputs).logits
+
+
+def chunked_logprobs(model, batch, chunk):
+    """-> (token log-probabilities [R], whether they are right). For this one forward the head scores `chunk` positions
+    at a time, again in the backward. Wrong where a model changes what its head gave it (softcapping)."""
+    head, given = getattr(model, "module", model).get_output_embeddings(), []
+    whole = head.forward
+
+    def score(hidden, targets):
+        return -F.cross_entropy(whole(hidden).float(), targets, reduction="none")
+
+    def forward(hidden):  # [1, R, H] -> [1, R, 1]
+        parts = zip(hidden[0].split(chunk), batch.targets.split(chunk))
+        given.append(torch.cat([checkpoint(score, *x, use_reentrant=False) for x in parts])[None, :, None])
+        return given[0]
+
+    head.forward = forward
+    try:
+        scores = logits_of(model, batch)
+    finally:
+        del head.forward
+    return scores[0, :, 0], scores is given[0]
 
 
 def refuse_misread(config, batch):
@@ -402,91 +264,43 @@ def refuse_misread(config, batch):
     if attention not in fit[hasattr(batch.attention_mask, "blocks") :]:
         hint = f"load the model with attn_implementation={fit[0]!r}, or use pack_padded"
         raise UserError(f"attention {attention!r} misreads the mask of a packed row: {hint}")
-    window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     if window and window < batch.longest:
         raise UserError(f"a sliding window of {window} is shorter than {batch.longest} tokens: use pack_padded")
 
 
 @torch.no_grad()
-def check_packing(model, encoded_records, make_batch=pack):
-    """Raise UserError for a model whose forward would misread packed rows: what ignores the mask or the positions
-    (state-space layers) shows here and not in a spoilt run. Also finds out, for candidate_logprobs, whether the model's
-    logits are what its head gives."""
-    plain, training = getattr(model, "module", model), model.training
-    device = next(plain.parameters()).device
-    batches = []
+def check_packing(model, encoded_records, make_batch=pack, score=None):
+    """Raise UserError for a model that misreads packed rows: what ignores their mask or positions (state-space layers)
+    shows here and not in a spoilt run. Finds out for candidate_logprobs whether the logits are what the head gives.
 
-    def score(batch):
-        batches.append(batch.to(device))
-        return torch.div(*candidate_logprobs(model, batches[-1]))
-
-    model.eval()
-    refuse_packing_gap(score, encoded_records, make_batch)
-    _, plain.plain_head = chunked_logprobs(model, batches[0], len(batches[0].targets))
-    model.train(training)
-
-
-def refuse_packing_gap(score, encoded_records, make_batch=pack):
-    """Raise UserError where score(batch) -> [N] or [N, D] is not the same for packed rows and padded ones.
-
-    The records' text is read as a prompt of up to 128 tokens and 16 responses of 8, whatever the records' own responses
-    are: packed, padded, and in a packed row whose mask, or whose positions, are those of plain text. Rounding takes
-    packed scores away from padded ones, in bf16 many times as far as in fp32; here at most a quarter as far as the
-    wrong mask and the wrong positions take them.
+    score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree on a prompt of up to 128 tokens
+    and 16 responses of 8, cut out of the records' text, packed and padded. Rounding, in bf16 coarse, may take them
+    apart a quarter as far as the mask, or the positions, of plain text do.
     """
+    plain, training = getattr(model, "module", model), model.training
     sequences = [e.prompt_ids + r for e in encoded_records for r in e.responses]
-    longest = max(map(len, sequences))
-    P = min(128, longest // 2)
-    R = min(8, longest - P)
+    P = min(128, max(map(len, sequences)) // 2)
+    R = min(8, P)
     text = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * R)]
     some = [Encoded(None, text[:P], [text[i : i + R] for i in range(P, len(text), R)], 0, 0)]
     packed = make_batch(some)
     row = packed.input_ids[0].tolist()
-    plain = make_batch([Encoded(None, row[:1], [row[1:]], 0, 0)])
-    no_mask = dataclasses.replace(packed, attention_mask=plain.attention_mask)
-    no_positions = dataclasses.replace(packed, position_ids=plain.position_ids)
-    scores = [score(batch) for batch in (packed, no_mask, no_positions, pack_padded(some))]
-    gap, *wrong = ((s - scores[-1]).norm().item() for s in scores[:-1])
+    as_text = make_batch([Encoded(None, row[:1], [row[1:]], 0, 0)])
+    wrong = [dataclasses.replace(packed, **{k: getattr(as_text, k)}) for k in ("attention_mask", "position_ids")]
+    batches = [x.to(next(plain.parameters()).device) for x in (pack_padded(some), packed, *wrong)]
+    model.eval()
+    padded, *scores = map(score or (lambda batch: torch.div(*candidate_logprobs(model, batch))), batches)
+    gap, *wrong = ((s - padded).norm().item() for s in scores)
     if not gap <= max(1e-3, min(wrong) / 4):  # NaN is no pass
-        raise UserError(
-            f"packed and padded rows differ by {gap:.2g}; with another mask or positions by {min(wrong):.2g}"
-        )
-
-
-def _inputs(batch):
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if batch.position_ids is None:
-        return inputs
-    # logits_to_keep goes through the root's forward: under fully_shard only that gathers embedding and head
-    return inputs | {"position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
-
-
-def chunked_logprobs(model, batch, chunk):
-    """-> (token log-probabilities [R], whether they are right). For this one forward the head scores `chunk` positions
-    at a time, and makes their logits again in the backward. Wrong for a model that changes its logits after the head
-    (softcapping): it returns something else than the head gave it."""
-    head = getattr(model, "module", model).get_output_embeddings()
-    logits_of = head.forward
-
-    def score(hidden, targets):
-        return -F.cross_entropy(logits_of(hidden).float(), targets, reduction="none")
-
-    def forward(hidden):  # [1, R, H] -> [1, R, 1]
-        parts = zip(hidden[0].split(chunk), batch.targets.split(chunk))
-        given.append(torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in parts])[None, :, None])
-        return given[0]
-
-    given, head.forward = [], forward
-    try:
-        scores = model(**_inputs(batch)).logits
-    finally:
-        del head.forward
-    return scores[0, :, 0], scores is given[0]
+        raise UserError(f"packed and padded rows differ by {gap:.2g}; a wrong mask does by {min(wrong):.2g}")
+    if not score:
+        _, plain.plain_head = chunked_logprobs(model, batches[1], len(batches[1].targets))
+    model.train(training)
 
 
 def length_normalized(logprobs, lengths, exponent):
-    """logprobs [N] / lengths [N] ** exponent -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Sec. 3, beta
-    of Tuna Eq. 3)."""
+    """[N], [N] -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Sec. 3, beta of Tuna Eq. 3)."""
     return logprobs / lengths**exponent
 
 
@@ -499,7 +313,7 @@ def pair_statistics(scores, levels):
 
 
 # fmt: off
-def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size, max_prompt_length=None):
+def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size):
     """The flags that all training scripts share; PAPERS.md says which defaults are printed and which are not."""
     add = parser.add_argument_group("data and model").add_argument
     add("--data", help="candidates file, JSONL")
@@ -510,8 +324,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--eval_data", help="held-out records: their loss and pair accuracy in the log, the best step in OUTPUT/best")
     add("--eval_every", type=in_range(int, 1), default=100, help="steps between evaluations; the last step always")
     add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
-    add("--max_prompt_length", type=in_range(int, 2), default=max_prompt_length, 
-        help="of them; its left is cut, then the response's right (default: the response goes first)")
+    add("--max_prompt_length", type=in_range(int, 2), help="of them, cut on the left (unset: what responses leave)")
     add = parser.add_argument_group("optimisation (PAPERS.md says where each default stands)").add_argument
     add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
     add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
@@ -524,9 +337,8 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
     add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")
     add("--attn", choices=["auto", "blocks", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
-    add("--activation_checkpointing", nargs="?", const=1, default="auto", type=auto_or(in_range(int, 0)), metavar="N",
-        help="recompute every N-th layer (1: all, 0: none) in the backward: less memory, up to a third more time "
-        "(default auto: all, where the GPU's free memory would not do)")
+    add("--activation_checkpointing", nargs="?", const=1, default="auto", type=in_range(int, 0, also="auto"),
+        metavar="N", help="recompute every N-th layer (1: all, 0: none): less memory (default auto: all, if need be)")
     add("--compile", action="store_true", help="torch.compile each layer: faster steps on CUDA, minutes at the start")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")

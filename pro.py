@@ -51,6 +51,7 @@ import torch
 import common
 import runtime
 from common import UserError, candidate_logprobs, in_range, pair_statistics
+from files import GIVEN, load_candidates
 from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
@@ -113,7 +114,8 @@ def parse_args():
     add("--max_new_tokens", type=in_range(int, 1), default=128, help="of an answer, Sec. 4.3")
     # fmt: on
     defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
-    common.add_training_flags(parser, model="huggyllama/llama-7b", max_prompt_length=384, **defaults)
+    common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
+    parser.set_defaults(max_prompt_length=384)
     parser.set_defaults(eval_every=600)  # as released
     args = parser.parse_args()
     if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
@@ -141,7 +143,7 @@ def select_candidates(record, ranking_length, seed):
     """At most `ranking_length` of a record's candidates: those the data came with first, then a seeded draw of the
     others, in the file's order."""
     candidates = record["candidates"]
-    given = [i for i, c in enumerate(candidates) if c["source"] in common.GIVEN]
+    given = [i for i, c in enumerate(candidates) if c["source"] in GIVEN]
     others = [i for i in range(len(candidates)) if i not in given]
     drawn = random.Random(f"{seed}-{record['id']}").sample(others, len(others))
     return record | {"candidates": [candidates[i] for i in sorted([*given, *drawn][:ranking_length])]}
@@ -171,7 +173,7 @@ def load_data(args, path, limit):
     on the first candidate alone."""
     runtime.require_data(path, COLLECT)
     needs_reward = bool(args.bootstrap_splits) or not (args.no_temperature or args.no_ranking)
-    records = common.load_candidates(path, limit=limit)
+    records = load_candidates(path, limit=limit)
     if args.ranking_length:
         records = [select_candidates(r, args.ranking_length, args.seed) for r in records]
     records = [sort_candidates(r, needs_reward, path) for r in records]
@@ -228,7 +230,7 @@ def bootstrap(run, records, levels, split, number):
         run.stop()
     journal.finish()
     torch.distributed.barrier()
-    data = common.load_candidates(path)
+    data = load_candidates(path)
     for i, d, e in zip(split, data, runtime.encode_all(run.tokenizer, data, run.args)):
         records[i], levels[i], run.encoded[i] = d, ranking_levels(d["candidates"]), e
 

@@ -46,6 +46,7 @@ import torch
 import common
 import runtime
 from common import UserError, candidate_logprobs, in_range, pair_statistics
+from files import load_candidates
 from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
@@ -151,7 +152,7 @@ def load_data(args, path, limit):
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
     runtime.require_data(path, COLLECT.format(by))
     field = NEEDS.get(args.ordering)
-    read = common.load_candidates(path, limit=limit)
+    read = load_candidates(path, limit=limit)
     records, levels, targets, count = [], [], [], Counter()
     for record in read:
         where = f"{path}: record {record['id']!r}"

@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification
 import common
 import runtime
 from common import UserError, pair_statistics
+from files import load_candidates
 from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
@@ -66,25 +67,11 @@ def candidate_rewards(model, batch):
     return model(batch.input_ids, batch.attention_mask, batch.position_ids, batch.last_positions)
 
 
-@torch.no_grad()
 def check_packing(model, encoded, args, tokenizer, device):
-    """runtime.check_packing's, of the directions of the states that the head reads: the head may still be zero."""
-    if args.padded:
-        return
-
-    def states(batch):
-        return candidate_rewards(model, batch.to(device))
-
+    """runtime.check_packing, of the directions of the states that the head reads: the head may still be zero."""
     head, model.score.forward = model.score.forward, lambda states: F.normalize(states.float(), dim=-1)[:, None]
-    model.eval()
-    try:
-        common.refuse_packing_gap(states, encoded, lambda row: runtime.make_batch(row, args, tokenizer, device))
-    except UserError as e:
-        raise UserError(f"--model {args.model}: {e}; add --padded") from e
+    runtime.check_packing(model, encoded, args, tokenizer, device, lambda batch: candidate_rewards(model, batch))
     model.score.forward = head
-    model.train()
-    if hasattr(model, "reshard"):
-        model.reshard()
 
 
 LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better
@@ -101,7 +88,7 @@ def load_data(args, path, limit):
     field, level = LEVELS[args.ordering]
     hint = f"python collect_candidates.py rank --by {args.ordering} --input {path} --output NEW.jsonl"
     records = []
-    for record in common.load_candidates(path, limit=limit):
+    for record in load_candidates(path, limit=limit):
         for i, c in enumerate(record["candidates"]):
             if field not in c and c["source"] not in common.HUMAN:  # the original response may be unranked
                 where = f"{path}: record {record['id']!r}"

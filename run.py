@@ -1,15 +1,11 @@
 """A training run: its folder, its steps, its checkpoints."""
 
-import contextlib
-import fcntl
-import hashlib
 import json
 import math
 import os
 import pathlib
 import random
 import shlex
-import shutil
 import signal
 import sys
 import time
@@ -29,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import (
 from tqdm import tqdm
 
 from common import UserError
+from files import Claim, agree, as_dict, file_digest, provenance, read_json, remove, rename_synced, write_atomically
 from runtime import (
     all_sum,
     decoder_layers,
@@ -36,7 +33,6 @@ from runtime import (
     make_batch,
     on_process0,
     plan_rows,
-    read_json,
     row_tokens,
     say,
     unique_tokens,
@@ -318,8 +314,8 @@ class Run:
 
     def _digests(self, folder):
         """{file: sha256} of a checkpoint's shards; each process reads its share."""
-        files, everyone = sorted(p.name for p in folder.glob("*.safetensors")), [None] * self.world
-        own = {name: file_digest(folder / name) for name in files[self.process :: self.world]}
+        shards, everyone = sorted(p.name for p in folder.glob("*.safetensors")), [None] * self.world
+        own = {name: file_digest(folder / name) for name in shards[self.process :: self.world]}
         dist.all_gather_object(everyone, own)
         return {name: digest for some in everyone for name, digest in some.items()}
 
@@ -464,128 +460,3 @@ def save_model(model, state, tokenizer, folder, dtype):
         rename_synced(part, folder)
     except (OSError, RuntimeError, SafetensorError) as e:
         raise UserError(str(e)) from e
-
-
-class Claim:
-    """A settings file that stays locked while its holder lives, so that two runs on one output refuse each other.
-
-    before: what it held, or None. Raises UserError, beginning with `output` (the flag and its value), where another
-    process holds it or it cannot be written.
-    """
-
-    def __init__(self, path, output):
-        path = pathlib.Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sync(path.parent.parent)
-            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115, locked
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.before = read_json(self._file.read())
-        except BlockingIOError:
-            raise UserError(f"{output}: another run is writing there") from None
-        except (OSError, UnicodeError) as e:
-            raise UserError(f"{output}: {path} cannot be written ({getattr(e, 'strerror', e)})") from e
-
-    @staticmethod
-    def changed(before, settings, prefix=""):
-        """-> "name old -> new, ..." for the settings that differ from those before, or ""."""
-        different = {k: v for k, v in settings.items() if before.get(k) != v}
-        return ", ".join(f"{prefix}{k} {before.get(k)!r} -> {v!r}" for k, v in different.items())
-
-    def write(self, content):
-        self._file.seek(0)
-        self._file.write(json.dumps(content, indent=1))
-        self._file.truncate()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-NO_PATHS = {"output", "name", "names", "source", "task", "tasks", "verb", "by", "stop", "columns"}
-SAMPLED = 16 * 2**20  # bytes from which on a model's file is not read whole
-
-
-def provenance(settings):
-    """{"content of PATH": a digest} for every file and folder that the settings {name: value or list} name: what else,
-    but they, a second run on the same output must find as the first did."""
-    values = [v for name, value in settings.items() if name.lstrip("-") not in NO_PATHS for v in listed(value)]
-    paths = [v for v in values if isinstance(v, str) and v and os.path.exists(v)]
-    return {f"content of {v}": folder_digest(v) if os.path.isdir(v) else file_digest(v) for v in paths}
-
-
-def listed(value):
-    return value if isinstance(value, list) else [value]
-
-
-def folder_digest(folder):
-    """A digest of a folder's files: names, sizes, content. Of a large one, a model's weights, 256 pieces are read."""
-    digest = hashlib.sha256()
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for path in (pathlib.Path(place, name) for name in sorted(files)):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}\0".encode(errors="surrogateescape"))
-            with open(path, "rb") as f:
-                if size <= SAMPLED:
-                    digest.update(f.read())
-                for piece in range(256 * (size > SAMPLED)):
-                    f.seek(piece * (size - 2**16) // 255)
-                    digest.update(f.read(2**16))
-    return digest.hexdigest()
-
-
-def agree(settings, path, output):
-    """One check at the start, called by every process: all have the settings of process 0 and see the file `path` that
-    it has written."""
-    seen = None
-    with contextlib.suppress(OSError):
-        seen = (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (settings, seen))
-    for number, (their, place) in enumerate(everyone):
-        if changed := Claim.changed(everyone[0][0], their):
-            raise UserError(f"process {number} differs from process 0 ({changed}): the same command and files for all")
-        if place != everyone[0][1]:
-            raise UserError(f"{output}: process {number} sees another folder than process 0: a shared one is needed")
-
-
-def file_digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def as_dict(value):
-    return value if isinstance(value, dict) else {}
-
-
-def write_atomically(path, text):
-    """Replace a file's content so that a crash leaves the old or the new text, never a part."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    sync(path.parent)
-
-
-def rename_synced(part, folder):
-    """Rename a folder that is whole; it and its files stay so even when the power goes."""
-    for path in (*part.iterdir(), part):
-        sync(path)
-    os.replace(part, folder)
-    sync(folder.parent)
-    sync(folder.parent.parent)
-
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def remove(path):
-    """Delete a file, a folder, or a link and not what it points to; nothing where it is missing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)

@@ -4,7 +4,6 @@ import bisect
 import contextlib
 import csv
 import errno
-import json
 import math
 import os
 import pathlib
@@ -29,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 import common
 from common import UserError, dense_mask, encode, pack, pack_padded, sees, shared_start
+from files import read_json
 
 CPU_BLOCK = 64  # queries that attend_blocks takes at a time
 FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
@@ -454,12 +454,12 @@ def make_batch(encoded_records, args, tokenizer, device):
     return pack_for(args.attn, encoded_records, device)
 
 
-def check_packing(model, encoded, args, tokenizer, device):
+def check_packing(model, encoded, args, tokenizer, device, score=None):
     """common.check_packing in a run's rows: a model that cannot take them: --padded."""
     if args.padded:
         return
     try:
-        common.check_packing(model, encoded, lambda row: make_batch(row, args, tokenizer, device))
+        common.check_packing(model, encoded, lambda row: make_batch(row, args, tokenizer, device), score)
     except UserError as e:
         raise UserError(f"--model {args.model}: {e}; add --padded") from e
     if hasattr(model, "reshard"):
@@ -489,11 +489,3 @@ def require_data(path, how):
     """Raise UserError with `how`, the commands that make `path`, where it is missing."""
     if not pathlib.Path(path).exists():
         raise UserError(f"--data {path} is not there. Make it with:\n{how}")
-
-
-def read_json(text):
-    """The value of a JSON text, or None where it is empty or torn."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None

@@ -49,6 +49,7 @@ import torch
 import common
 import runtime
 from common import UserError, candidate_logprobs, in_range, pair_statistics
+from files import load_candidates
 from run import Run, shuffled_batches, with_held_out
 from runtime import say
 
@@ -179,7 +180,7 @@ def load_data(args, path, limit):
     runtime.require_data(path, COLLECT["probabilistic" if args.all_candidates else args.stage].format(**paths))
     learn_all = args.all_candidates if args.stage == "sft" else args.mle_on == "all"
     records, levels, in_mle, students = [], [], [], students_of(args.model)
-    for record in common.load_candidates(path, limit=limit):
+    for record in load_candidates(path, limit=limit):
         candidates, where = record["candidates"], f"{path}: record {record['id']!r}"
         refuse_own(record, where, args, students)
         original = next((i for i, c in enumerate(candidates) if c["source"] in common.HUMAN), None)

@@ -50,7 +50,7 @@ import common  # noqa: E402
 import run as training_run  # noqa: E402
 import runtime  # noqa: E402
 from common import in_range  # noqa: E402
-from run import write_atomically  # noqa: E402
+from files import write_atomically  # noqa: E402
 from runtime import say  # noqa: E402
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import runtime  # noqa: E402
 from common import Encoded, UserError  # noqa: E402
-from run import write_atomically  # noqa: E402
+from files import write_atomically  # noqa: E402
 
 HEADS = ((32, 32, 128), (32, 8, 128), (28, 4, 128), (14, 2, 64), (8, 4, 256), (32, 32, 80))  # query, key, head size
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}

@@ -32,7 +32,7 @@ import common  # noqa: E402
 import runtime  # noqa: E402
 from collecting import generation, reward_models, scoring  # noqa: E402
 from common import in_range  # noqa: E402
-from run import write_atomically  # noqa: E402
+from files import write_atomically  # noqa: E402
 from runtime import say  # noqa: E402
 
 LONG = 1500  # tokens of a prompt with its documents

@@ -6,6 +6,7 @@ import common
 from collecting.journal import Journal, settings_of
 from collecting.prompts import HINDSIGHT_TEMPLATE, fill, read_template
 from common import UserError
+from files import load_candidates
 
 
 def best_first(record, path):
@@ -31,7 +32,7 @@ def hindsight_flags(add):
 def hindsight(args):
     """Chain of hindsight: one response that names a better and a worse answer, for pro.py --no_ranking; the templates
     take turns. What stands before a template's first field ends the prompt: prompt such a model with it too."""
-    records = common.load_candidates(args.input)
+    records = load_candidates(args.input)
     templates = read_template(args, HINDSIGHT_TEMPLATE).strip().split("\n---\n")
     heads = [t.partition("{")[0].rstrip() for t in templates]
     journal = Journal(args.output, [r["id"] for r in records], settings_of(args))
@@ -72,7 +73,7 @@ def export_flags(add):
 def export(args):
     """Write the best and the worst response of each prompt, and the prompts alone, as another project reads them."""
     output = pathlib.Path(args.output)
-    rows = [EXPORTS[args.format](record, args.input) for record in common.load_candidates(args.input)]
+    rows = [EXPORTS[args.format](record, args.input) for record in load_candidates(args.input)]
     pairs = [r for r in rows if "chosen" in r]
     prompts = [{k: r[k] for k in ("id", "prompt")} for r in rows]
     for path, content in ((output, pairs), (output.with_name(f"{output.stem}-prompts.jsonl"), prompts)):

@@ -4,7 +4,7 @@ import itertools
 import pathlib
 import re
 
-from collecting.files import read_rows
+from collecting.downloads import read_rows
 from collecting.prompts import fill
 from common import UserError
 from runtime import say

@@ -10,10 +10,9 @@ from collections import Counter
 
 import torch
 
-import common
 import runtime
 from common import UserError
-from run import Claim, agree, provenance
+from files import MAX_LINE, Claim, agree, check_record, provenance, read_json, read_rows
 from runtime import say
 
 
@@ -71,7 +70,7 @@ class Journal:
     def _cut_torn_line(self, file):
         with open(file, "r+b") as f:
             size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - common.MAX_LINE))
+            f.seek(max(0, size - MAX_LINE))
             end = f.tell() + f.read().rfind(b"\n") + 1
             if end < size:
                 say(f"{file}: cut off a torn last line of {size - end} bytes")
@@ -81,7 +80,7 @@ class Journal:
         with open(file, "rb") as f:
             offset = 0
             for line in f:
-                record = runtime.read_json(line)
+                record = read_json(line)
                 if not isinstance(record, dict) or "id" not in record:
                     raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
                 yield offset, record
@@ -114,10 +113,10 @@ class Journal:
             return 0
         whole = self.path.with_name(self.path.name + ".whole")
         with contextlib.ExitStack() as stack, open(whole, "wb") as out:
-            files = {file: stack.enter_context(open(file, "rb")) for file in self._files()}
+            opened = {file: stack.enter_context(open(file, "rb")) for file in self._files()}
             for file, offset in (where[i] for i in self.ids if i in where):
-                files[file].seek(offset)
-                out.write(files[file].readline())
+                opened[file].seek(offset)
+                out.write(opened[file].readline())
             out.flush()
             os.fsync(out.fileno())
         os.replace(whole, self.path)
@@ -140,9 +139,9 @@ def settings_of(args):
 def read_records(path):
     """Yield records (id and prompt checked, candidates optional) from JSONL; duplicate ids are errors."""
     seen = {}
-    for where, record in common.read_rows(path):
+    for where, record in read_rows(path):
         none_yet = record.get("candidates", []) == []
-        common.check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
+        check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
         if record["id"] in seen:
             raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
         seen[record["id"]] = where

@@ -3,10 +3,10 @@
 import functools
 import pathlib
 
-import common
 import runtime
 from collecting.prompts import fill
 from common import UserError
+from files import is_message, is_number
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = {  # ours -> what else data sets call it
@@ -38,10 +38,9 @@ def pair_rows(args):
         if path.is_file() and not kind:
             raise UserError(f"{name}: expected {', '.join(KINDS)}, a folder, or a data set of the hub")
         try:
-            files = (
-                {"path": kind, "data_files": name, "split": "train"} if kind else {"path": name, "split": args.split}
-            )
-            rows = datasets.load_dataset(**files, streaming=True)
+            of_hub = {"path": name, "split": args.split}
+            source = {"path": kind, "data_files": name, "split": "train"} if kind else of_hub
+            rows = datasets.load_dataset(**source, streaming=True)
             yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
             reason = str(e.__cause__ or e).strip().partition("\n")[0]
@@ -159,7 +158,7 @@ def number(value, where):
         value = None if value in (None, "", "N/A") else float(value)
     except (TypeError, ValueError):
         value = where
-    if value is not None and not common.is_number(value):
+    if value is not None and not is_number(value):
         raise UserError(f"{where}: a reward, rating or rank must be a number ({SECTION})")
     return value
 
@@ -183,7 +182,7 @@ def render(context, where, tokenizer):
     if isinstance(context, str) and not tokenizer:
         return context, None
     messages = [{"role": "user", "content": context}] if isinstance(context, str) else context
-    if not isinstance(messages, list) or not all(map(common.is_message, messages)):
+    if not isinstance(messages, list) or not all(map(is_message, messages)):
         raise UserError(
             f"{where}: the prompt must be a text or a list of messages, each with role and content ({SECTION})"
         )

@@ -8,9 +8,8 @@ from collections import Counter
 
 from tqdm import tqdm
 
-import common
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
-from collecting.files import read_rows
+from collecting.downloads import read_rows
 from collecting.flags import group
 from collecting.hh import HH_PUBLISHED, hh_rows, hub_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import Journal, settings_of
@@ -26,6 +25,7 @@ from collecting.prompts import (
     read_template,
 )
 from common import UserError, in_range
+from files import as_object, check_record
 from runtime import say
 
 ESNLI_FIELDS = {
@@ -202,7 +202,7 @@ def prepare_alpaca_release(row, where, index, template):
         texts, logprobs, lengths = (released_list(row, k, where) for k in ("text", "logprob", "length"))
         by = {"source": "text-davinci-003", "teacher": "text-davinci-003"}
         more = [{"text": t.strip(), "logprob": p, "num_tokens": n} | by for t, p, n in zip(texts, logprobs, lengths)]
-        original = prepare_alpaca(common.as_object(row["orig"], where), where, index, template)
+        original = prepare_alpaca(as_object(row["orig"], where), where, index, template)
         return original and record | original | {"candidates": original["candidates"] + more, "id": record["id"]}
     if "generation" in row:
         texts, order = released_list(row, "generation", where), row.get("ranks", row.get("rank"))
@@ -307,7 +307,7 @@ def prepare(args):
         if record["id"] in records:
             raise UserError(f"{where}: id {record['id']!r} occurs twice")
         if record["candidates"] or args.task != "multidoc_qa":
-            common.check_record(record, where)
+            check_record(record, where)
         records[record["id"]] = record
     if len(records) <= args.validation:
         raise UserError(

@@ -6,7 +6,6 @@ import random
 
 from tqdm import tqdm
 
-import common
 import runtime
 from collecting import scoring
 from collecting.flags import api_flags, group
@@ -18,6 +17,7 @@ from collecting.rank_likelihood import rank_by_logprob, rank_by_prm, rank_by_pro
 from collecting.rank_similarity import rank_by_similarity
 from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL, rank_by_reward
 from common import UserError, in_range
+from files import GIVEN, load_candidates
 from runtime import say
 
 RANKERS = {
@@ -89,12 +89,12 @@ def rank(args):
     for record in RANKERS[args.by](bar, args, **done):
         journal.write([record] * (record["id"] not in journal.done))
     if journal.finish():
-        print_length_by_rank(common.load_candidates(journal.path), args.by)
+        print_length_by_rank(load_candidates(journal.path), args.by)
 
 
 def taken(path, args):
     """The records of --input that --skip, --limit and --drop_malformed leave."""
-    records = common.load_candidates(path)[args.skip :][: args.limit]
+    records = load_candidates(path)[args.skip :][: args.limit]
     if not records:
         raise UserError(f"{path}: --skip {args.skip} leaves no record")
     if args.drop_malformed:
@@ -107,7 +107,7 @@ def taken(path, args):
 def expand_ranking(record, args):
     """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Sec. 4.8.1)."""
     candidates = record["candidates"]
-    ranking = [c for c in candidates if c["source"] in common.GIVEN]
+    ranking = [c for c in candidates if c["source"] in GIVEN]
     sources = list(args.expand_sources)  # the weakest first
     if args.expand == "descending":
         sources.reverse()

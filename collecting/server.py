@@ -8,9 +8,9 @@ import math
 import os
 import urllib.parse
 
-import common
 from collecting.generation import unescape
 from common import UserError
+from files import is_number
 
 MAX_REPLY = 8 * 2**20  # bytes of one reply
 FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
@@ -164,9 +164,9 @@ def read_reply(text):
                 responses[-1] |= {"logprob": math.fsum(values), "num_tokens": len(values)}
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
-    if not responses or not all(common.is_number(r.get("logprob", 0)) for r in responses):
+    if not responses or not all(is_number(r.get("logprob", 0)) for r in responses):
         raise ValueError("the reply holds no choices, or a log-probability that is no number")
-    used = used if common.is_number(used) else 0
+    used = used if is_number(used) else 0
     if len(responses) == 1 and used > 0:
         responses[0].setdefault("num_tokens", used)
     return responses, used

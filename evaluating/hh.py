@@ -21,6 +21,7 @@ from evaluating.shared import (
     predict,
     write_metrics,
 )
+from files import load_candidates, read_rows
 from runtime import say
 
 EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO's; its training data's is the 1.4B
@@ -50,7 +51,7 @@ def hh(args):
     if bool(args.model) == bool(args.source):
         raise UserError("hh needs --model, or --source for responses that are there already")
     args.max_prompt_length, args.stop = args.max_prompt_length or 384, args.stop or list(generation.TURNS)
-    records = draw_per_subset(common.load_candidates(args.input), args.limit, args.seed)
+    records = draw_per_subset(load_candidates(args.input), args.limit, args.seed)
     if args.model and args.reward_model in reward_models_of_training(args.model):
         say(f"{args.reward_model} also scored the training data of {args.model}: its rewards flatter this model")
 
@@ -96,7 +97,7 @@ def reward_models_of_training(model):
     settings = runtime.run_settings(model)
     names, data = [settings.get("reward_model")], settings.get("data")
     if isinstance(data, str) and pathlib.Path(data).is_file():
-        names += [row.get("reward_model") for _, row in itertools.islice(common.read_rows(data), 1)]
+        names += [row.get("reward_model") for _, row in itertools.islice(read_rows(data), 1)]
     return [name for name in names if name]
 
 

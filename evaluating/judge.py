@@ -4,13 +4,13 @@ import pathlib
 import re
 from collections import Counter
 
-import common
 from collecting import asking
 from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
 from collecting.prompts import fill, read_template
 from common import UserError, in_range
 from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, write_metrics
+from files import read_rows
 from runtime import say
 
 JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
@@ -52,7 +52,7 @@ def judge(args):
     """A model compares two systems' answers in both orders, at temperature 0. --verdicts agree: a win needs both, and
     all else is a tie; average: each order's verdict counts half (PRO Sec. 4.2, Table 3)."""
     args.input = args.answers
-    systems = [{check_answer(*pair)["id"]: pair[1] for pair in common.read_rows(path)} for path in args.answers]
+    systems = [{check_answer(*pair)["id"]: pair[1] for pair in read_rows(path)} for path in args.answers]
     shared = [row for i, row in systems[0].items() if i in systems[1]]
     if not shared:
         raise UserError(f"--answers {' '.join(args.answers)}: no question has an answer in both")
@@ -75,7 +75,7 @@ def judge(args):
             continue
         journal.write([{"id": keys[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
     if journal.finish() == len(prompts):
-        verdicts = {row["id"]: row["verdict"] for _, row in common.read_rows(args.output)}
+        verdicts = {row["id"]: row["verdict"] for _, row in read_rows(args.output)}
         rows = [
             {"subset": systems[0][i].get("subset"), "pair": (verdicts[f"{i}/12"], verdicts[f"{i}/21"])} for i in ids
         ]

@@ -11,6 +11,7 @@ from collecting.flags import group
 from collecting.scoring import chunks, score_candidates
 from common import UserError, in_range
 from evaluating.shared import mean, model_flags, predict, write_metrics
+from files import load_candidates
 from runtime import say
 
 
@@ -80,7 +81,7 @@ def ranking(args):
     """Score every candidate by its length-normalised log-likelihood and compare the order with the annotation's."""
     as_trained(args)
     field = {"label": "correct", "hybrid": "correct", "human": "source"}.get(args.by, args.by)
-    records = [annotated(r, field, args) for r in common.load_candidates(args.input)]
+    records = [annotated(r, field, args) for r in load_candidates(args.input)]
     records = [r for r in records if r["candidates"]]
     if not records:
         raise UserError(f"{args.input}: no candidate is ranked by {field!r}")
@@ -145,7 +146,7 @@ def nll(args):
     """Token NLL of the reference responses under a model, EOS included."""
     as_trained(args)
     records = []
-    for record in common.load_candidates(args.input):
+    for record in load_candidates(args.input):
         references = [c for c in record["candidates"] if c["source"] in common.HUMAN]
         if not references:
             raise UserError(f"{args.input}: record {record['id']!r} has no reference response")

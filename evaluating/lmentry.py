@@ -9,7 +9,7 @@ from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
-from run import write_atomically
+from files import write_atomically
 
 ARGUMENT_ORDER = {  # core tasks whose two arguments may change places
     *("more_letters", "less_letters", "first_alphabetically", "rhyming_word", "homophones"),

@@ -4,11 +4,11 @@ import pathlib
 import re
 from statistics import fmean
 
-import common
 import runtime
 from collecting.answers import NLI_LABELS
 from common import UserError
 from evaluating.shared import wilson
+from files import read_rows
 from runtime import say
 
 
@@ -127,7 +127,7 @@ def plot_sources(systems, path):
     for name, documents in systems.items():
         predictions = need_verb(documents, name, "ranking")["folder"] / "ranking.jsonl"
         values = {}
-        for where, row in common.read_rows(predictions):
+        for where, row in read_rows(predictions):
             if "sources" not in row:
                 raise UserError(f"{where}: has no sources; delete {predictions} and run evaluate.py ranking again")
             for source, logp, n, score in zip(*(row[k] for k in ("sources", "logprobs", "lengths", "scores"))):
@@ -152,7 +152,7 @@ def plot_training(systems, path):
         log = next((file for file in logs if file.is_file()), None)
         if log is None:
             raise UserError(f"--plot training: {name} is no run of ours (no log.jsonl beside its model)")
-        rows = [row for _, row in common.read_rows(log)]
+        rows = [row for _, row in read_rows(log)]
         figures = [k for k in ("loss", "pair_accuracy", "reward") if any(k in r or f"eval_{k}" in r for r in rows)]
         figure, axes = new_figure(4.4 * len(figures), 3.4, len(figures))
         for ax, key in zip(axes if len(figures) > 1 else [axes], figures):

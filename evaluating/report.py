@@ -8,7 +8,7 @@ from evaluating.claims import claims_page
 from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, paired_bootstrap
 from evaluating.tables import beside_paper, markdown, read_document, tables_of
-from run import write_atomically
+from files import write_atomically
 from runtime import say
 
 PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), accuracy by train_size and by gold_position, Fig. 5 and 6

@@ -11,12 +11,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import common
 import runtime
 from collecting import generation
 from collecting.journal import Journal, settings_of
 from common import UserError
-from run import write_atomically
+from files import is_number, read_rows, write_atomically
 from runtime import say
 
 EVAL_FOLDER = pathlib.Path("runs/eval")
@@ -55,7 +54,7 @@ def predict(args, verb, records, compute, batches_of=None):
         done = {r["id"]: p for r, p in zip(batch, compute(batch, device))}  # whole: padding changes the last digits
         journal.write({"id": i} | p for i, p in done.items() if i not in journal.done)
     journal.finish()
-    return [row for _, row in common.read_rows(args.output)] if process == 0 else []
+    return [row for _, row in read_rows(args.output)] if process == 0 else []
 
 
 def generate_answers(args, records, device):
@@ -109,7 +108,7 @@ def write_metrics(args, verb, metrics, items=None):
     document = {"name": args.name, "verb": verb, "metrics": metrics, "settings": settings_of(args), "device": device}
     document |= {"versions": versions | {"python": platform.python_version()}}
     write_atomically(beside(args, ".metrics.json"), json.dumps(document, indent=1, ensure_ascii=False))
-    say(f"{args.name}:", "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if common.is_number(v)))
+    say(f"{args.name}:", "  ".join(f"{k} {v:.4g}" for k, v in metrics.items() if is_number(v)))
 
 
 def beside(args, suffix):

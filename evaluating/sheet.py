@@ -6,13 +6,12 @@ import pathlib
 import random
 import statistics
 
-import common
 from collecting.journal import read_records
 from collecting.rank_likelihood import spearman
 from common import UserError, in_range
 from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
 from evaluating.tables import markdown
-from run import write_atomically
+from files import load_candidates, read_rows, write_atomically
 from runtime import say
 
 PAGE = pathlib.Path(__file__).with_name("sheet.html")
@@ -58,7 +57,7 @@ def between(args, draw):
     names = args.names or [pathlib.Path(path).parent.name for path in args.systems]
     if len(set(names)) < len(args.systems) or len(names) > len(args.systems):
         raise UserError(f"--names: {len(args.systems)} different names are needed, not {', '.join(names)}")
-    texts = [{row.get("id"): row.get("text") for _, row in common.read_rows(path)} for path in args.systems]
+    texts = [{row.get("id"): row.get("text") for _, row in read_rows(path)} for path in args.systems]
     records = [r for r in read_records(args.input) if all(isinstance(t.get(r["id"]), str) for t in texts)]
     if not records:
         raise UserError(f"{args.input}: no record has a text in each of {', '.join(args.systems)}")
@@ -74,7 +73,7 @@ def within(args, draw):
     if not args.input or args.systems:
         raise UserError("sheet --within needs --input, ranked records, and no --systems")
     ranked = []
-    for record in common.load_candidates(args.input):
+    for record in load_candidates(args.input):
         ranks = {i: c["rank"] for i, c in enumerate(record["candidates"]) if c.get("rank") is not None}
         ranked += [(record, ranks)] if 2 <= len(ranks) <= 9 else []
     if not ranked:

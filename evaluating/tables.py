@@ -5,15 +5,15 @@ import pathlib
 import re
 import statistics
 
-import common
 from common import UserError
 from evaluating.shared import wilson
+from files import as_object, is_number, parse_json
 
 
 def read_document(path, **fields):
     """The JSON object of a file that has these fields {name: type}; UserError on any other."""
     try:
-        document = common.as_object(common.parse_json(pathlib.Path(path).read_bytes(), path), path)
+        document = as_object(parse_json(pathlib.Path(path).read_bytes(), path), path)
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror})") from e
     for field, kind in fields.items():
@@ -31,7 +31,7 @@ def tables_of(folders):
             raise UserError(f"{folder}: no *.metrics.json; evaluate {folder.name} first")
         for file in files:
             document = read_document(file, metrics=dict, name=str)
-            plain = {k: v for k, v in document["metrics"].items() if common.is_number(v)}
+            plain = {k: v for k, v in document["metrics"].items() if is_number(v)}
             verb = file.name.removesuffix(".metrics.json")
             tables.setdefault(verb, {})[document["name"]] = plain
             systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}

@@ -2,11 +2,11 @@
 
 import itertools
 
-import common
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import ALPACA_TEMPLATE, alpaca_prompt, read_template
 from common import UserError, in_range
 from evaluating.shared import answer, length_figures, model_flags, write_metrics
+from files import read_rows
 
 
 # fmt: off
@@ -21,7 +21,7 @@ def vicuna_flags(add):
 def vicuna(args):
     """Answer the questions' first turns, greedily."""
     template, records = read_template(args, ALPACA_TEMPLATE), []
-    for where, row in itertools.islice(common.read_rows(args.input), args.limit):
+    for where, row in itertools.islice(read_rows(args.input), args.limit):
         if not (isinstance(row.get("turns"), list) and row["turns"] and isinstance(row["turns"][0], str)):
             raise UserError(f"{where}: field 'turns' must be a list of strings")
         prompt = alpaca_prompt(template, {"instruction": row["turns"][0], "input": ""}, where)

@@ -17,15 +17,16 @@ from conftest import ROOT, command, make_records, write_jsonl
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
 FLOORS = {  # a script, or a package as a whole: what it may import; inside a package no import goes round
     "common": set(),
-    "runtime": {"common"},
-    "run": {"common", "runtime"},
-    "collecting": {"common", "runtime", "run"},
+    "files": {"common"},
+    "runtime": {"common", "files"},
+    "run": {"common", "files", "runtime"},
+    "collecting": {"common", "files", "runtime"},
     "collect_candidates": {"runtime", "collecting"},
-    "rescue": {"common", "runtime", "run"},
-    "tuna": {"common", "runtime", "run"},
-    "reward_model": {"common", "runtime", "run"},
-    "pro": {"common", "runtime", "run", "collecting"},
-    "evaluating": {"common", "runtime", "run", "collecting"},
+    "rescue": {"common", "files", "runtime", "run"},
+    "tuna": {"common", "files", "runtime", "run"},
+    "reward_model": {"common", "files", "runtime", "run"},
+    "pro": {"common", "files", "runtime", "run", "collecting"},
+    "evaluating": {"common", "files", "runtime", "collecting"},
     "evaluate": {"runtime", "collecting", "evaluating"},
 }
 
@@ -120,8 +121,8 @@ def test_no_import_goes_round_in_a_package(package):
     ],
 )
 def test_a_copied_script_trains(tiny, reward_folder, tmp_path, script, flags):
-    """Beside common.py, runtime.py and run.py alone; PRO's bootstrapping also has collecting/."""
-    for name in (f"{script}.py", "common.py", "runtime.py", "run.py"):
+    """Beside common.py, files.py, runtime.py and run.py alone; PRO's bootstrapping also has collecting/."""
+    for name in (f"{script}.py", "common.py", "files.py", "runtime.py", "run.py"):
         shutil.copy(ROOT / name, tmp_path)
     if "bootstrap" in flags:
         shutil.copytree(ROOT / "collecting", tmp_path / "collecting")

@@ -3,7 +3,7 @@
 import pytest
 from conftest import HH, TWO_TURNS, pair, read_jsonl, run, write_jsonl
 
-import common
+from files import load_candidates
 
 
 def test_prepare_hh(prepared):
@@ -19,7 +19,7 @@ def test_prepare_hh(prepared):
     assert two["messages"][1]["content"] == "Hello.\n\nSecond paragraph."
     assert [c["text"] for c in two["candidates"]] == ["Because.", ""]
     assert merged["candidates"][0]["text"] == "A\nB"
-    assert len(common.load_candidates(prepared)) == 3
+    assert len(load_candidates(prepared)) == 3
 
 
 def test_prepare_hh_holds_out(monkeypatch, tmp_path):
@@ -76,7 +76,7 @@ def test_the_authors_files(monkeypatch, tmp_path):
     source = write_jsonl(tmp_path / "train.json", rows)  # .json, and a row a line
     argv = ["prepare", "--task", "hh", "--from_release", "--input", source, "--output", tmp_path / "t.jsonl"]
     run(monkeypatch, *argv)
-    one, two = common.load_candidates(tmp_path / "t.jsonl")
+    one, two = load_candidates(tmp_path / "t.jsonl")
     assert one["id"] == "helpful-rejection-sampled-0"
     assert one["prompt"] == "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
     assert [m["role"] for m in one["messages"]] == ["user", "assistant", "user"]
@@ -121,7 +121,7 @@ def ranked(path, count=3):
 
 def test_hindsight(monkeypatch, tmp_path):
     run(monkeypatch, "hindsight", "--input", ranked(tmp_path / "d.jsonl"), "--output", tmp_path / "h.jsonl")
-    one, two, three = common.load_candidates(tmp_path / "h.jsonl")
+    one, two, three = load_candidates(tmp_path / "h.jsonl")
     assert one["prompt"] == three["prompt"].replace("2", "0") == "Human: 0\n\nAssistant: A good answer:"
     assert one["candidates"][0]["text"] == "best A bad answer: worse"
     assert two["prompt"] == "Human: 1\n\nAssistant: A bad answer:"

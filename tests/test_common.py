@@ -14,7 +14,8 @@ import common
 import runtime
 from collecting import files
 from common import UserError, candidate_logprobs, encode, pack, pack_padded
-from run import learning_rate, write_atomically
+from files import write_atomically
+from run import learning_rate
 from runtime import plan_rows
 
 
@@ -285,21 +286,21 @@ class TestReaders:
     def test_bad_records(self, tmp_path, change, words):
         path = write_jsonl(tmp_path / "c.jsonl", [make_records(1)[0], make_records(2)[1] | change])
         with pytest.raises(UserError) as e:
-            common.load_candidates(path)
+            files.load_candidates(path)
         assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
 
     def test_duplicates_needs_and_limits(self, tmp_path):
         path = write_jsonl(tmp_path / "c.jsonl", make_records(2) + make_records(1))
         with pytest.raises(UserError, match=r"c.jsonl:3.*'r0'.*c.jsonl:1"):
-            common.load_candidates(path)
-        assert len(common.load_candidates(path, limit=2)) == 2
+            files.load_candidates(path)
+        assert len(files.load_candidates(path, limit=2)) == 2
         with pytest.raises(UserError, match=r"c.jsonl:1: candidates\[0\].*'reward'.*add it with: the command"):
-            common.load_candidates(path, need=["reward"], added_by="the command")
+            files.load_candidates(path, need=["reward"], added_by="the command")
 
     def test_empty_file(self, tmp_path):
         (tmp_path / "c.jsonl").write_text("\n\n")
         with pytest.raises(UserError, match="no records"):
-            common.load_candidates(tmp_path / "c.jsonl")
+            files.load_candidates(tmp_path / "c.jsonl")
 
 
 @pytest.mark.parametrize("value, low, ok", [("0.5", 0, True), ("-1", 0, False), ("nan", 0, False), ("inf", 0, False)])

@@ -12,6 +12,7 @@ from conftest import command, read_jsonl
 import common
 import pro
 import runtime
+from files import load_candidates
 
 
 def naive_loss(scores, rewards=None, first_only=False):
@@ -227,7 +228,7 @@ def test_the_logged_loss_is_the_loss_of_the_records(first_steps, tiny, tmp_path)
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), runtime.load_tokenizer(tiny)
     losses, nlls = [], []
-    for record in common.load_candidates(write_data(tmp_path / "d.jsonl")):
+    for record in load_candidates(write_data(tmp_path / "d.jsonl")):
         ranking = sorted(record["candidates"], key=lambda c: -c["reward"])
         scores = []
         for c in ranking:
@@ -276,7 +277,7 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, tiny, tmp_path, rewards,
 
 
 def test_ranks_alone_are_enough_without_temperature(monkeypatch, tiny, tmp_path):
-    rows = common.load_candidates(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
+    rows = load_candidates(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
     for row in rows:
         row["candidates"] = [c | {"rank": 1 - k} for k, c in enumerate(row["candidates"])]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -339,7 +340,7 @@ def test_held_out_figures_are_the_records(held_out_run):
     tiny, held_out = argv[argv.index("--model") + 1], argv[argv.index("--eval_data") + 1]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), runtime.load_tokenizer(tiny)
     losses = []
-    for record in common.load_candidates(held_out):
+    for record in load_candidates(held_out):
         logprobs, lengths = common.candidate_logprobs(
             model, common.pack_padded([common.encode(tokenizer, record, 64, 40)])
         )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-import run as room
+import files
 from collecting import generation
 from collecting.journal import Journal
 from common import UserError
@@ -77,14 +77,14 @@ class TestNothingStale:
         refused(train(cli, own, data, tmp_path / "run", "--resume"), "content of", own)
 
     def test_a_large_file_is_read_in_pieces(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(room, "SAMPLED", 1000)
+        monkeypatch.setattr(files, "SAMPLED", 1000)
         (tmp_path / "x").mkdir()
         content = bytearray(200_000)
         (tmp_path / "x/model.safetensors").write_bytes(content)
-        before = room.folder_digest(tmp_path / "x")
+        before = files.folder_digest(tmp_path / "x")
         content[-1] = 1
         (tmp_path / "x/model.safetensors").write_bytes(content)
-        assert room.folder_digest(tmp_path / "x") != before
+        assert files.folder_digest(tmp_path / "x") != before
 
     def test_overwrite_does_not_resume_through_a_link(self, cli, tiny, data, tmp_path, half):
         shutil.move(half / "checkpoints", tmp_path / "elsewhere")
@@ -190,8 +190,8 @@ class TestNoCodeFromData:
         assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "ran").exists()
 
     def test_a_checkpoint_holds_no_pickle(self, half):
-        files = [p for p in (half / "checkpoints").rglob("*") if p.is_file()]
-        assert {p.suffix for p in files} == {".safetensors", ".json"}
+        saved = [p for p in (half / "checkpoints").rglob("*") if p.is_file()]
+        assert {p.suffix for p in saved} == {".safetensors", ".json"}
 
     def test_a_damaged_shard_is_not_resumed(self, cli, tiny, data, half):
         [shard] = (half / "checkpoints").rglob("*.safetensors")
@@ -226,9 +226,9 @@ class TestTheEnd:
 
     def test_the_model_is_synced_before_its_checkpoints_go(self, cli, tiny, data, tmp_path, monkeypatch):
         """With the folder that holds its name, and that one's own."""
-        done, sync, remove = [], room.sync, room.remove
-        monkeypatch.setattr(room, "sync", lambda path: (done.append(pathlib.Path(path)), sync(path)))
-        monkeypatch.setattr(room, "remove", lambda path: (done.append(("gone", path)), remove(path)))
+        done, sync, remove = [], files.sync, files.remove
+        monkeypatch.setattr(files, "sync", lambda path: (done.append(pathlib.Path(path)), sync(path)))
+        monkeypatch.setattr("run.remove", lambda path: (done.append(("gone", path)), remove(path)))
         train(cli, tiny, data, tmp_path / "run")
         out = tmp_path / "run"
         before = done[: len(done) - done[::-1].index(("gone", out / "checkpoints"))]
@@ -282,8 +282,8 @@ def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
 def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
     """As the second of two processes sees it."""
     place = os.stat(tmp_path)
-    monkeypatch.setattr(room.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(files.dist, "get_world_size", lambda: 2)
     told = [({}, (place.st_ino, place.st_mtime_ns)), ({}, None)]
-    monkeypatch.setattr(room.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
+    monkeypatch.setattr(files.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
     with pytest.raises(UserError, match="process 1 sees another folder"):
-        room.agree({}, tmp_path / "missing", "--output x")
+        files.agree({}, tmp_path / "missing", "--output x")

@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification as CLASSIFIER
 
 import runtime
 from collecting import asking
-from collecting.files import read_rows
+from collecting.downloads import read_rows
 from common import UserError
 
 
@@ -90,7 +90,7 @@ def test_memory_stays_bounded(tmp_path, name):
     code = f"""
 import resource, sys
 sys.path[:0] = [{str(ROOT)!r}]
-from collecting.files import read_rows
+from collecting.downloads import read_rows
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     for n, _ in enumerate(read_rows({str(tmp_path / name)!r})):

@@ -11,6 +11,7 @@ from conftest import command, read_jsonl, write_jsonl
 import common
 import reward_model
 import runtime
+from files import load_candidates
 
 
 def test_two_responses_by_hand():
@@ -90,7 +91,7 @@ def test_the_saved_folder_gives_the_same_logits(trained, padded):
     )
     ours = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
     reward_model.add_score_forward(ours)
-    records = common.load_candidates(write_data(trained.parent / "again.jsonl"))
+    records = load_candidates(write_data(trained.parent / "again.jsonl"))
     encoded = [common.encode(tokenizer, r, 64) for r in records]
     batch = common.pack_padded(encoded, tokenizer.pad_token_id) if padded else common.pack(encoded)
     sequences = [{"input_ids": e.prompt_ids + r} for e in encoded for r in e.responses]

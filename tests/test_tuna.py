@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import common
 import runtime
 import tuna
+from files import load_candidates
 from run import Run
 
 
@@ -178,7 +179,7 @@ def test_alpaca_mul_is_eq_2_on_every_response(tmp_path, tiny, monkeypatch, cli):
     run(monkeypatch, *flags, "--all_candidates", "--output", tmp_path / "mul")
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), runtime.load_tokenizer(tiny)
     losses = []
-    for record in common.load_candidates(tmp_path / "d.jsonl"):
+    for record in load_candidates(tmp_path / "d.jsonl"):
         e = common.encode(tokenizer, record)
         for response in e.responses:
             logits = model(torch.tensor([e.prompt_ids + response])).logits[0, len(e.prompt_ids) - 1 : -1]
@@ -249,7 +250,7 @@ def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
     tokenizer = runtime.load_tokenizer(tiny)
     rank_loss = mle = 0.0
-    for record in common.load_candidates(tmp_path / "d.jsonl"):
+    for record in load_candidates(tmp_path / "d.jsonl"):
         e = common.encode(tokenizer, record)
         scores = []
         for response in e.responses:

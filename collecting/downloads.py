@@ -4,15 +4,15 @@ import csv
 import io
 import json
 
-import common
+import files
 from common import UserError
 
 
 def read_rows(path):
-    """common.read_rows, also for CSV and a JSON array: yield (where, dict); streams."""
-    with common.open_data(path, ["jsonl", "json", "csv"]) as (kind, f):
+    """files.read_rows, also for CSV and a JSON array: yield (where, dict); streams."""
+    with files.open_data(path, ["jsonl", "json", "csv"]) as (kind, f):
         if kind == "jsonl" or kind == "json" and f.peek(16).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] != b"[":
-            yield from common.read_rows(path, [kind])  # data sets call lines of JSON .json too
+            yield from files.read_rows(path, [kind])  # data sets call lines of JSON .json too
         elif kind == "csv":
             yield from csv_rows(path, f)
         else:
@@ -38,13 +38,13 @@ def array_rows(path, f):
                 except ValueError:
                     after = ""
                 more = "" if after else text.read(max(2**16, len(rest)))
-                if not more or len(rest) > common.MAX_LINE:
+                if not more or len(rest) > files.MAX_LINE:
                     break
                 rest += more
             if after not in ("]", ","):
-                common.parse_json(rest[: common.MAX_LINE].encode(), where)  # says what is wrong
-                raise UserError(f"{where}: not a JSON array of objects of at most {common.MAX_LINE >> 20} MiB")
-            yield where, common.as_object(common.parse_json(rest[:end].encode(), where), where)
+                files.parse_json(rest[: files.MAX_LINE].encode(), where)  # says what is wrong
+                raise UserError(f"{where}: not a JSON array of objects of at most {files.MAX_LINE >> 20} MiB")
+            yield where, files.as_object(files.parse_json(rest[:end].encode(), where), where)
             rest = rest[end:].lstrip()
             rest = rest[1:] if after == "," else rest
     except (UnicodeError, RecursionError) as e:
@@ -52,7 +52,7 @@ def array_rows(path, f):
 
 
 def csv_rows(path, f):
-    csv.field_size_limit(common.MAX_LINE)
+    csv.field_size_limit(files.MAX_LINE)
     text = io.TextIOWrapper(f, encoding="utf-8-sig", errors="strict", newline="")
     reader = csv.DictReader(bounded_lines(path, text), strict=True)
     try:
@@ -66,7 +66,7 @@ def csv_rows(path, f):
 
 
 def bounded_lines(path, text):
-    for line in iter(lambda: text.readline(common.MAX_LINE + 1), ""):
-        if len(line) > common.MAX_LINE:
-            raise UserError(f"{path}: a line is longer than {common.MAX_LINE >> 20} MiB")
+    for line in iter(lambda: text.readline(files.MAX_LINE + 1), ""):
+        if len(line) > files.MAX_LINE:
+            raise UserError(f"{path}: a line is longer than {files.MAX_LINE >> 20} MiB")
         yield line

@@ -1,0 +1,284 @@
+"""Files in and out: what is read is checked, line by line; what is written is whole, or not there at all."""
+
+import contextlib
+import fcntl
+import gzip
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+import zlib
+
+import torch.distributed as dist
+
+from common import HUMAN, UserError
+
+MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
+SAMPLED = 16 * 2**20  # bytes from which on a model's file is not read whole
+GIVEN = ("chosen", "rejected", "release", *HUMAN)  # sources of the ranking that data came with
+NO_PATHS = {"output", "name", "names", "source", "task", "tasks", "verb", "by", "stop", "columns"}
+
+
+@contextlib.contextmanager
+def open_data(path, kinds):
+    """Open a data file of one of these kinds, plain or .gz -> (its kind, the file of bytes); UserError where it cannot
+    be read."""
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
+    if kind not in kinds:
+        raise UserError(f"{path}: expected .{' or .'.join(kinds)}, plain or .gz")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
+            yield kind, f
+    except (EOFError, OSError, zlib.error) as e:  # a torn or false .gz
+        raise UserError(f"{path}: cannot be read ({e})") from e
+
+
+def read_rows(path, kinds=("jsonl",)):
+    """Yield (where, dict) for every line of a JSONL file, plain or .gz; `where` is "file:line" for messages.
+
+    Streams. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
+    """
+    with open_data(path, kinds) as (_, f):
+        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+            where = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
+            if line.strip():
+                yield where, as_object(parse_json(line, where), where)
+
+
+def parse_json(line, where):
+    """The value of JSON in UTF-8; UserError, naming `where`, for anything that could not be written back."""
+
+    def constant(name):
+        raise UserError(f"{where}: {name} is not a JSON value")
+
+    try:
+        value = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
+        # neither a lone surrogate nor the infinity that 1e999 becomes can be written back
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return value
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: not valid JSON in UTF-8 ({str(e).splitlines()[0]})") from e
+
+
+def as_object(value, where):
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def read_json(text):
+    """The value of a JSON text, or None where it is empty or torn."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
+
+
+def as_dict(value):
+    return value if isinstance(value, dict) else {}
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300  # an integer may be longer
+
+
+def is_message(m):
+    roles = ("user", "assistant", "system")
+    return isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str)
+
+
+TEXT = (lambda x: x is None or isinstance(x, str), "a string or null")
+CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
+    "label": (lambda x: x is None or isinstance(x, str), "a string or null"),
+    "correct": (lambda x: isinstance(x, bool), "true or false"),
+    "finished": (lambda x: isinstance(x, bool), "true or false"),
+    "logprob": (is_number, "a finite number"),
+    "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
+    "reward": (is_number, "a finite number"),
+    "similarity": (is_number, "a finite number"),
+    "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
+}
+RECORD_FIELDS = dict.fromkeys(("label", "task", "instruction", "premise", "hypothesis", "question", "subset"), TEXT) | {
+    "answers": (
+        lambda x: x is None or isinstance(x, list) and all(isinstance(a, str) and a.strip() for a in x),
+        "null or a list of non-empty strings",
+    ),
+    "messages": (lambda x: x is None or isinstance(x, list) and all(map(is_message, x)), "a list of {role, content}"),
+    "documents": (
+        lambda x: isinstance(x, list) and all(isinstance(d, dict) and {"title", "text", "gold"} <= {*d} for d in x),
+        "a list of {title, text, gold}",
+    ),
+}
+
+
+def load_candidates(path, need=(), added_by=None, limit=None):
+    """Read a candidates file -> list of records, each validated; `need` names annotations every candidate must carry.
+
+    Raises UserError naming file, line, and field; for a missing annotation also `added_by`, the command that adds it.
+    """
+    records, seen = [], {}
+    for where, record in read_rows(path):
+        check_record(record, where)
+        if record["id"] in seen:
+            raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
+        seen[record["id"]] = where
+        for i, candidate in enumerate(record["candidates"]):
+            for field in need:
+                if field not in candidate:
+                    hint = f"; add it with: {added_by}" if added_by else ""
+                    raise UserError(f"{where}: candidates[{i}] has no field {field!r}{hint}")
+        records.append(record)
+        if limit and len(records) == limit:
+            break
+    if not records:
+        raise UserError(f"{path}: holds no records")
+    return records
+
+
+def check_record(record, where):
+    """Raise UserError, naming `where` and the field, unless `record` has the form that all scripts share."""
+    for field in ("id", "prompt"):
+        if not isinstance(record.get(field), str) or not record[field].strip():
+            raise UserError(f"{where}: field {field!r} must be a non-empty string")
+    for field, (valid, expected) in RECORD_FIELDS.items():
+        if field in record and not valid(record[field]):
+            raise UserError(f"{where}: field {field!r} must be {expected}")
+    candidates = record.get("candidates")
+    if not isinstance(candidates, list) or not candidates:
+        raise UserError(f"{where}: field 'candidates' must be a non-empty list")
+    for i, candidate in enumerate(candidates):
+        if not isinstance(candidate, dict):
+            raise UserError(f"{where}: candidates[{i}] must be an object")
+        for field in ("text", "source"):
+            if not isinstance(candidate.get(field), str):
+                raise UserError(f"{where}: candidates[{i}].{field} must be a string")
+        if not candidate["source"] or (candidate["source"] in HUMAN and not candidate["text"].strip()):
+            raise UserError(
+                f"{where}: candidates[{i}] has an empty source, or an empty text from {candidate['source']!r}"
+            )
+        for field, (valid, expected) in CANDIDATE_FIELDS.items():
+            if field in candidate and not valid(candidate[field]):
+                raise UserError(f"{where}: candidates[{i}].{field} must be {expected}")
+
+
+class Claim:
+    """A settings file that stays locked while its holder lives, so that two runs on one output refuse each other.
+
+    before: what it held, or None. Raises UserError, beginning with `output` (the flag and its value), where another
+    process holds it or it cannot be written.
+    """
+
+    def __init__(self, path, output):
+        path = pathlib.Path(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sync(path.parent.parent)
+            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115, locked
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self.before = read_json(self._file.read())
+        except BlockingIOError:
+            raise UserError(f"{output}: another run is writing there") from None
+        except (OSError, UnicodeError) as e:
+            raise UserError(f"{output}: {path} cannot be written ({getattr(e, 'strerror', e)})") from e
+
+    @staticmethod
+    def changed(before, settings, prefix=""):
+        """-> "name old -> new, ..." for the settings that differ from those before, or ""."""
+        different = {k: v for k, v in settings.items() if before.get(k) != v}
+        return ", ".join(f"{prefix}{k} {before.get(k)!r} -> {v!r}" for k, v in different.items())
+
+    def write(self, content):
+        self._file.seek(0)
+        self._file.write(json.dumps(content, indent=1))
+        self._file.truncate()
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def agree(settings, path, output):
+    """One check at the start, called by every process: all have the settings of process 0 and see the file `path` that
+    it has written."""
+    seen = None
+    with contextlib.suppress(OSError):
+        seen = (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (settings, seen))
+    for number, (their, place) in enumerate(everyone):
+        if changed := Claim.changed(everyone[0][0], their):
+            raise UserError(f"process {number} differs from process 0 ({changed}): the same command and files for all")
+        if place != everyone[0][1]:
+            raise UserError(f"{output}: process {number} sees another folder than process 0: a shared one is needed")
+
+
+def provenance(settings):
+    """{"content of PATH": a digest} for every file and folder that the settings {name: value or list} name: what else,
+    but they, a second run on the same output must find as the first did."""
+    values = [v for name, value in settings.items() if name.lstrip("-") not in NO_PATHS for v in listed(value)]
+    paths = [v for v in values if isinstance(v, str) and v and os.path.exists(v)]
+    return {f"content of {v}": folder_digest(v) if os.path.isdir(v) else file_digest(v) for v in paths}
+
+
+def listed(value):
+    return value if isinstance(value, list) else [value]
+
+
+def folder_digest(folder):
+    """A digest of a folder's files: names, sizes, content. Of a large one, a model's weights, 256 pieces are read."""
+    digest = hashlib.sha256()
+    for place, folders, files in os.walk(folder):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for path in (pathlib.Path(place, name) for name in sorted(files)):
+            size = path.stat().st_size
+            digest.update(f"{path.relative_to(folder)} {size}\0".encode(errors="surrogateescape"))
+            with open(path, "rb") as f:
+                if size <= SAMPLED:
+                    digest.update(f.read())
+                for piece in range(256 * (size > SAMPLED)):
+                    f.seek(piece * (size - 2**16) // 255)
+                    digest.update(f.read(2**16))
+    return digest.hexdigest()
+
+
+def file_digest(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path, text):
+    """Replace a file's content so that a crash leaves the old or the new text, never a part."""
+    part = path.with_name(path.name + ".part")
+    with open(part, "w", encoding="utf-8") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+    sync(path.parent)
+
+
+def rename_synced(part, folder):
+    """Rename a folder that is whole; it and its files stay so even when the power goes."""
+    for path in (*part.iterdir(), part):
+        sync(path)
+    os.replace(part, folder)
+    sync(folder.parent)
+    sync(folder.parent.parent)
+
+
+def sync(path):
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+def remove(path):
+    """Delete a file, a folder, or a link and not what it points to; nothing where it is missing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
