@@ -11,8 +11,9 @@ from conftest import make_model, make_records, make_tokenizer, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
+import files
 import runtime
-from collecting import files
+from collecting import downloads
 from common import UserError, candidate_logprobs, encode, pack, pack_padded
 from files import write_atomically
 from run import learning_rate
@@ -232,7 +233,7 @@ class TestReaders:
         with gzip.open(tmp_path / "g.jsonl.gz", "wt") as f:
             f.write(text)
         for name in ("r.jsonl", "r.json", "r.csv", "g.jsonl.gz"):
-            assert [row for _, row in files.read_rows(tmp_path / name)] == rows, name
+            assert [row for _, row in downloads.read_rows(tmp_path / name)] == rows, name
 
     @pytest.mark.parametrize(
         "name, content, words",
@@ -256,13 +257,13 @@ class TestReaders:
     def test_refused_by_name(self, tmp_path, name, content, words):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as e:
-            list(files.read_rows(tmp_path / name))
+            list(downloads.read_rows(tmp_path / name))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
     def test_deep_nesting(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
         with pytest.raises(UserError, match="a.jsonl:1"):
-            list(files.read_rows(tmp_path / "a.jsonl"))
+            list(downloads.read_rows(tmp_path / "a.jsonl"))
 
     @pytest.mark.parametrize(
         "change, words",
