@@ -347,4 +347,5 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--checkpoint_every", type=in_range(int, 0), default=100, help="steps between checkpoints; 0: when interrupted")
     add("--keep_checkpoints", type=in_range(int, 1), default=1, help="how many of the newest checkpoints stay on disk")
     add("--log_every", type=in_range(int, 1), default=1, help="steps between log lines")
+    add("--track", choices=["tensorboard", "wandb"], help="the log's figures there too (pip install it)")
 # fmt: on

@@ -1,10 +1,12 @@
 """A training run: its folder, its steps, its checkpoints."""
 
+import importlib
 import json
 import math
 import os
 import pathlib
 import random
+import secrets
 import shlex
 import signal
 import sys
@@ -38,7 +40,8 @@ from runtime import (
     unique_tokens,
 )
 
-FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints", "log_every"}
+FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints"}
+FREE_ARGS |= {"log_every", "track"}
 # dense bf16, the first name that is in the device's: half of what NVIDIA's product pages print with sparsity for A100,
 # H100 and H200, as torchtitan's get_peak_flops has them; H200 NVL, which it lacks: H100 NVL's, and as users measure it
 PEAK_FLOPS = {
@@ -56,6 +59,7 @@ class Run:
 
     OUTPUT/args.json      the arguments, the data's digest, the versions; locked while the run lives
     OUTPUT/log.jsonl      one line a logged step, and one an evaluation on --eval_data
+    OUTPUT/tensorboard/   --track tensorboard: the same figures; wandb.id: of --track wandb, which run this is
     OUTPUT/checkpoints/step-N/   DCP shards of weights and optimizer, safetensors; meta.json, their checksums, last
     OUTPUT/latest         names the newest checkpoint
     OUTPUT/model/         the trained model, a Hugging Face folder; best/: the same after the best evaluation
@@ -82,7 +86,8 @@ class Run:
         self.output = pathlib.Path(args.output)
         self.settings = {k: v for k, v in vars(args).items() if k not in FREE_ARGS}
         self.settings |= provenance(self.settings)
-        self.signal = None
+        self.signal = self.track = None
+        on_process0(self._import_tracker)
         on_process0(self._claim_folder)
         agree(self.settings, self.output / "args.json", f"--output {self.output}")
         if self.finished:
@@ -101,6 +106,8 @@ class Run:
         self.row_budget = 1 if self.args.padded else row_tokens(self.args, self.device)  # padded: a prompt a row
         self.start = self.restore(model, optimizer) if self.args.resume and not self.args.overwrite else 0
         self.evaluated = on_process0(self._evaluations)  # step -> what the best is chosen by
+        if self.args.track and self.process == 0:
+            self._open_tracker()
 
     def plan(self, prompts):
         """-> each process's rows over these prompts, as plan_rows gives them, and the encoded prompts."""
@@ -217,7 +224,40 @@ class Run:
         if self.process == 0:
             with open(self.output / "log.jsonl", "a") as f:
                 f.write(json.dumps(line) + "\n")
+            if self.track:
+                self.track(line)
             tqdm.write("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+    def _import_tracker(self):
+        """Import what --track asks for, and say at once if it is not there."""
+        name = self.args.track
+        try:
+            self._tracking = name and importlib.import_module(f"torch.utils.{name}" if name == "tensorboard" else name)
+        except ImportError as e:
+            raise UserError(f"--track {name}: {name} is not installed: pip install {name}") from e
+
+    def _open_tracker(self):
+        """Set `track`, which is given each line of the log. TensorBoard's files are written anew from the lines that
+        are there; Weights & Biases passes over steps that its run has already."""
+        known = self.output / "wandb.id"
+        lines = [] if self.args.track == "wandb" and known.exists() else self._log_lines()
+        if self.args.track == "tensorboard":
+            remove(self.output / "tensorboard")
+            writer = self._tracking.SummaryWriter(self.output / "tensorboard")
+
+            def log(figures, step):
+                for name, value in figures.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()  # a killed run's too
+
+        else:
+            if not known.exists():
+                write_atomically(known, secrets.token_hex(8))
+            about = {"name": self.output.name, "dir": str(self.output), "config": self.settings}
+            log = self._tracking.init(id=known.read_text(), resume="allow", **about).log
+        self.track = lambda line: log({k: float(v) for k, v in line.items() if k != "step"}, step=line["step"])
+        for line in lines:
+            self.track(line)
 
     def interrupted(self):
         """Whether any process was told to stop (SIGTERM, SIGINT); all learn it together, so call it on all."""
@@ -264,7 +304,7 @@ class Run:
             raise UserError(f"--output {out}: its args.json is no run's: name another folder")
         if self.args.overwrite:
             ours = ("checkpoints", "model", "model.part", "best", "best.part", "bootstrap", "log.jsonl", "latest")
-            for name in ours:
+            for name in (*ours, "tensorboard", "wandb", "wandb.id"):
                 remove(out / name)
         elif begun and not self.args.allow_changed:
             changed = Claim.changed(before["settings"], self.settings, "--") if before else "args.json is empty or torn"
@@ -368,10 +408,12 @@ class Run:
         if len(kept) < len(lines):
             write_atomically(log, "".join(kept))
 
-    def _evaluations(self):
+    def _log_lines(self):
         log = self.output / "log.jsonl"
-        lines = [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
-        return {x["step"]: x.get("eval_reward", -x["eval_loss"]) for x in lines if "eval_loss" in x}
+        return [json.loads(x) for x in log.read_text().splitlines()] if log.exists() else []
+
+    def _evaluations(self):
+        return {x["step"]: x.get("eval_reward", -x["eval_loss"]) for x in self._log_lines() if "eval_loss" in x}
 
     def _save_model(self, folder):
         """Gather the weights and write a folder: safetensors in the computing dtype, tokenizer, generation config."""
