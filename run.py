@@ -239,11 +239,9 @@ class Run:
     def _open_tracker(self):
         """Set `track`, which is given each line of the log. TensorBoard's files are written anew from the lines that
         are there; Weights & Biases passes over steps that its run has already."""
-        known = self.output / "wandb.id"
-        lines = [] if self.args.track == "wandb" and known.exists() else self._log_lines()
         if self.args.track == "tensorboard":
             remove(self.output / "tensorboard")
-            writer = self._tracking.SummaryWriter(self.output / "tensorboard")
+            writer, lines = self._tracking.SummaryWriter(self.output / "tensorboard"), self._log_lines()
 
             def log(figures, step):
                 for name, value in figures.items():
@@ -251,6 +249,8 @@ class Run:
                 writer.flush()  # a killed run's too
 
         else:
+            known = self.output / "wandb.id"
+            lines = [] if known.exists() else self._log_lines()
             if not known.exists():
                 write_atomically(known, secrets.token_hex(8))
             about = {"name": self.output.name, "dir": str(self.output), "config": self.settings}
