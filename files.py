@@ -104,7 +104,8 @@ CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
     "similarity": (is_number, "a finite number"),
     "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
 }
-RECORD_FIELDS = dict.fromkeys(("label", "task", "instruction", "premise", "hypothesis", "question", "subset"), TEXT) | {
+TEXTS = ("label", "task", "instruction", "input", "premise", "hypothesis", "question", "subset")
+RECORD_FIELDS = dict.fromkeys(TEXTS, TEXT) | {
     "answers": (
         lambda x: x is None or isinstance(x, list) and all(isinstance(a, str) and a.strip() for a in x),
         "null or a list of non-empty strings",

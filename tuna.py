@@ -30,6 +30,8 @@ Where the print and the released code differ, or the print is silent:
  6. Candidates with equal teacher scores are not compared; a repeated text, or one with rank null, is not ranked.
  7. Learning rate, epoch, batch and two warm-up steps are Table 7's (the ranking stages) and Sec. 3.1's (sft: 2e-5);
     sft's epochs and batch are not printed (the recipe that Sec. 3.1 cites: 3 epochs), the cosine is the code's alone.
+ 8. The print says nothing of lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512:
+    a long response loses its end, which v and L_MLE then miss. Default: --max_length 1024, which holds both.
 
 The stage that --model itself came from says which model this is, hence lr and OUTPUT: Tuna learns from contextual
 rankings of what Tuna_p (not Alpaca) answers, so sample and rank again (Sec. 2.4). A stage refuses rankings by the
@@ -122,6 +124,7 @@ def parse_args():
     defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 2, "epochs": 1, "batch_size": 128}
     common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
     parser.set_defaults(lr=None, model=None)  # both go by the stage
+    parser.set_defaults(max_length=1024)  # responses of 512 tokens beside their prompt
     args = parser.parse_args()
     if args.all_candidates and args.stage != "sft":
         parser.error("--all_candidates belongs to --stage sft; with the others it is --mle_on all")

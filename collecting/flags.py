@@ -32,6 +32,10 @@ def group(add, title):
     return add.__self__.add_argument_group(title).add_argument
 
 
+TEMPLATE_HELP = """own: the one that prepare --task alpaca writes, for models trained on that; alpaca: the released one,
+for others' Alpaca weights, which you save as templates/alpaca.txt"""
+
+
 # fmt: off
 def collected_flags(add, before, after):
     add("--task", default="esnli", help=f"for the default paths: data/TASK/{before}.jsonl, data/TASK/{after}.jsonl")
@@ -51,7 +55,7 @@ def generation_flags(add, max_new_tokens, alpaca=None):
 
 def alpaca_flags(add, fields="{instruction} and {input}"):
     add("--prompt_file", help=f"a template of your own with {fields}, a line ---, and one for no input")
-    add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
+    add("--template", choices=["own", "alpaca"], help=TEMPLATE_HELP)
 
 
 def prompt_flags(add):

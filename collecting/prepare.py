@@ -1,16 +1,18 @@
 """The verb prepare: the rows of a data set as it was downloaded -> records."""
 
+import functools
 import itertools
 import math
 import pathlib
 import random
+import re
 from collections import Counter
 
 from tqdm import tqdm
 
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
 from collecting.downloads import read_rows
-from collecting.flags import group
+from collecting.flags import TEMPLATE_HELP, group
 from collecting.hh import HH_PUBLISHED, hh_rows, hub_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import Journal, settings_of
 from collecting.pairs import pair_converter, pair_rows, prepare_pair
@@ -83,7 +85,8 @@ def prepare_alpaca(row, where, index, template):
         "id": str(row.get("id", f"alpaca-{index}")),
         "task": "alpaca",
         "prompt": alpaca_prompt(template, fields, where),
-        "instruction": "\n\n".join(filter(None, (fields["instruction"], fields["input"]))),
+        "instruction": fields["instruction"],
+        "input": fields["input"],
         "label": None,
         "answers": None,
         "candidates": [{"text": fields["output"], "source": "reference"}],
@@ -187,15 +190,16 @@ def prepare_release(row, where, index, template):
     return record | {"candidates": [{"text": t, "source": s, "reward": r} for t, s, r in candidates]}
 
 
-def prepare_alpaca_release(row, where, index, template):
+def prepare_alpaca_release(row, where, index, template, references=None):
     """A row of the Tuna authors' files -> record. Three kinds are known by their fields:
 
     orig, text, logprob, length      probabilistic ranking: text-davinci-003's responses, and Alpaca's as reference
-    generation, ranks (or rank)      contextual ranking of Tuna_p's responses; no reference is there
+    generation, ranks (or rank)      contextual ranking of Tuna_p's responses, without the original one
     instruction, output, score       their training files, the original response among the others, which one is not
-                                     said: train them as the released code does, --mle_on all --pair_reduction
-                                     mean_by_distance
-    The last two bring their prompts. Whether the released log-probabilities count EOS is not said.
+                                     said: as the released code trains, --mle_on all --pair_reduction mean_by_distance
+    The last two bring prompts in the released template. references (--references, from read_references) gives them
+    the original response, and the prompt in `template`; a row that is not in it is left out. Whether the released
+    log-probabilities count EOS is not said.
     """
     record = {"id": f"release-{index}", "task": "alpaca", "label": None, "answers": None}
     if "orig" in row:
@@ -209,10 +213,41 @@ def prepare_alpaca_release(row, where, index, template):
         order = [k for k in dict.fromkeys(order or []) if k in range(len(texts))]  # the last number is GPT-4's own
         ranks = [order.index(k) if k in order else None for k in range(len(texts))]
         more = [{"text": t.strip(), "source": "tuna-probabilistic", "rank": k} for t, k in zip(texts, ranks)]
-        return record | {"prompt": text_field(row, "instruct", where), "candidates": more, "ranked_by": "gpt-4"}
-    texts, scores = (released_list(row, k, where) for k in ("output", "score"))
-    more = [{"text": t.strip(), "source": "model", "rank": sum(x > s for x in scores)} for t, s in zip(texts, scores)]
-    return record | {"prompt": text_field(row, "instruction", where), "candidates": more, "ranked_by": "score"}
+        record |= {"prompt": text_field(row, "instruct", where), "candidates": more, "ranked_by": "gpt-4"}
+    else:
+        texts, scores = (released_list(row, k, where) for k in ("output", "score"))
+        ranks = [sum(other > score for other in scores) for score in scores]
+        more = [{"text": t.strip(), "source": "model", "rank": k} for t, k in zip(texts, ranks)]
+        record |= {"prompt": text_field(row, "instruction", where), "candidates": more, "ranked_by": "score"}
+    return record if references is None else with_reference(record, references, template, where)
+
+
+def with_reference(record, references, template, where):
+    """A released record, its prompt in `template`, with the original response of --references as source reference: the
+    candidate that says the same, which keeps its rank, else one more, unranked. None where it is not there."""
+    parts = re.fullmatch(r"(?s).*?### Instruction:(.*?)(?:### Input:(.*))?### Response:\s*", record["prompt"])
+    if not parts:
+        raise UserError(f"{where}: the prompt lacks ### Instruction: or ### Response:, by which --references are found")
+    row = references.get((parts[1].strip(), (parts[2] or "").strip()))
+    original = row and prepare_alpaca(row, where, 0, template)
+    if not original:
+        return None
+    [reference], candidates = original["candidates"], record["candidates"]
+    same = next((c for c in candidates if c["text"] == reference["text"]), None)
+    if same and record["ranked_by"] == "score":
+        same["source"] = "reference"
+    else:
+        candidates = [reference, *candidates]
+    return record | original | {"id": record["id"], "candidates": candidates}
+
+
+def read_references(files):
+    """Alpaca's own rows -> {(instruction, input): row}, the first of each."""
+    references = {}
+    for where, row in itertools.chain.from_iterable(map(read_rows, files)):
+        key = text_field(row, "instruction", where), text_field(row, "input", where, optional=True)
+        references.setdefault(key, row)
+    return references
 
 
 def released_list(row, name, where):
@@ -243,13 +278,14 @@ def prepare_flags(add):
         "(hh, alpaca: or the hub; pairs: or Parquet, a folder, a hub id)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
-    add("--template", choices=["alpaca"], help="alpaca: the released prompt, which you save as templates/alpaca.txt")
+    add("--template", choices=["own", "alpaca"], help=f"alpaca's: {TEMPLATE_HELP} (default: own)")
     add("--shuffle", type=in_range(int, 0), metavar="SEED", help="shuffle first: --limit draws from all rows")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
     add("--limit", type=in_range(int, 1), help="then take this many rows")
     add("--validation", type=in_range(int, 0), default=0, help="move so many, drawn, to validation.jsonl")
     add("--keep_validation", action="store_true", help="copy them instead (PRO: 280 of the test data)")
     add("--from_release", action="store_true", help="the rows are what the paper's authors released, ranked")
+    add("--references", nargs="+", help="alpaca --from_release: alpaca_data.json, which has the original responses")
     add("--split", default="train", help="of the hub's data set, or what --input is")
 
     hh = group(add, "hh")
@@ -273,6 +309,8 @@ def prepare(args):
     template = read_template(args, template)
     if args.from_release and (args.task not in RELEASED or not args.input):
         raise UserError(f"--from_release reads --task {' or '.join(RELEASED)}, from --input")
+    if args.references and not (args.from_release and args.task == "alpaca"):
+        raise UserError("--references belongs to --task alpaca --from_release")
     if args.task == "hh":
         rows = hh_rows(args)
     elif args.task == "pairs" and args.input:
@@ -293,6 +331,8 @@ def prepare(args):
     rows = itertools.islice(rows, args.skip, args.limit and args.skip + args.limit)
     if args.from_release:
         convert = RELEASED[args.task]
+        if args.references:
+            convert = functools.partial(convert, references=read_references(args.references))
     elif args.task == "multidoc_qa":
         rows = choose_documents(pool, rows, args)
     if args.gold_prompt:
@@ -324,7 +364,8 @@ def prepare(args):
             journal.finish()
     if args.task == "hh":
         return say_counts(read, Counter(r["subset"] for r in records.values()), args)
-    say(f"left out: {left_out} rows without", "two different responses" if args.task == "pairs" else "a response")
+    without = "two different responses" if args.task == "pairs" else "a response"
+    say(f"left out: {left_out} rows without {without}" + " in --references" * bool(args.references))
     if count := Counter(r["label"] for r in records.values() if r.get("label")):
         say("label:", ", ".join(f"{k} {n}" for k, n in count.items()))
     return None

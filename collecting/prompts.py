@@ -15,8 +15,10 @@ def fill(template, fields, where):
 
 
 def read_template(args, default):
-    """The text of --prompt_file, or the built-in template."""
+    """The text of --prompt_file, or of --template, or the built-in template."""
     name = getattr(args, "template", None)
+    if name == "own" and not args.prompt_file:
+        return ALPACA_TEMPLATE
     path = args.prompt_file or (name and f"templates/{name}.txt")
     if not path:
         return default
@@ -81,6 +83,11 @@ Task:
 Response:
 
 """
+
+
+def task_of(record):
+    """What a record asks for without a template: its instruction and input, else its prompt."""
+    return "\n\n".join(filter(None, (record.get("instruction"), record.get("input")))) or record["prompt"]
 
 
 def alpaca_prompt(template, fields, where):

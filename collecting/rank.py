@@ -55,7 +55,7 @@ def rank_flags(add):
     by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
     by("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
     by("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
-    by("--max_length", type=in_range(int, 8), default=512, help="logprob, prm: tokens of prompt + one response")
+    by("--max_length", type=in_range(int, 8), default=1024, help="logprob, prm: tokens of prompt + one response")
     by("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
     by("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
     by("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")

@@ -8,7 +8,7 @@ from collections import Counter
 import common
 import runtime
 from collecting import asking
-from collecting.prompts import CONTEXTUAL_TEMPLATE, fill, read_template
+from collecting.prompts import CONTEXTUAL_TEMPLATE, alpaca_prompt, read_template, task_of
 from runtime import say
 
 CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the form asked for, from first line to last:
@@ -64,14 +64,16 @@ def rank_by_contextual(records, args, done=()):
 
 
 def contextual_prompt(template, record, shown, where):
-    """The template with {task}, the record's {prompt}, all {responses} or each {response_0} ..., their {count}, the
-    number of the {last} and that of the {reference}."""
+    """The template with {task}, or Alpaca's {instruction} and {input} apart (Table 9; below a line --- for those without),
+    or the record's {prompt}; all {responses} or each {response_0} ..., their {count}, the number of the {last} and that
+    of the {reference}."""
     texts = [record["candidates"][i]["text"] for i in shown]
     fields = {f"response_{k}": text for k, text in enumerate(texts)}
     fields["responses"] = "\n\n".join(f"Response {k}:\n{text}" for k, text in enumerate(texts))
     fields |= {"count": str(len(texts)), "last": str(len(texts) - 1), "reference": str(len(texts))}
-    fields |= {"task": record.get("instruction") or record["prompt"], "prompt": record["prompt"]}
-    return fill(template, fields, where)
+    fields |= {"task": task_of(record), "prompt": record["prompt"], "input": record.get("input") or ""}
+    fields |= {"instruction": record.get("instruction") or record["prompt"]}
+    return alpaca_prompt(template, fields, where)
 
 
 def parse_contextual(reply, n):

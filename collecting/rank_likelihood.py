@@ -1,5 +1,7 @@
 """rank --by logprob, probabilistic and prm: a language model's likelihood, a proxy ranking model (Tuna)."""
 
+from collections import Counter
+
 import torch
 from scipy.stats import spearmanr
 from transformers import AutoConfig
@@ -13,12 +15,15 @@ from runtime import say
 
 
 def log_likelihoods(records, args, eos):
-    """Yield (record, logprobs [n], token counts [n]) under --model."""
+    """Yield (record, logprobs [n], token counts [n]) under --model; prints how much --max_length cut."""
+    cut = Counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device)
     for chunk in scoring.chunks(records):
-        for record, scored in zip(chunk, scoring.score_candidates(model, tokenizer, chunk, args.max_length, eos=eos)):
-            yield record, *scored
+        scored = scoring.score_candidates(model, tokenizer, chunk, args.max_length, eos=eos, cut=cut)
+        yield from ((record, *pair) for record, pair in zip(chunk, scored))
+    prompts, responses = runtime.all_sum([cut["prompts"], cut["responses"]])
+    say(f"cut to fit --max_length {args.max_length}: {prompts:.0f} prompts (left), {responses:.0f} responses (right)")
 
 
 def rank_by_logprob(records, args):

@@ -74,11 +74,13 @@ def pack(model, sequences):
     return runtime.pack_for(model.config._attn_implementation, sequences, model.device)
 
 
-def score_candidates(model, tokenizer, records, max_length=512, max_prompt_length=None, eos=True):
+def score_candidates(model, tokenizer, records, max_length=512, max_prompt_length=None, eos=True, cut=None):
     """-> [(logprobs [n], lengths [n])], a pair a record: each candidate's sum of token log-probabilities and its token
     count, fp32 on the model's device; the EOS of a whole response counts in both unless eos=False (an empty response
-    is its EOS)."""
+    is its EOS). cut: a Counter that gains how many prompts and responses did not fit."""
     encoded = [common.encode(tokenizer, r, max_length, max_prompt_length) for r in records]
+    if cut is not None:
+        cut.update(prompts=sum(e.prompt_cut > 0 for e in encoded), responses=sum(e.responses_cut for e in encoded))
     for e in [] if eos else encoded:
         e.responses = [r[:-1] if r[-1] == tokenizer.eos_token_id and r[1:] else r for r in e.responses]
     return score_encoded(model, encoded)

@@ -86,7 +86,7 @@ def judge(args):
         metrics = figures(rows) | by_subset(rows, figures)
         for k in (0, 1):
             metrics[f"mean_words_{k + 1}"] = mean(len(systems[k][i]["text"].split()) for i in ids)
-        write_metrics(args, "judge", metrics)
+        write_metrics(args, "judge", metrics, judge_items(ids, [row["pair"] for row in rows], args.verdicts))
 
 
 def check_answer(where, row):
@@ -103,12 +103,22 @@ def verdict(text):
     return found.pop() if len(found) == 1 else None
 
 
+SWAPPED = {"A": "B", "B": "A", "C": "C", None: None}
+
+
+def judge_items(ids, pairs, verdicts):
+    """-> {"win", "lose": {id: value}}, the mean of which is judge_metrics'."""
+    seen = {i: (first, SWAPPED[second]) for i, (first, second) in zip(ids, pairs)}
+    if verdicts == "average":
+        return {name: {i: pair.count(v) / 2 for i, pair in seen.items()} for name, v in (("win", "A"), ("lose", "B"))}
+    return {name: {i: float(pair == (v, v)) for i, pair in seen.items()} for name, v in (("win", "A"), ("lose", "B"))}
+
+
 def judge_metrics(pairs, verdicts):
     """[(verdict with system 1 as A, verdict with system 1 as B)] -> shares that system 1 wins, ties and loses, and that
     are unparsed: of all questions where the orders must agree (one unparsed order is enough), of all verdicts where
     they are averaged; of the questions parsed in both orders, how many change with the order."""
-    swapped = {"A": "B", "B": "A", "C": "C", None: None}
-    pairs = [(first, swapped[second]) for first, second in pairs]  # both as system 1 sees them
+    pairs = [(first, SWAPPED[second]) for first, second in pairs]  # both as system 1 sees them
     parsed = [pair for pair in pairs if None not in pair]
     if verdicts == "average":
         outcomes, n = Counter(v for pair in pairs for v in pair), 2 * len(pairs)

@@ -8,7 +8,7 @@ import common
 import runtime
 from collecting import generation
 from collecting.flags import group
-from collecting.scoring import chunks, score_candidates
+from collecting.scoring import chunks, score_encoded
 from common import UserError, in_range
 from evaluating.shared import mean, model_flags, predict, write_metrics
 from files import load_candidates
@@ -71,10 +71,10 @@ def as_trained(args):
 
 
 def score(args, records, device):
-    """-> (record, logprobs [n], lengths [n]) of each record's candidates under --model."""
+    """-> (record, its Encoded, logprobs [n], lengths [n]) of each record's candidates under --model."""
     model, tokenizer = generation.load_generator(args.model, device)
-    scored = score_candidates(model, tokenizer, records, args.max_length, args.max_prompt_length)
-    return [(record, *pair) for record, pair in zip(records, scored)]
+    encoded = [common.encode(tokenizer, r, args.max_length, args.max_prompt_length) for r in records]
+    return [(*both, *pair) for *both, pair in zip(records, encoded, score_encoded(model, encoded))]
 
 
 def ranking(args):
@@ -87,7 +87,7 @@ def ranking(args):
         raise UserError(f"{args.input}: no candidate is ranked by {field!r}")
 
     def compute(records, device):
-        for record, logprobs, lengths in score(args, records, device):
+        for record, _, logprobs, lengths in score(args, records, device):
             sources = [c["source"] for c in record["candidates"]]
             exponents = [args.human_length_scaling if s in common.HUMAN else args.length_scaling for s in sources]
             scores = common.length_normalized(logprobs, lengths, torch.tensor(exponents, device=device))
@@ -143,7 +143,8 @@ def ranking_metrics(rows, margin):
 
 
 def nll(args):
-    """Token NLL of the reference responses under a model, EOS included."""
+    """Token NLL of the reference responses under a model, EOS included; of a response that --max_length cuts, of what
+    is left, so how many these are is said."""
     as_trained(args)
     records = []
     for record in load_candidates(args.input):
@@ -153,7 +154,10 @@ def nll(args):
         records.append(record | {"candidates": references[:1]})
 
     def compute(records, device):
-        return [{"nll": -logp.item(), "tokens": int(n)} for _, logp, n in score(args, records, device)]
+        return [
+            {"nll": -logp.item(), "tokens": int(n), "cut": e.responses_cut, "prompt_cut": e.prompt_cut}
+            for _, e, logp, n in score(args, records, device)
+        ]
 
     if rows := predict(args, "nll", records, compute, chunks):
         tokens = sum(r["tokens"] for r in rows)
@@ -161,4 +165,5 @@ def nll(args):
         by_response = mean(r["nll"] / r["tokens"] for r in rows)
         figures = {"token_nll": token_nll, "perplexity": math.exp(min(token_nll, 700)), "response_nll": by_response}
         items = {"response_nll": {r["id"]: r["nll"] / r["tokens"] for r in rows}}
+        figures |= {"cut_responses": sum(r["cut"] for r in rows), "cut_prompts": sum(r["prompt_cut"] > 0 for r in rows)}
         write_metrics(args, "nll", figures | {"tokens": tokens, "prompts": len(rows)}, items)

@@ -4,6 +4,7 @@ import itertools
 import json
 import pathlib
 import sys
+from collections import Counter
 
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
@@ -71,7 +72,7 @@ def lmentry(args):
             row["answer_index"] = example["metadata"].get("answer_index")
         write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
         complete = len(rows) == sum(map(len, examples.values())) and not args.tasks
-        write_metrics(args, "lmentry", lmentry_metrics(rows, complete))
+        write_metrics(args, "lmentry", lmentry_metrics(rows, complete), lmentry_items(rows))
 
 
 def lmentry_scorers(root):
@@ -95,6 +96,14 @@ def write_lmentry_layout(rows, folder, name):
             scored = {"score": row["score"], "certainty": row["certainty"]}
             predictions[row["id"].partition("/")[2]] = {"input": row["prompt"], "prediction": row["text"]} | scored
         write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
+
+
+def lmentry_items(rows):
+    """-> {"accuracy": {id: value}} of the core tasks' examples: 100 x the score, weighted so that each task counts
+    alike and the mean is lmentry_metrics'."""
+    core = [r for r in rows if r["task"] == r["core"]]
+    size = Counter(r["task"] for r in core)
+    return {"accuracy": {r["id"]: 100 * r["score"] * len(core) / (len(size) * size[r["task"]]) for r in core}}
 
 
 def lmentry_metrics(rows, complete):

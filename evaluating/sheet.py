@@ -7,6 +7,7 @@ import random
 import statistics
 
 from collecting.journal import read_records
+from collecting.prompts import task_of
 from collecting.rank_likelihood import spearman
 from common import UserError, in_range
 from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
@@ -83,7 +84,7 @@ def within(args, draw):
     ranked = draw.sample(ranked, min(args.limit, len(ranked)))
     orders = [draw.sample(list(ranks), n) for _, ranks in ranked]
     items = [
-        {"prompt": r.get("instruction") or r["prompt"], "responses": [r["candidates"][i]["text"] for i in order]}
+        {"prompt": task_of(r), "responses": [r["candidates"][i]["text"] for i in order]}
         for (r, _), order in zip(ranked, orders)
     ]
     ranks = [[ranks[i] for i in order] for (_, ranks), order in zip(ranked, orders)]

@@ -21,8 +21,12 @@ for system in $SYSTEMS; do
   tuna_p) tuna_p ;;
   tuna_c) tuna_c ;;
   tuna)
-    sample tuna_p "$FIRST"
-    contextual tuna_p
+    if [ -n "$GPT4" ]; then
+      collect prepare --task alpaca --from_release --input "$GPT4" --references "$ALPACA" "${template[@]}" --output "$DATA/ranked-tuna_p.jsonl"
+    else
+      sample tuna_p "$FIRST"
+      contextual tuna_p
+    fi
     by_rank tuna tuna_p ranked-tuna_p --lr "$LR_SECOND" ;;
   tuna_cp-13K) by_rank "$system" tuna_c teacher-ranked-first --lr "$LR_SECOND" ;;
   tuna_cp-39K) by_rank "$system" tuna_c teacher-ranked-rest --lr "$LR_SECOND" ;;
@@ -38,5 +42,6 @@ people=() # Table 2's systems, without PPO-sim
 for system in alpaca tuna_p tuna_c tuna; do
   [[ " alpaca $SYSTEMS " != *" $system "* ]] || people+=("$RUNS/eval/$system/vicuna.jsonl")
 done
+anew "$RESULTS/sheet.html" "${people[@]}"
 [ -e "$RESULTS/sheet.html" ] || run python evaluate.py sheet --systems "${people[@]}" --input "${people[0]}" --output "$RESULTS/sheet.html"
 report table3

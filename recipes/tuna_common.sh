@@ -3,8 +3,10 @@
 #
 # ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their
 # log-probabilities, the only way to the paper's retired teacher; without it TEACHER answers, a model at TEACHER_URL or a
-# folder. RANKER at RANKER_URL ranks and judges (below paper scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; empty: left out.
-# MAX_REQUESTS stops the ranking early: training takes what is there, the next start goes on and trains that part anew.
+# folder. GPT4: their released rankings of Tuna_p's responses, for Tuna. RANKER at RANKER_URL ranks and judges (below paper
+# scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; empty: left out.
+# MAX_REQUESTS stops the ranking early: training takes what is there, the next start goes on, and what rests on a file
+# that grew is made and trained anew; files that it makes anew are first set aside, in $DATA/outdated-*.
 NAME=tuna
 . recipes/lib.sh
 
@@ -23,7 +25,7 @@ if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then # without a ranker: o
   tiny_server
   RANKER_URL=$BASE_URL RANKER=${RANKER:-stand-in}
 fi
-ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA:-question.jsonl}
+ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} GPT4=${GPT4:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA:-question.jsonl}
 BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-text-davinci-003} TEACHER_URL=${TEACHER_URL:-}
 RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} MAX_REQUESTS=${MAX_REQUESTS:-}
 SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} SHOTS=${SHOTS:-0 2}
@@ -34,14 +36,25 @@ EPOCHS=${EPOCHS:-1} BATCH=${BATCH:-128} WARMUP=${WARMUP:-2}  # Table 7
 BETA=${BETA:-1.3} MARGIN=${MARGIN:-0.1} LAMBDA=${LAMBDA:-1}  # Sec. 3.1
 RESPONSES=${RESPONSES:-4} TEMPERATURE=${TEMPERATURE:-1} TAU=${TAU:-0.8} # Sec. 3.1
 TOKENS=${TOKENS:-512} EVAL_TOKENS=${EVAL_TOKENS:-}          # 512 as released; the benchmarks' own defaults
-TEMPLATE=${TEMPLATE:-}                                      # alpaca: the released prompt, for off-the-shelf weights
+TEMPLATE=${TEMPLATE:-own}                                   # alpaca: the released prompt, for others' Alpaca weights
 PRM_3B=${PRM_3B:-stabilityai/stablelm-base-alpha-3b} PRM_7B=${PRM_7B:-$BASE} # Sec. 3.1, App. D
 
-template=(${TEMPLATE:+--template "$TEMPLATE"})
+template=(--template "$TEMPLATE") # what the models learn is how the benchmarks ask them
 tokens=(${EVAL_TOKENS:+--max_new_tokens "$EVAL_TOKENS"})
 names=()
 
 collect() { run python collect_candidates.py "$@"; }
+
+anew() { # anew FILE INPUTS...: where INPUTS are not those that FILE was made from, set it aside, so that it is made again
+  local now aside
+  now=$(cat "${@:2}" | sha256sum | cut -c1-16)
+  if compgen -G "$1*" > /dev/null && [ "$(cat "$1.from" 2> /dev/null)" != "$now" ]; then
+    aside=$(mktemp -d "$DATA/outdated-XXXX")
+    echo "$1: what it was made from changed; it is made anew, the old one is in $aside"
+    mv "$1"* "$aside"
+  fi
+  echo "$now" > "$1.from"
+}
 
 instructions() { # Alpaca's, with the original response
   collect prepare --task alpaca --input "$ALPACA" --limit "$N" "${template[@]}" --output "$DATA/train.jsonl"
@@ -57,17 +70,20 @@ teacher() { # N responses of the teacher with its log-probabilities, and as rank
     run $TORCHRUN collect_candidates.py sample --input "$DATA/train.jsonl" --output "$DATA/teacher.jsonl" --model "$TEACHER" \
       --source teacher --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
   fi
+  anew "$DATA/teacher-ranked.jsonl" "$DATA/teacher.jsonl"
   collect rank --by probabilistic --input "$DATA/teacher.jsonl" --output "$DATA/teacher-ranked.jsonl" --length_penalty "$BETA"
   split teacher-ranked
 }
 
 sample() { # sample STUDENT LIMIT: its own diverse responses (Sec. 2.3); LIMIT of the instructions
   head -n "$2" "$DATA/train.jsonl" > "$DATA/train-$2.jsonl"
+  anew "$DATA/sampled-$1.jsonl" "$DATA/train-$2.jsonl" "$RUNS/$1.data"
   run $TORCHRUN collect_candidates.py sample --input "$DATA/train-$2.jsonl" --output "$DATA/sampled-$1.jsonl" \
     --model "$RUNS/$1/model" --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS"
 }
 
 contextual() { # contextual STUDENT: the ranker on the first of its responses (Table 9)
+  anew "$DATA/ranked-$1.jsonl" "$DATA/sampled-$1.jsonl"
   collect rank --by contextual --input "$DATA/sampled-$1.jsonl" --limit "$FIRST" --output "$DATA/ranked-$1.jsonl" \
     --model "$RANKER" --base_url "$RANKER_URL" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
 }
@@ -106,8 +122,8 @@ tuna_c() { # Alpaca's responses to all instructions (the PRM ranks the rest), th
   by_rank tuna_c alpaca ranked-alpaca --lr "$LR"
 }
 
-measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers
-  local eval=(--model "$RUNS/$1/model" --name "$1") out=$RUNS/eval/$1
+measure() { # measure RUN [MODEL]: Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers
+  local eval=(--model "${2:-$RUNS/$1/model}" --name "$1") out=$RUNS/eval/$1
   if [ -n "$SUPERNI" ]; then
     for shots in $SHOTS; do
       run $TORCHRUN evaluate.py superni "${eval[@]}" --superni_dir "$SUPERNI" --shots "$shots" "${template[@]}" "${tokens[@]}" \
@@ -123,6 +139,9 @@ measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca
   names+=("$RESULTS/$1")
 }
 
-report() { # report TABLE: ours beside the paper's
-  run python evaluate.py report "${names[@]}" --paper "recipes/paper/tuna_$1.json" --output "$RESULTS/$1.md"
+report() { # report TABLE [FOLDERS...]: ours beside the paper's
+  local table=$1
+  shift
+  [ $# -gt 0 ] || set -- "${names[@]}"
+  run python evaluate.py report "$@" --paper "recipes/paper/tuna_$table.json" --output "$RESULTS/$table.md"
 }

@@ -19,6 +19,7 @@ tuna_c
 measure tuna_c
 for size in $SIZES; do
   SCRIPT=reward_model.py train "prm-$size" "${prm[$size]}" ranked-alpaca --ordering rank
+  anew "$DATA/prm-$size-52K.jsonl" "$DATA/sampled-alpaca.jsonl" "$RUNS/prm-$size.data"
   collect rank --by prm --model "$RUNS/prm-$size/model" --input "$DATA/sampled-alpaca.jsonl" --output "$DATA/prm-$size-52K.jsonl"
   split "prm-$size-52K"
   cat "$DATA/ranked-alpaca.jsonl" "$DATA/prm-$size-52K-rest.jsonl" > "$DATA/prm-$size-39K.jsonl"

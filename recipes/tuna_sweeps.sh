@@ -35,7 +35,7 @@ collect prepare --task alpaca --input "$LIMA" "${template[@]}" --output "$DATA/l
 for BETA in $BETAS; do
   probabilistic "beta-$BETA" alpaca teacher --lr "$LR"
   run $TORCHRUN evaluate.py nll --model "$RUNS/beta-$BETA/model" --name "beta@$BETA" --input "$DATA/lima.jsonl" \
-    --output "$RUNS/eval/beta-$BETA/nll.jsonl"
+    --max_length 2048 --output "$RUNS/eval/beta-$BETA/nll.jsonl"
   keep "beta-$BETA" "$RUNS/eval/beta-$BETA"
   names+=("$RESULTS/beta-$BETA")
 done

@@ -8,8 +8,10 @@ import pytest
 from api_server import Server
 from conftest import read_jsonl, refused, run, write_jsonl
 
+from collecting import prompts
 from collecting.sample import keep_diverse, max_similarity
 from collecting.server import read_reply
+from evaluating import superni
 
 # ----------------------------------------------------------------------------------------------------------------------
 # prepare
@@ -82,6 +84,22 @@ def test_limas_dialogues(tmp_path, cli):
     assert [(r["instruction"], r["candidates"][0]["text"]) for r in records] == [("Why?", "Because."), ("A?", "B.")]
 
 
+def test_template_own_is_the_prompt_that_training_reads(tmp_path, cli):
+    """For the benchmarks: a model trained on prepare's prompts meets an instruction as it has learnt to."""
+    write_jsonl(tmp_path / "d.jsonl", ALPACA)
+    flags = ["prepare", "--task", "alpaca", "--input", tmp_path / "d.jsonl"]
+    assert cli("collect_candidates", *flags, "--output", tmp_path / "o.jsonl").code == 0
+    assert cli("collect_candidates", *flags, "--output", tmp_path / "own.jsonl", "--template", "own").code == 0
+    records = read_jsonl(tmp_path / "o.jsonl")
+    assert records == read_jsonl(tmp_path / "own.jsonl")
+    assert [(r["instruction"], r["input"]) for r in records[:2]] == [
+        ("Add the numbers.", "2 and {3}"),
+        ("Name a colour.", ""),
+    ]
+    prompt = superni.superni_prompt("Add the numbers.", [], "2 and {3}", None, 9, prompts.ALPACA_TEMPLATE)
+    assert prompt == records[0]["prompt"].replace("Add the", "Definition: Add the")
+
+
 def test_the_authors_rankings_and_log_probabilities(tmp_path, cli):
     rows = {
         "p": {"orig": ALPACA[1], "text": ["\nBlue", "Red"], "avg_token_prob": [-1, -2], "length": [2, 1]}
@@ -107,6 +125,40 @@ def test_the_authors_rankings_and_log_probabilities(tmp_path, cli):
     flags = ["--input", tmp_path / "bad.json", "--output", tmp_path / "bad.jsonl", "--from_release"]
     result = cli("collect_candidates", "prepare", "--task", "alpaca", *flags)
     refused(result, "bad.json:1: not a row of the released files: 'length' must be a list")
+
+
+def test_released_rankings_get_their_original_response(tmp_path, cli):
+    """--references: Eq. 6's MLE term has what it wants; the prompts are in the template that all others have."""
+    write_jsonl(tmp_path / "alpaca.jsonl", ALPACA)
+    both = "Told.\n\n### Instruction:\nAdd the numbers.\n\n### Input:\n2 and {3}\n\n### Response:"
+    one = "Told.\n\n### Instruction:\nName a colour.\n\n### Response:"
+    rows = {
+        "c": [
+            {"id": 1, "instruct": both, "generation": ["5", "6"], "ranks": [1, 0]},
+            {"id": 2, "instruct": "### Instruction:\nNot there.\n\n### Response:", "generation": ["a"], "rank": [0]},
+        ],
+        "t": [{"id": 1, "instruction": one, "output": ["Blue", "Red.", "Green"], "score": [2, 1, 0]}],
+    }
+    got = {}
+    for name, some in rows.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(some))
+        flags = ["--input", tmp_path / f"{name}.json", "--output", tmp_path / f"{name}.jsonl", "--from_release"]
+        flags += ["--references", tmp_path / "alpaca.jsonl"]
+        done = cli("collect_candidates", "prepare", "--task", "alpaca", *flags)
+        assert f"left out: {len(some) - 1} rows without a response in --references" in done.out
+        [got[name]] = read_jsonl(tmp_path / f"{name}.jsonl")
+    model = {"source": "tuna-probabilistic"}
+    reference = {"text": "5", "source": "reference"}  # what Tuna_p says in the same words stays Tuna_p's
+    assert got["c"]["candidates"] == [reference, {"text": "5", "rank": 1} | model, {"text": "6", "rank": 0} | model]
+    assert got["c"]["prompt"] == prompts.alpaca_prompt(prompts.ALPACA_TEMPLATE, ALPACA[0], "")
+    assert got["c"]["id"] == "release-0" and got["c"]["ranked_by"] == "gpt-4"
+    assert [(c["source"], c["rank"]) for c in got["t"]["candidates"]] == [("model", 0), ("reference", 1), ("model", 2)]
+    flags = ["prepare", "--task", "alpaca", "--input", tmp_path / "alpaca.jsonl", "--references", tmp_path / "x"]
+    refused(cli("collect_candidates", *flags), "--references belongs to --task alpaca --from_release")
+    (tmp_path / "bad.json").write_text(json.dumps([{"id": 1, "instruct": "I R:", "generation": ["a"], "rank": [0]}]))
+    flags = ["--input", tmp_path / "bad.json", "--from_release", "--references", tmp_path / "alpaca.jsonl"]
+    result = cli("collect_candidates", "prepare", "--task", "alpaca", *flags, "--output", tmp_path / "bad.jsonl")
+    refused(result, "bad.json:1: the prompt lacks ### Instruction: or ### Response:")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -190,6 +190,29 @@ def test_a_template_of_ones_own_can_hold_table_9():
     assert prompt == f"{RANKABLE['prompt']}\n###Response 0:\ncccc\n###Response 3:\nbb\n0-3, yours: 4"
     with pytest.raises(common.UserError, match="response_3"):  # three responses cannot fill it
         contextual_prompt(template, record, [3, 1, 2], "t")
+    template = "I {instruction} N {input} R {response_0}\n---\nI {instruction} R {response_0}"  # as its text has them
+    assert contextual_prompt(template, record | {"input": "of {x}"}, [3], "t") == (
+        "I name the capital {city} N of {x} R cccc"
+    )
+    assert contextual_prompt(template, record, [3], "t") == "I name the capital {city} R cccc"
+    task = contextual_prompt("{task}", record | {"input": "of {x}"}, [3], "t")
+    assert task == "name the capital {city}\n\nof {x}"
+
+
+def test_responses_of_512_tokens_are_scored_whole(tmp_path, tiny, cli):
+    """--by logprob and --by prm read 1,024 tokens, as tuna.py does, and say what did not fit."""
+    tokenizer = runtime.load_tokenizer(tiny)
+    ids = tokenizer(" ".join(["Two men play"] * 400), add_special_tokens=False).input_ids
+    text = tokenizer.decode(ids[:512]).strip()
+    record = RANKABLE | {"candidates": [{"text": text, "source": "m"}, {"text": "a", "source": "m"}]}
+    write_jsonl(tmp_path / "d.jsonl", [record])
+    whole = len(tokenizer(" " + text, add_special_tokens=False).input_ids)
+    flags = ["rank", "--by", "logprob", "--model", tiny, "--input", tmp_path / "d.jsonl", "--output"]
+    done = cli("collect_candidates", *flags, tmp_path / "o.jsonl")
+    assert "cut to fit --max_length 1024: 0 prompts (left), 0 responses (right)" in done.out
+    assert read_jsonl(tmp_path / "o.jsonl")[0]["candidates"][0]["num_tokens"] == whole >= 500
+    done = cli("collect_candidates", *flags, tmp_path / "p.jsonl", "--max_length", 512)
+    assert "1 prompts (left), 1 responses (right)" in done.out
 
 
 def test_unparsed_replies_are_kept_and_failures_asked_again(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """evaluate.py, Tuna's benchmarks: metrics by hand, the verbs on small clones of the benchmarks' layouts."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -42,6 +43,12 @@ def test_nll_against_one_by_one(cli, tiny, here):
     assert got["token_nll"] == pytest.approx(torch.cat(values).mean().item(), abs=1e-4)
     assert got["response_nll"] == pytest.approx(sum(v.mean().item() for v in values) / 5, abs=1e-4)
     assert got["tokens"] == sum(map(len, values)) and got["prompts"] == 5
+    assert got["cut_responses"] == got["cut_prompts"] == 0
+    longest = max(map(len, values))
+    short = ["--max_length", longest + 1, "--name", "short"]  # the longest leaves the prompt nothing beyond its BOS
+    assert cli("evaluate", "nll", "--model", tiny, "--input", "d.jsonl", *short).code == 0
+    cut = metrics_of(here, "nll", "short")
+    assert cut["cut_responses"] == sum(len(v) == longest for v in values) > 0 and cut["cut_prompts"] == 5
     records[3]["candidates"].pop(0)
     write_jsonl(here / "e.jsonl", records)
     refused(cli("evaluate", "nll", "--model", tiny, "--input", "e.jsonl"), "record 'r3' has no reference response")
@@ -206,6 +213,9 @@ def test_lmentry(cli, tiny, here):
     right = sum("e" in r["text"] for r in rows if r["task"] == "word_after")
     assert got["accuracy"] == 25 * right and "lmentry_score" not in got
     assert got["core_tasks"] == 1 and got["files"] == 2
+    items = json.loads((here / "runs/eval/tiny/lmentry.items.json").read_text())["accuracy"]
+    assert items.keys() == {r["id"] for r in rows if r["task"] == "word_after"}
+    assert sum(items.values()) / len(items) == got["accuracy"]
     layout = json.loads((here / "runs/eval/tiny/predictions/word_after/tiny.json").read_text())
     assert layout["1"]["prediction"] == rows[0]["text"] and layout["1"]["score"] == int("e" in rows[0]["text"])
     refused(cli("evaluate", "lmentry", *flags, "--tasks", "nope"), "lm", "nope")
@@ -233,6 +243,10 @@ def test_lmentry_score_by_hand():
     assert got["argument_content"] == pytest.approx(50)
     assert got["template"] == pytest.approx((24 * 100 + 0) / 25)
     assert got["adjacent_tasks"] == pytest.approx((15 * 100 + 50 + 200 / 3) / 17)
+    more = [{"task": "word_after", "core": "word_after", "score": 0, "template": 0, "answer_index": 0}] * 3
+    uneven = [r | {"id": str(i)} for i, r in enumerate(rows + more)]  # a task of nine examples counts as one of six
+    items = lmentry.lmentry_items(uneven)["accuracy"].values()
+    assert sum(items) / len(items) == pytest.approx(lmentry.lmentry_metrics(uneven, complete=False)["accuracy"])
     parts = ("argument_order", "argument_content", "template", "adjacent_tasks")
     assert got["robustness"] == pytest.approx(sum(got[k] for k in parts) / 4)
     assert got["lmentry_score"] == pytest.approx(got["accuracy"] * got["robustness"] / 100)
@@ -277,6 +291,16 @@ def test_judge_metrics_by_hand():
     assert {k: mean[k] for k in ("flip_rate", "first_place_preferred")} == {
         k: got[k] for k in ("flip_rate", "first_place_preferred")
     }
+
+
+def test_judges_items_are_what_its_shares_are_the_mean_of():
+    pairs = [("A", "B"), ("B", "A"), ("A", "A"), ("C", "B"), ("A", None)]
+    for verdicts in ("agree", "average"):
+        items = judge.judge_items("abcde", pairs, verdicts)
+        got = judge.judge_metrics(pairs, verdicts)
+        for figure in ("win", "lose"):
+            assert sum(items[figure].values()) / 5 == pytest.approx(got[figure])
+        assert items["win"]["a"] == 1 and items["win"]["d"] == (0 if verdicts == "agree" else 0.5)
 
 
 @pytest.mark.parametrize(
@@ -336,5 +360,7 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
         [len(r["text"]) for r in read_jsonl(here / f"runs/eval/{name}/vicuna.jsonl")] for name in ("long", "short")
     ]
     wins = sum(a > b for a, b in zip(*lengths))
+    out = cli("evaluate", "report", "long-vs-short", "noise", "--paired").out
+    assert re.search(rf"\| long-vs-short - noise, win \| {min(a > b for a, b in zip(*lengths)):d}.* \| 2 \|", out)
     assert got["win"] == pytest.approx(wins / 3) and got["unparsed"] == 0 and got["mean_words_1"] >= 1
     refused(cli("evaluate", "judge", *answers[:2], "d.jsonl", "--model", "x"), "d.jsonl: no such file")
