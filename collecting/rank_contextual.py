@@ -64,9 +64,9 @@ def rank_by_contextual(records, args, done=()):
 
 
 def contextual_prompt(template, record, shown, where):
-    """The template with {task}, or Alpaca's {instruction} and {input} apart (Table 9; below a line --- for those without),
-    or the record's {prompt}; all {responses} or each {response_0} ..., their {count}, the number of the {last} and that
-    of the {reference}."""
+    """The template with {task}, or {instruction} and {input} apart (Table 9; below a line --- for records without), or
+    the record's {prompt}; all {responses} or each {response_0} ..., their {count}, the number of the {last} and that of
+    the {reference}."""
     texts = [record["candidates"][i]["text"] for i in shown]
     fields = {f"response_{k}": text for k, text in enumerate(texts)}
     fields["responses"] = "\n\n".join(f"Response {k}:\n{text}" for k, text in enumerate(texts))

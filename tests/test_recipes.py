@@ -139,6 +139,7 @@ def test_tuna_prm(env, tuna_folder):
     rows = [line for line in out.splitlines() if line.startswith("| Tuna_c (PRM-3B-")]
     assert len(rows) == 2 and all(len(re.findall(r"\d\]? \(", line)) == 4 for line in rows)  # ours and the paper's
     assert "mean words: 0: " in out and "16 prompts" in out  # Table 4; mix-Tuna-104K: 8 and 8
+    assert "changed" not in out  # of what tuna.sh has made
 
 
 def test_tuna_sweeps(env, tuna_folder):
@@ -148,11 +149,21 @@ def test_tuna_sweeps(env, tuna_folder):
     assert "(2.14)" in line and len(re.findall(r"\d \(", line)) == 2  # ours at two of six betas
 
 
-def test_tuna_stopped_by_its_budget(env, tmp_path):
-    """--max_requests ends the ranking early: what is there is trained, and the next start goes on and trains anew."""
-    want = {"SYSTEMS": "tuna_c", "SUPERNI": "", "N": "4"}
-    first = recipe("tuna", env, tmp_path, MAX_REQUESTS="2", **want)
-    assert "2 of 4 done, 2 missing" in first.stdout and "2 prompts, 8 ranked candidates" in first.stdout
-    second = recipe("tuna", env, tmp_path, **want).stdout
-    assert "tuna_c: its data changed" in second and "4 prompts, " in second
-    assert digests(second)["tuna_c"] != digests(first.stdout)["tuna_c"]
+def test_tuna_goes_on_after_its_budget(env, tmp_path):
+    """--max_requests ends the ranking early and what is there is trained. The next start asks for the rest; what rests
+    on it is trained anew, the PRM too, so what that ranked is ranked anew; what was asked and sampled stays."""
+    want = {"SUPERNI": "", "N": "4", "FIRST": "3", "RESPONSES": "2"}
+    first = recipe("tuna_prm", env, tmp_path, MAX_REQUESTS="2", **want).stdout
+    folder = tmp_path / "data/tuna-tiny"
+    asked, sampled = read_jsonl(folder / "ranked-alpaca.jsonl"), (folder / "sampled-alpaca.jsonl").read_bytes()
+    assert "2 of 3 done, 1 missing" in first and "2 prompts, 4 ranked candidates" in first and len(asked) == 2
+    second = recipe("tuna_prm", env, tmp_path, **want).stdout
+    assert "prm-3B: its data changed" in second and "prm-3B-52K.jsonl: what it was made from changed" in second
+    ranked = read_jsonl(folder / "ranked-alpaca.jsonl")
+    assert len(ranked) == 3 and all(r in ranked for r in asked)
+    assert (folder / "sampled-alpaca.jsonl").read_bytes() == sampled
+    [aside] = folder.glob("outdated-*")
+    assert {p.name for p in aside.iterdir()} >= {"prm-3B-52K.jsonl", "prm-3B-52K.jsonl.args.json"}
+    assert len(digests(second)) == len(digests(first)) == 6
+    changed = {name for name, digest in digests(second).items() if digests(first)[name] != digest}
+    assert changed >= {"tuna_c", "prm-3B", "tuna_c-prm-3B-39K"} and "alpaca" not in changed
