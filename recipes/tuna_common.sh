@@ -135,7 +135,7 @@ measure() { # measure RUN [MODEL]: Super-NI, LMentry, Vicuna QA, the last agains
   run $TORCHRUN evaluate.py vicuna "${eval[@]}" --input "$VICUNA" "${template[@]}" "${tokens[@]}" --output "$out/vicuna.jsonl"
   [ "$1" = alpaca ] || run python evaluate.py judge --answers "$out/vicuna.jsonl" "$RUNS/eval/alpaca/vicuna.jsonl" --name "$1" \
     --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL"
-  keep "$1" "$out"
+  keep "$1" "$out" "$RUNS/$1"
   names+=("$RESULTS/$1")
 }
 

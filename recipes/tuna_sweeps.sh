@@ -36,7 +36,7 @@ for BETA in $BETAS; do
   probabilistic "beta-$BETA" alpaca teacher --lr "$LR"
   run $TORCHRUN evaluate.py nll --model "$RUNS/beta-$BETA/model" --name "beta@$BETA" --input "$DATA/lima.jsonl" \
     --max_length 2048 --output "$RUNS/eval/beta-$BETA/nll.jsonl"
-  keep "beta-$BETA" "$RUNS/eval/beta-$BETA"
+  keep "beta-$BETA" "$RUNS/eval/beta-$BETA" "$RUNS/beta-$BETA"
   names+=("$RESULTS/beta-$BETA")
 done
 report table5
