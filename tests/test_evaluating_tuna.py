@@ -339,8 +339,10 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
 
     asked = []
 
-    def longest(args, prompts, **options):  # prefers the longer answer, and A among equals; fails once
+    def longest(args, prompts, done=(), **options):  # prefers the longer answer, and A among equals; fails once
         for i, prompt in enumerate(prompts):
+            if i in done:
+                continue
             asked.append(prompt)
             if len(asked) == 2:
                 yield i, None, "HTTP 500"
