@@ -62,16 +62,14 @@ def pro_loss(scores, rewards=None, first_only=False):
     first_only keeps the term k = 1 (Table 5). Fewer than two scores give 0. Rewards that ascend give NaN: to raise an
     error would wait for the GPU at every prompt.
     """
-    n = len(scores)
-    z = scores.expand(n, n)  # row k is term k, column i >= k a response of its sum
-    if rewards is not None:
-        gaps = rewards[:, None] - rewards  # [n, n], 1 / T_k^i, Eq. 10; 0 on the diagonal
-        own = rewards - rewards[-1]  # [n], 1 / T_k^k, Eq. 11: the smallest temperature is the largest gap, to the last
-        z = z * (gaps + own.diag())  # Eq. 9
-    z = z - z.diagonal()[:, None]
-    before = torch.ones_like(z, dtype=torch.bool).tril(-1)  # i < k
-    terms = z.masked_fill(before, -torch.inf).logsumexp(1)  # [n], -log of exp(z_k) / sum over i >= k of exp(z_i)
-    loss = terms[: min(1, n - 1) if first_only else n - 1].sum()
+    loss = scores.sum() * 0.0
+    for k in range(min(1, len(scores) - 1) if first_only else len(scores) - 1):
+        z = scores[k:]  # [n - k]
+        if rewards is not None:
+            gaps = rewards[k] - rewards[k + 1 :]  # [n - k - 1], 1 / T_k^i, Eq. 10
+            own = gaps.max(0, keepdim=True).values  # 1 / T_k^k, Eq. 11: the smallest temperature is the largest gap
+            z = z * torch.cat([own, gaps])  # Eq. 9
+        loss = loss + torch.logsumexp(z - z[0], 0)  # -log of exp(z_k) / sum over i >= k of exp(z_i)
     return loss if rewards is None else torch.where((rewards.diff() > 0).any(), torch.nan, loss)
 
 
