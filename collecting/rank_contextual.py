@@ -1,6 +1,7 @@
 """rank --by contextual: a stronger model that reads all responses of a prompt, rates and ranks them (Tuna)."""
 
 import json
+import pathlib
 import random
 import re
 from collections import Counter
@@ -9,6 +10,7 @@ import common
 import runtime
 from collecting import asking
 from collecting.prompts import CONTEXTUAL_TEMPLATE, alpaca_prompt, read_template, task_of
+from files import read_rows, write_atomically
 from runtime import say
 
 CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the form asked for, from first line to last:
@@ -37,6 +39,8 @@ def rank_by_contextual(records, args, done=()):
         asked.append((record, shown))
         prompts.append(contextual_prompt(template, record, shown, args.prompt_file or "the template"))
     unread = {}  # number of the prompt -> the last reply that could not be read
+    file = pathlib.Path(f"{args.output}.unparsed.jsonl")  # one reply a record, of whichever run was the last
+    kept = {row["id"]: row for _, row in common.read_rows(file)} if file.exists() else {}
 
     def read(number, text):
         try:
@@ -58,8 +62,8 @@ def rank_by_contextual(records, args, done=()):
             continue
         count[error or "unparsed"] += 1
         if number in unread:
-            with open(f"{args.output}.unparsed.jsonl", "a") as f:
-                f.write(json.dumps({"id": record["id"], "reply": unread[number]}, ensure_ascii=False) + "\n")
+            kept[record["id"]] = {"id": record["id"], "reply": unread[number]}
+            write_atomically(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept.values()))
     say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none asked for")
 
 

@@ -71,7 +71,8 @@ def lmentry(args):
                 raise UserError(f"--lmentry_dir {root}: its scorer fails on {row['id']} ({e})") from e
             row["answer_index"] = example["metadata"].get("answer_index")
         write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
-        complete = len(rows) == sum(map(len, examples.values())) and not args.tasks
+        every = {t for pair in ADJACENT for t in pair} | ARGUMENT_ORDER  # a clone may have lost files
+        complete = len(rows) == sum(map(len, examples.values())) and every <= examples.keys()
         write_metrics(args, "lmentry", lmentry_metrics(rows, complete), lmentry_items(rows))
 
 

@@ -66,6 +66,7 @@ def report(args):
     say(text)
     if args.output:
         output = pathlib.Path(args.output)
+        output.parent.mkdir(parents=True, exist_ok=True)
         if output.exists() and not output.read_bytes().startswith(HEAD.encode()):
             raise UserError(f"--output {output} was not written by report: name another file")
         write_atomically(output, HEAD + text + "\n")

@@ -40,12 +40,14 @@ def sheet(args):
     number = hashlib.sha256(json.dumps([items, args.seed]).encode()).hexdigest()[:12]
     data = json.dumps({"sheet": number, "items": items}).replace("<", "\\u003c")  # no text can end the script element
     output = pathlib.Path(args.output)
-    for file in (output, key_file(output)):
-        if file.exists():
+    page = PAGE.read_text(encoding="utf-8").replace("@DATA@", data)
+    files = {key_file(output): json.dumps({"sheet": number} | key), output: page}
+    for file, text in files.items():  # killed between the two, the same command writes the other
+        if file.exists() and file.read_bytes() != text.encode():
             raise UserError(f"--output {output}: {file} is there already: name another file")
     output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(key_file(output), json.dumps({"sheet": number} | key))
-    write_atomically(output, PAGE.read_text(encoding="utf-8").replace("@DATA@", data))
+    for file, text in files.items():
+        write_atomically(file, text)
     what = f"{len(items)} prompts, {len(items[0]['responses'])} {'candidates' if args.within else 'systems'}"
     say(f"{what}: {output} (do not give {key_file(output)} to the judges)")
     return None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import time
@@ -43,7 +44,9 @@ def test_the_page_hides_who_is_who_and_shuffles(cli, two_systems):
         "</script>\n<script>", ""
     )
     again = ("--systems", "a/p.jsonl", "b/p.jsonl", "--input", "in.jsonl", "--output", "s.html")
-    refused(cli("evaluate", "sheet", *again), "there already")
+    refused(cli("evaluate", "sheet", *again, "--seed", 1), "there already")
+    pathlib.Path("s.html").unlink()  # as after a kill between the two files: the page that belongs to the key
+    assert cli("evaluate", "sheet", *again).code == 0 and pathlib.Path("s.html").read_text() == page
 
 
 def save_results(key, answers, name="r.json"):

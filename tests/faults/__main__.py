@@ -1,12 +1,13 @@
 """The fault rig: kills training and collecting at random moments, tears files, fills the disk, serves hostile HTTP,
 feeds malformed inputs.
 
-    make faults                          the long form: 30 kills each, the whole corpus of malformed inputs
-    make faults ARGS="--kills 3"         a short one; tests/test_faults.py runs it in make test
+    make faults                                             the long form, hours of a core
+    make faults ARGS="--parts calls --piece 2/8 --rows f"   a piece of it: every eighth command, its rows added to f
+    make faults ARGS="--add f"                              the rows of such pieces as one table
 
-Every run is a forked child of this process, in which everything is imported already: a start costs no time, so that
-kills fall into the work and not into the imports. Prints a table of what was tried, survived, lost; exit code 1 if
-anything was lost.
+tests/test_faults.py runs a short form in make test. Every run is a forked child of this process, in which everything
+is imported already: a start costs no time, so that kills fall into the work and not into the imports. Prints a table
+of what was tried, survived, lost; exit code 1 if anything was lost.
 """
 
 import argparse
@@ -34,9 +35,13 @@ from api_server import Server  # noqa: E402
 from conftest import make_model, make_records, make_tokenizer, read_jsonl, write_jsonl  # noqa: E402
 from faults.malformed import corpus  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
+from test_evaluating_tuna import make_lmentry, make_superni  # noqa: E402
 
 import runtime  # noqa: E402
 from recipes.tiny import make_reward_model  # noqa: E402
+
+PARTS = ("train1", "train2", "collect", "calls", "changed", "processes")
+PARTS += ("signals", "dies", "full", "elsewhere", "hostile", "malformed")
 
 
 class Child:
@@ -115,9 +120,10 @@ def free_port():
         return s.getsockname()[1]
 
 
-def start(script, args, folder, world=1, **kwargs):
-    port = free_port() if world > 1 else None
-    return [Child(script, args, folder / f"log{rank}", rank, world, port, **kwargs) for rank in range(world)]
+def start(script, args, folder, world=1, second=None, **kwargs):
+    """A run on `world` ranks; of two the second gets the arguments `second` where they are given."""
+    port, of_rank = free_port() if world > 1 else None, [args, second or args, *[args] * world]
+    return [Child(script, of_rank[rank], folder / f"log{rank}", rank, world, port, **kwargs) for rank in range(world)]
 
 
 def finish(children, seconds=120):
@@ -187,8 +193,8 @@ def with_ranks(record):
 
 
 class Rig:
-    def __init__(self, folder, seed):
-        self.folder, self.seed, self.rows = folder, seed, []
+    def __init__(self, folder, seed=0, piece=(1, 1)):
+        self.folder, self.seed, self.piece, self.rows = folder, seed, piece, []
         make_model().save_pretrained(folder / "tiny")
         make_tokenizer().save_pretrained(folder / "tiny")
         self.data = write_jsonl(folder / "data.jsonl", make_records(24))
@@ -203,9 +209,13 @@ class Rig:
         children[0].kill()
         finish(children)
 
-    def report(self, what, tried, survived, lost, note=""):
-        self.rows.append((what, tried, survived, lost, note))
-        print(f"{what:34} tried {tried:4}  survived {survived:4}  lost {lost:3}  {note}", flush=True)
+    def report(self, what, tried, lost, note=""):
+        self.rows.append({"fault": what, "tried": tried, "lost": lost, "note": note})
+        print(f"{what:38} tried {tried:4}  survived {tried - lost:4}  lost {lost:3}  {note}", flush=True)
+
+    def share(self, cases):
+        """The cases of this --piece."""
+        return [*cases][self.piece[0] - 1 :: self.piece[1]]
 
     def training_args(self, name, *more):
         flags = [
@@ -233,9 +243,7 @@ class Rig:
             steps = [line["step"] for line in read_jsonl(folder / f"run{run}/log.jsonl")]
             whole = same_weights(folder / "reference", folder / f"run{run}") and steps == list(range(1, 25))
             lost += not whole
-        self.report(
-            f"SIGKILL of training, {world} rank(s)", kills, kills if not lost else 0, lost, f"seed {self.seed + world}"
-        )
+        self.report(f"SIGKILL of training, {world} rank(s)", kills, lost)
 
     def kill_collecting(self, kills):
         folder = self.folder / "collect"
@@ -256,20 +264,27 @@ class Rig:
 
         for run in random_kills("collect_candidates", args, folder, 1, kills, rng, tear):
             lost += (folder / f"run{run}.jsonl").read_bytes() != (folder / "reference.jsonl").read_bytes()
-        self.report("SIGKILL of collecting, torn lines", kills, kills if not lost else 0, lost, f"seed {self.seed}")
+        self.report("SIGKILL of collecting, torn lines", kills, lost)
 
-    def kill_at_calls(self, kills, some=None):
-        """Every script and verb, killed just before a system call that touches its files, each time another: run again
-        it gives what an undisturbed run gives."""
-        folder, rng = self.folder / "calls", random.Random(self.seed)
-        folder.mkdir()
-        tiny, prompts, data = self.folder / "tiny", self.prompts, self.data
+    def commands(self, folder):
+        """{script and verb: its arguments without --output} of every script and verb that writes."""
+        tiny, prompts, data, reward = self.folder / "tiny", self.prompts, self.data, self.reward
         train = ["--model", tiny, "--lr", "1e-3", "--batch_size", "8", "--checkpoint_every", "1", "--resume"]
         answers = ["--model", tiny, "--max_new_tokens", "4", "--batch_size", "4"]
         ranked = write_jsonl(folder / "ranked.jsonl", [with_ranks(r) for r in make_records(12)])
         pairs = write_jsonl(folder / "pairs.jsonl", [{"instruction": f"Say {k}.", "output": f"{k}"} for k in range(8)])
-        bootstrap = ["--bootstrap_splits", "2", "--reward_model", self.reward, "--max_new_tokens", "6", "--epochs", "1"]
-        runs = {
+        bootstrap = ["--bootstrap_splits", "2", "--reward_model", reward, "--max_new_tokens", "6", "--epochs", "1"]
+        documents = [{"title": "t", "text": f"The cat sat {k} times.", "gold": k == 1} for k in range(3)]
+        asked = {"question": "how often", "answers": ["1"], "documents": documents, "gold_position": 1}
+        qa = write_jsonl(folder / "qa.jsonl", [asked | {"id": f"q{k}", "prompt": "how often" * k} for k in range(1, 9)])
+        spoken = [{"question_id": k, "category": "c", "turns": ["Why? " * k]} for k in range(1, 9)]
+        given = [{"id": f"a{k}", "question": "Why?", "text": "So. " * k} for k in range(1, 9)]
+        spoken, given = write_jsonl(folder / "spoken.jsonl", spoken), write_jsonl(folder / "given.jsonl", given)
+        shown = write_jsonl(folder / "shown.jsonl", [r | {"prompt": "Why?"} for r in read_jsonl(given)])
+        figures = write_jsonl(folder / "nli.metrics.json", [{"name": "x", "verb": "nli", "metrics": {"accuracy": 0.5}}])
+        ni, lm = make_superni(folder / "ni"), make_lmentry(folder / "lm")
+        rank = ["--input", ranked]
+        return {
             "rescue": ["--ordering", "label", "--data", data, *train],
             "pro": ["--data", ranked, *train, *bootstrap],
             "tuna": ["--stage", "contextual", "--data", ranked, *train],
@@ -277,34 +292,144 @@ class Rig:
             "collect_candidates prepare": ["--task", "alpaca", "--input", pairs, "--validation", "2"],
             "collect_candidates sample": ["--input", prompts, "--num_samples", "2", *answers],
             "collect_candidates teacher": ["--input", prompts, *answers],
-            "collect_candidates rank": ["--by", "label", "--input", data],
+            "collect_candidates flip": ["--input", data, *answers],
+            "collect_candidates anchor": ["--input", qa, "--num_distractors", "1", *answers],
+            "collect_candidates rank --by label": ["--input", data],
+            "collect_candidates rank --by gpt": ["--input", data, *answers],
+            "collect_candidates rank --by contextual": ["--input", data, *answers],
+            "collect_candidates rank --by reward": ["--reward_model", reward, *rank],
+            "collect_candidates rank --by logprob": ["--model", tiny, *rank],
+            "collect_candidates rank --by prm": ["--model", tiny, *rank],
+            "collect_candidates rank --by similarity": ["--encoder", tiny, *rank],
             "collect_candidates hindsight": ["--input", ranked],
             "collect_candidates export": ["--input", ranked, "--format", "trl"],
-            "evaluate nll": ["--input", data, "--model", tiny],
             "evaluate ranking": ["--input", data, "--model", tiny, "--by", "label"],
             "evaluate nli": ["--input", prompts, *answers],
+            "evaluate multidoc-qa": ["--input", qa, *answers],
+            "evaluate nll": ["--input", data, "--model", tiny],
+            "evaluate superni": ["--superni_dir", ni, *answers],
+            "evaluate lmentry": ["--lmentry_dir", lm, *answers],
+            "evaluate vicuna": ["--input", spoken, *answers],
+            "evaluate hh": ["--input", data, "--reward_model", reward, *answers],
+            "evaluate judge": ["--answers", given, given, "--name", "x", *answers],
+            "evaluate sheet": ["--systems", given, given, "--names", "a", "b", "--input", shown],
+            "evaluate report": [figures.parent],
         }
+
+    def kill_at_calls(self, kills, some=None):
+        """Every script and verb, killed just before a system call that touches its files, each time another: run again
+        it gives what an undisturbed run gives."""
+        folder = self.folder / "calls"
+        folder.mkdir()
+        commands = self.commands(folder)
         tried = lost = 0
-        for what in rng.sample(list(runs), some) if some else runs:
+        chosen = random.Random(self.seed).sample(list(commands), some or len(commands))
+        for what in self.share(sorted(chosen)):
             script, *verb = what.split()
-            place = folder / what.replace(" ", "-")
+            rng, place = random.Random(f"{self.seed} {what}"), folder / what.replace(" ", "-")
             place.mkdir()
 
             def args(name, what=what, verb=verb, place=place):
-                return [*verb, *runs[what], "--output", place / name / ("out.jsonl" if verb else "run")]
+                return [*verb, *commands[what], "--output", place / name / ("out.jsonl" if verb else "run")]
 
             whole = start(script, args("whole"), place, die_at=10**9)
             assert finish(whole) == [0], f"{what}: {output(whole)[-2000:]}"
             calls = int(output(whole).rpartition("CALLS ")[2])
-            wanted = outcome(place / "whole")
-            for at in rng.sample(range(1, calls + 1), min(kills, calls)):
+            wanted, before = outcome(place / "whole"), lost
+            places = rng.sample(range(1, calls + 1), min(kills, calls))
+            for at in places:
                 killed = finish(start(script, args(f"at{at}"), place, die_at=at))
                 again = start(script, args(f"at{at}"), place)
-                codes, tried = finish(again), tried + 1
-                if codes != [0] or outcome(place / f"at{at}") != wanted:
+                codes, found = finish(again), outcome(place / f"at{at}")
+                if killed != [-signal.SIGKILL] or codes != [0] or found != wanted:
                     lost += 1
-                    print(f"  {what}, call {at} of {calls}: {killed}, {codes}: {output(again)[-300:]}", flush=True)
-        self.report("SIGKILL at system calls", tried, tried - lost, lost, f"{some or len(runs)} scripts and verbs")
+                    differ = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+                    print(f"  {what}, call {at} of {calls}: {killed}, {codes}, {differ}: {output(again)[-300:]}")
+                shutil.rmtree(place / f"at{at}", ignore_errors=True)
+            tried += len(places)
+            print(f"  {what}: {len(places)} of {calls} calls, {lost - before} lost", flush=True)
+        self.report("SIGKILL at system calls", tried, lost)
+
+    def changed_files(self):
+        """A file that a half-done command has read is another when it goes on: refused, naming it, with nothing
+        touched; with the old one back it ends as an undisturbed run."""
+        folder = self.folder / "changed"
+        folder.mkdir()
+        tiny, reward = self.folder / "tiny", self.reward
+        (folder / "template.txt").write_text("Say: {prompt}")
+        commands = self.commands(folder)
+        commands["collect_candidates teacher"] += ["--prompt_file", folder / "template.txt"]
+        model = [tiny / name for name in ("config.json", "tokenizer.json", "generation_config.json")]
+        files = {
+            "rescue": [*model, tiny / "model.safetensors", self.data],
+            "pro": [tiny / "model.safetensors", reward / "model.safetensors", reward / "config.json"],
+            "collect_candidates sample": [*model, tiny / "model.safetensors", self.prompts],
+            "collect_candidates teacher": [folder / "template.txt"],
+            "collect_candidates rank --by reward": [reward / "model.safetensors", folder / "ranked.jsonl"],
+            "evaluate hh": [tiny / "model.safetensors", reward / "tokenizer.json"],
+        }
+        tried = lost = 0
+        for what in self.share(files):
+            script, *verb = what.split()
+            args = lambda name: [*verb, *commands[what], "--output", folder / name / "out"]  # noqa: E731
+            name = what.replace(" ", "-")
+            whole = start(script, args(f"{name}-whole"), folder, die_at=10**9)
+            assert finish(whole) == [0], output(whole)[-2000:]
+            calls = int(output(whole).rpartition("CALLS ")[2])
+            finish(start(script, args(name), folder, die_at=2 * calls // 3))
+            for file in files[what]:
+                content, half = file.read_bytes(), outcome(folder / name)
+                file.write_bytes(content[:-1] + (b"\1" if file.suffix == ".safetensors" else content[-1:] + b"\n"))
+                refused = start(script, args(name), folder)
+                codes = finish(refused)
+                said = "error: " in output(refused) and "content of" in output(refused)
+                bad = codes != [2] or not said or outcome(folder / name) != half
+                file.write_bytes(content)
+                tried, lost = tried + 1, lost + bad
+                if bad:
+                    print(f"  {what}, another {file.name}: {codes}: {output(refused)[-300:]}", flush=True)
+            again = start(script, args(name), folder)
+            bad = finish(again) != [0] or outcome(folder / name) != outcome(folder / f"{name}-whole")
+            lost += bad
+            if bad:
+                print(f"  {what}, the old files again: {output(again)[-300:]}", flush=True)
+        self.report("files that change under a resume", tried, lost)
+
+    def processes_differ(self):
+        """The second of two processes has another setting, data or folder: one sentence, no result."""
+        folder = self.folder / "differ"
+        folder.mkdir()
+        commands, more = self.commands(folder), write_jsonl(folder / "more.jsonl", make_records(23))
+        cases = [
+            ("rescue", ["--alpha", "0.5"]),
+            ("rescue", ["--data", more]),
+            ("rescue", ["--data", folder / "missing.jsonl"]),
+            ("rescue", ["--model", self.reward]),
+            ("rescue", ["--output", folder / "elsewhere"]),
+            ("pro", ["--seed", "3"]),
+            ("tuna", ["--lr", "1e-2"]),
+            ("reward_model", ["--batch_size", "4"]),
+            ("collect_candidates sample", ["--temperature", "0.5"]),
+            ("collect_candidates sample", ["--input", more]),
+            ("evaluate nll", ["--input", more]),
+            ("collect_candidates rank --by reward", ["--reward_model", self.folder / "tiny"]),
+        ]
+        lost, cases = 0, self.share(cases)
+        for k, (what, change) in enumerate(cases):
+            script, *verb = what.split()
+            args = [*verb, *commands[what], "--output", folder / f"{k}" / "out"]
+            children = start(script, args, folder, 2, second=[*args, *change])
+            codes = [children[k].wait(60) for k in (1, 0)]
+            for c in children:  # torchrun ends the others
+                c.kill()
+            text = output(children)
+            results = [p for p in (folder / f"{k}").rglob("*") if p.name in ("model", "out") and p.stat().st_size]
+            bad = None in codes[:1] or 0 in codes or "error: " not in text or "Traceback" in text
+            bad = bad or any(p.is_file() or p.name == "model" for p in results)
+            lost += bad
+            if bad:
+                print(f"  {what} {change}: {codes}: {text[-300:]}", flush=True)
+        self.report("processes that differ", len(cases), lost)
 
     def signals(self):
         """SIGTERM: saves and leaves with 0 and the resume command; twice: leaves at once; a resumed run is the whole
@@ -331,7 +456,7 @@ class Rig:
         children[0].kill(signal.SIGINT)
         os.kill(children[0].pid, signal.SIGCONT)
         bad += finish(children, 20) == [None]
-        self.report("SIGTERM, SIGINT", 5, 5 - bad, bad)
+        self.report("SIGTERM, SIGINT", 5, bad)
 
     def one_rank_dies(self):
         folder = self.folder / "dies"
@@ -346,7 +471,7 @@ class Rig:
             start("rescue", self.training_args("dies/run", "--epochs", "400"), folder, 1), 1
         )  # it can be read
         bad = codes[0] is None or again not in ([None], [0])
-        self.report("one rank of two dies", 1, 1 - bad, int(bad), f"the other ended after {seconds:.1f} s")
+        self.report("one rank of two dies", 1, int(bad), f"the other ended after {seconds:.1f} s")
 
     def disk_full(self):
         """A file size limit stops the second checkpoint: the first is whole, the message says so, and the run goes on
@@ -363,9 +488,7 @@ class Rig:
         said = "disk is full" in output(full) and "is whole" in output(full) and "Traceback" not in output(full)
         finish(start("rescue", self.training_args("full/run"), folder))
         bad = codes != [2] or not said or not same_weights(folder / "reference", folder / "run")
-        self.report(
-            "disk full while saving", 1, 1 - bad, int(bad), output(full).strip().splitlines()[-1][:90] if bad else ""
-        )
+        self.report("disk full while saving", 1, int(bad), output(full).strip().splitlines()[-1][:90] if bad else "")
 
     def resume_elsewhere(self):
         """One checkpoint of 2 ranks, continued on 1, 2 and 4: the losses agree to rounding."""
@@ -386,9 +509,7 @@ class Rig:
             )
         worst = max((abs(a - b) / abs(a) for w in (2, 4) for a, b in zip(losses[1], losses[w])), default=1.0)
         bad = int(not (len(losses[1]) == len(losses[2]) == len(losses[4]) == 24 and worst < 1e-4))
-        self.report(
-            "resume on 1, 2 and 4 ranks", 3, 3 - 3 * bad, 3 * bad, f"largest relative difference of a loss {worst:.1e}"
-        )
+        self.report("resume on 1, 2 and 4 ranks", 3, 3 * bad, f"largest relative difference of a loss {worst:.1e}")
 
     def hostile_server(self, kills, rng):
         """`teacher` against a server that fails every prompt twice, each time in another way, and SIGKILLs meanwhile:
@@ -433,12 +554,12 @@ class Rig:
         leaks = [p.name for p in folder.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
         bad = 0 if whole and not leaks else len(records)
         note = f"{sum(server.asked.values())} requests, {kills} kills; the key leaked into {leaks or 'nothing'}"
-        self.report("hostile server", len(records), len(records) - bad, bad, note)
+        self.report("hostile server", len(records), bad, note)
 
     def malformed(self, share, rng):
         folder = self.folder / "malformed"
         folder.mkdir()
-        cases = [c for c in corpus(self) if rng.random() < share]
+        cases = self.share(c for c in corpus(self) if rng.random() < share)
         bad = refused = 0
         for k, (name, write, script, args, allowed) in enumerate(cases):
             place = folder / str(k)
@@ -452,6 +573,7 @@ class Rig:
                 child.kill()
                 child.wait()
             text = child.log.read_text(errors="replace")
+            child.log.unlink()
             message = [line for line in text.splitlines() if "error: " in line]
             changed = [p.name for p, content in kept.items() if not p.exists() or p.read_bytes() != content]
             ok = code in allowed and "Traceback" not in text and not changed and (code == 0 or len(message) == 1)
@@ -461,13 +583,7 @@ class Rig:
                 print(f"  {name}: exit code {code}, changed {changed}: {text.strip()[-300:]}", flush=True)
             shutil.rmtree(place)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10  # this process's own share is in it
-        self.report(
-            "malformed inputs",
-            len(cases),
-            len(cases) - bad,
-            bad,
-            f"{refused} refused in one sentence, the others handled; no run held more than {peak} MB",
-        )
+        self.report("malformed inputs", len(cases), bad, f"{refused} refused in one sentence; at most {peak} MB held")
 
 
 def lines(path):
@@ -482,32 +598,59 @@ def wait_for(condition, seconds=60):
         time.sleep(0.005)
 
 
+def table(rows):
+    """Rows of one fault added up."""
+    print("\n| fault | tried | survived | lost | |\n| --- | --- | --- | --- | --- |")
+    for fault in dict.fromkeys(row["fault"] for row in rows):
+        some = [row for row in rows if row["fault"] == fault]
+        tried, lost = (sum(row[k] for row in some) for k in ("tried", "lost"))
+        print(
+            f"| {fault} | {tried} | {tried - lost} | {lost} | {'; '.join(row['note'] for row in some if row['note'])} |"
+        )
+    lost = sum(row["lost"] for row in rows)
+    print(json.dumps({"tried": sum(row["tried"] for row in rows), "lost": lost}))
+    return 1 if lost else 0
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--kills", type=int, default=30, help="SIGKILLs each of training on 1 rank, on 2 ranks, and of collecting"
+    add = parser.add_argument
+    add(
+        "--kills", type=int, default=30, help="SIGKILLs each of training on 1 rank, on 2, of collecting; a fifth a verb"
     )
-    parser.add_argument("--malformed", type=float, default=1.0, help="share of the corpus of malformed inputs")
-    parser.add_argument("--seed", type=int, default=0)
+    add("--verbs", type=int, help="kill only so many of the scripts and verbs at system calls")
+    add("--malformed", type=float, default=1.0, help="share of the corpus of malformed inputs")
+    add("--seed", type=int, default=0)
+    add("--parts", nargs="+", choices=PARTS, default=PARTS)
+    add("--piece", type=lambda text: tuple(map(int, text.split("/"))), default=(1, 1), metavar="K/N")
+    add("--rows", help="append the table's rows to this file, JSONL")
+    add("--add", nargs="+", help="run nothing: one table of such files")
     args = parser.parse_args(argv)
+    if args.add:
+        return table([row for file in args.add for row in read_jsonl(file)])
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rig = Rig(pathlib.Path(folder), args.seed)
-        rig.kill_training(1, args.kills)
-        rig.kill_training(2, args.kills)
-        rig.kill_collecting(args.kills)
-        rig.kill_at_calls(max(1, args.kills // 5), some=None if args.kills > 5 else 2)
-        rig.signals()
-        rig.one_rank_dies()
-        rig.disk_full()
-        rig.resume_elsewhere()
-        rig.hostile_server(max(1, args.kills // 6), random.Random(args.seed))
-        rig.malformed(args.malformed, random.Random(args.seed))
-        print("\n| fault | tried | survived | lost | |\n| --- | --- | --- | --- | --- |")
-        for row in rig.rows:
-            print("| " + " | ".join(map(str, row)) + " |")
-        print(json.dumps({"lost": sum(row[3] for row in rig.rows), "seed": args.seed}))
-        return 1 if any(row[3] for row in rig.rows) else 0
+        rig, rng = Rig(pathlib.Path(folder), args.seed, args.piece), random.Random(args.seed)
+        parts = {
+            "train1": lambda: rig.kill_training(1, args.kills),
+            "train2": lambda: rig.kill_training(2, args.kills),
+            "collect": lambda: rig.kill_collecting(args.kills),
+            "calls": lambda: rig.kill_at_calls(max(1, args.kills // 5), args.verbs),
+            "changed": rig.changed_files,
+            "processes": rig.processes_differ,
+            "signals": rig.signals,
+            "dies": rig.one_rank_dies,
+            "full": rig.disk_full,
+            "elsewhere": rig.resume_elsewhere,
+            "hostile": lambda: rig.hostile_server(max(1, args.kills // 6), rng),
+            "malformed": lambda: rig.malformed(args.malformed, rng),
+        }
+        for part in args.parts:
+            parts[part]()
+    if args.rows:
+        with open(args.rows, "a") as f:
+            f.writelines(json.dumps(row) + "\n" for row in rig.rows)
+    return table(rig.rows)
 
 
 if __name__ == "__main__":
