@@ -40,7 +40,7 @@ def rank_by_contextual(records, args, done=()):
         prompts.append(contextual_prompt(template, record, shown, args.prompt_file or "the template"))
     unread = {}  # number of the prompt -> the last reply that could not be read
     file = pathlib.Path(f"{args.output}.unparsed.jsonl")  # one reply a record, of whichever run was the last
-    kept = {row["id"]: row for _, row in common.read_rows(file)} if file.exists() else {}
+    kept = {row["id"]: row for _, row in read_rows(file)} if file.exists() else {}
 
     def read(number, text):
         try:
