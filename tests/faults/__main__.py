@@ -371,7 +371,8 @@ class Rig:
         tried = lost = 0
         for what in self.share(files):
             script, *verb = what.split()
-            args = lambda name: [*verb, *commands[what], "--output", folder / name / "out"]  # noqa: E731
+            last = "out.jsonl" if verb else "run"
+            args = lambda name: [*verb, *commands[what], "--output", folder / name / last]  # noqa: E731
             name = what.replace(" ", "-")
             whole = start(script, args(f"{name}-whole"), folder, die_at=10**9)
             assert finish(whole) == [0], output(whole)[-2000:]
@@ -417,16 +418,15 @@ class Rig:
         lost, cases = 0, self.share(cases)
         for k, (what, change) in enumerate(cases):
             script, *verb = what.split()
-            args = [*verb, *commands[what], "--output", folder / f"{k}" / "out"]
+            args = [*verb, *commands[what], "--output", folder / f"{k}" / ("out.jsonl" if verb else "run")]
             children = start(script, args, folder, 2, second=[*args, *change])
             codes = [children[k].wait(60) for k in (1, 0)]
             for c in children:  # torchrun ends the others
                 c.kill()
             text = output(children)
-            results = [p for p in (folder / f"{k}").rglob("*") if p.name in ("model", "out") and p.stat().st_size]
-            bad = None in codes[:1] or 0 in codes or "error: " not in text or "Traceback" in text
-            bad = bad or any(p.is_file() or p.name == "model" for p in results)
-            lost += bad
+            results = [p for p in (folder / f"{k}").rglob("*") if p.name in ("model", "out.jsonl")]
+            bad = codes[0] in (0, None) or codes[1] == 0 or "error: " not in text or "Traceback" in text or results
+            lost += bool(bad)
             if bad:
                 print(f"  {what} {change}: {codes}: {text[-300:]}", flush=True)
         self.report("processes that differ", len(cases), lost)
