@@ -13,16 +13,20 @@ machine too.
                 padded; a softmax over the vocabulary at every position, then the responses' tokens are picked
     trl         TRL's CPO trainer with the SimPO loss, its compute_loss, where `trl` is installed: the best response
                 against each other one, n - 1 pairs (the fewest that name every response, so the cheapest for it)
+    prefix_grouper  PrefixGrouper with SDPA, where `prefix_grouper` is installed: one row a prompt too, whose attention
+                takes the prompt apart from the responses; logits at every position, as its documentation has it
     flash_pref  flash_pref.shared_prefix around the padded step, where it and flash-attn are installed (CUDA)
 
 ideal: n (P + R) / (P + n R), tokens that the padded step reads for each one that we read; and FLOPs that it computes
 (the head at every position, attention over whole rows) for each one that must be.
 MFU: the work that must be done (each token once through the layers, the head at response positions, forward and
-backward) for each second, over the device's peak: dense bf16 on a known GPU, else a matrix product measured here.
+backward) for each second, over the dense bf16 peak of a known GPU.
+of products: the same over what plain matrix products of the model's own shapes, as many tokens tall, reach in the same
+turn: the limit of a step that did nothing else. Under 75% of it on a CPU a profile of one more step goes into the file.
 
     make bench                                                  # CPU: the 135M model, four workloads
     make bench ARGS="--growth --repeats 3"                      # time and memory against n and against P
-    make bench ARGS="--contenders ours trl --workloads pairs"   # n = 2..4
+    make bench ARGS="--contenders ours trl prefix_grouper --workloads pairs"    # n = 2, 4, 8
     make bench ARGS="--model llama-6m --growth"                 # random weights in a small shape: seconds
     make bench ARGS="--model llama-1b --prompts 4"              # on CUDA: random weights in that shape, full optimizer
     make bench ARGS="--model llama-2-7b --no_optimizer"         # 7B on a card of 80 GB: weights and gradients take 54
@@ -42,7 +46,8 @@ import time
 
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -60,7 +65,7 @@ WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
     "Alpaca": [(60, 5, 60)],
     "candidates": [(250, n, 40) for n in (2, 4, 8, 16)],
     "prompt": [(P, 5, 40) for P in (125, 250, 500, 1000)],
-    "pairs": [(250, n, 40) for n in (2, 3, 4)],
+    "pairs": [(250, n, 40) for n in (2, 4, 8)],
 }
 PAPERS, GROWTH = ["e-SNLI", "multi-document QA", "HH", "Alpaca"], ["candidates", "prompt"]
 GEOMETRIES = {  # random weights in a known shape, where no weights can be had
@@ -90,8 +95,8 @@ def preference_loss(scores):
 # Contenders: (model, encoded records) -> (loss to call backward on, scores or None)
 
 
-def ours(model, encoded, device):
-    batch = runtime.pack_for(model.config._attn_implementation, encoded, device)
+def ours(model, encoded, device, pack_for=runtime.pack_for):
+    batch = pack_for(model.config._attn_implementation, encoded, device)
     scores = common.length_normalized(*common.candidate_logprobs(model, batch), 0.85)
     return sum(map(preference_loss, scores.split(batch.sizes))), scores
 
@@ -123,6 +128,41 @@ def flash_pref(model, encoded, device):
         loss, scores = padded(model, encoded, device)
         loss.backward()  # its patches must hold during the backward
     return None, scores
+
+
+def prefix_grouper(model, encoded, device):
+    from prefix_grouper import PrefixGrouper
+
+    def filled(rows):
+        L = max(map(len, rows))
+        ids = torch.tensor([r + [0] * (L - len(r)) for r in rows], device=device)
+        return ids, torch.tensor([[1] * len(r) + [0] * (L - len(r)) for r in rows], device=device)
+
+    prompts, responses = filled([e.prompt_ids for e in encoded]), filled([r for e in encoded for r in e.responses])
+    lengths, sizes = [len(e.prompt_ids) for e in encoded], [len(e.responses) for e in encoded]
+    grouper = PrefixGrouper.from_ungrouped_masks(prompts[1], responses[1], sizes, device=device)
+    for name, width in (("prefix_attn_mask", prompts[0].shape[1]), ("suffix_attn_mask", responses[0].shape[1])):
+        keys = getattr(grouper.group_info, name)  # [B, K]; SDPA takes [B, 1, Q, K], the queries being the last keys
+        causal = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=device).tril()[-width:]
+        setattr(grouper.group_info, name, keys[:, None, None, :].bool() & causal)
+    depths = [[*range(P)] + [P + i for r in e.responses for i in range(len(r))] for P, e in zip(lengths, encoded)]
+    inputs = {"input_ids": grouper.concat_input(*prompts, *responses), "position_ids": filled(depths)[0]}
+    logits = model(**inputs, prefix_grouper=grouper, use_cache=False).logits
+    _, _, logits, kept = grouper.split_output(logits.float(), include_prefix_last=1)
+    logits, kept = logits[:, :-1], kept[:, 1:]
+    picked = (logits.gather(-1, responses[0][..., None])[..., 0] - logits.logsumexp(-1)) * kept
+    scores = common.length_normalized(picked.sum(1), kept.sum(1), 0.85)
+    return sum(map(preference_loss, scores.split(sizes))), scores
+
+
+def prefix_grouper_attention(module, query, key, value, attention_mask, prefix_grouper, **options):
+    def attend(q, k, v, mask):
+        return sdpa_attention_forward(module, q, k, v, mask, **options)[0]
+
+    return prefix_grouper.forward(attend, query, key, value), None
+
+
+AttentionInterface.register("prefix_grouper", prefix_grouper_attention)
 
 
 def make_trl(model, tokenizer):
@@ -211,11 +251,15 @@ def synchronize(device):
 
 
 def measure(contenders, model, optimizer, shape, args, device):
-    """Interleaved turns over one shape -> {contender: {"seconds": [...], "peak_bytes": [...]}}, less the warm-up."""
+    """Interleaved turns over one shape -> ({contender: {"seconds": [...], "peak_bytes": [...]}}, FLOP/s of plain matrix
+    products in each turn), less the warm-up."""
+    P, n, R = shape
     encoded = make_encoded(shape, args.prompts, model.config.vocab_size, args.seed)
+    products, rates = Products(model, args.prompts * (P + n * R), args.prompts * n * R), []
     result = {name: {"seconds": [], "peak_bytes": [], "step_bytes": []} for name in contenders}
     for turn in range(args.warmup + args.repeats):
         scores = {}
+        rates += [products.rate()] * (turn >= args.warmup)
         for name, contender in contenders.items():
             if "out_of_memory" in result[name]:
                 continue
@@ -234,10 +278,67 @@ def measure(contenders, model, optimizer, shape, args, device):
         known = [s for s in scores.values() if s is not None]
         if not all(torch.allclose(s, known[0], rtol=1e-4 if device.type == "cpu" else 5e-2) for s in known):
             raise SystemExit(f"{shape}: the contenders do not score alike: {scores}")
-    return result
+    reached = of_products(step_flops(model, shape, args.prompts)[0], rates, result.get("ours", {}))
+    if device.type == "cpu" and reached and reached < 0.75:
+        result["ours"]["profile"] = profile(contenders["ours"], model, optimizer, encoded, device)
+    return result, rates
 
 
-ATTENTION = {"padded": "sdpa", "trl": "sdpa", "flash_pref": "flash_attention_2"}
+class Products:
+    """Matrix products of the shapes of a model's weights and nothing else: `rows` tokens through every fourth layer's
+    (or each layer's), `head_rows` of four through the head; with passes 3 the backward's two of each as well."""
+
+    def __init__(self, model, rows, head_rows, passes=3, every=4):
+        self.device, self.passes = model.device, passes
+        options = {"device": model.device, "dtype": torch.bfloat16 if model.device.type == "cuda" else torch.float32}
+        layers = runtime.decoder_layers(model)[::every]
+        shapes = [(rows, m.weight.shape) for x in layers for m in x.modules() if isinstance(m, torch.nn.Linear)]
+        if (head := model.get_output_embeddings()) is not None:
+            shapes += [(max(1, head_rows // every), head.weight.shape)]
+        self.weights = [torch.randn(shape, **options) for _, shape in shapes]
+        self.inputs = {(rows, shape[1]): torch.randn(rows, shape[1], **options) for rows, shape in shapes}
+        self.inputs = [self.inputs[rows, shape[1]] for rows, shape in shapes]
+        self.flops = sum(2 * passes * rows * shape.numel() for rows, shape in shapes)
+
+    @torch.no_grad()
+    def rate(self):
+        """-> FLOP/s."""
+        synchronize(self.device)
+        began = clock(self.device)
+        for weight, x in zip(self.weights, self.inputs):
+            y = x @ weight.T
+            if self.passes == 3:
+                y @ weight, y.T @ x
+        synchronize(self.device)
+        return self.flops / (clock(self.device) - began)
+
+
+def of_products(flops, rates, result):
+    """What a contender computes each second of the FLOPs that must be, over what the products reach: the median of the
+    turns, None without any."""
+    turns = [flops / s / rate for s, rate in zip(result.get("seconds", []), rates)]
+    return statistics.median(turns) if turns else None
+
+
+def limit_sentence(flops, rates, result):
+    reached = of_products(flops, rates, result)
+    text = f"{flops / 1e12:.2f} TFLOP must be; products reach {statistics.median(rates) / 1e12:.3f} TFLOP/s"
+    return text + (f", ours {reached:.0%} of that" if reached else "")
+
+
+def profile(contender, model, optimizer, encoded, device):
+    """-> {operation: its own share of one step's time}, the ten largest."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        timed_step(contender, model, optimizer, encoded, device)
+    times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
+    largest = sorted(times, key=times.get, reverse=True)[:10]
+    return {name: round(times[name] / sum(times.values()), 4) for name in largest}
+
+
+ATTENTION = {"padded": "sdpa", "trl": "sdpa", "prefix_grouper": "prefix_grouper", "flash_pref": "flash_attention_2"}
+
+
+PEERS = {"trl": "trl", "prefix_grouper": "prefix-grouper", "flash_pref": "flash-pref"}  # contender: its package
 
 
 def set_compiled(model, on):
@@ -249,35 +350,34 @@ def set_compiled(model, on):
         layer._compiled_call_impl = layer.compiled_call if on else None
 
 
-def step_flops(model, shape, prompts):
-    """-> (FLOPs that the step needs, FLOPs of the padded step): 6 a parameter and token. Needed: each token once, the
-    head at response positions only, attention to what a token sees."""
-    P, n, R = shape
+def needed_flops(model, tokens, head_rows, pairs, passes=3):
+    """FLOPs of `tokens` through the layers, `head_rows` of them through the head and `pairs` of a query and a key that
+    it sees: 2 a parameter and token, 4 a pair and channel; with passes 3 twice that again for the backward."""
     config = model.config.get_text_config()
-    head = config.vocab_size * config.hidden_size
-    body = sum(p.numel() for p in model.parameters()) - head * (1 if config.tie_word_embeddings else 2)
+    embedding = config.vocab_size * config.hidden_size
+    head = 0 if model.get_output_embeddings() is None else embedding
+    tied = head == 0 or config.tie_word_embeddings
+    body = sum(p.numel() for p in model.parameters()) - embedding * (1 if tied else 2)
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     )
-    pairs = P * P / 2 + n * (R * P + R * R / 2)  # query-key pairs; 2 products of 2 FLOPs, and twice that backward
-    attention = 12 * config.num_hidden_layers * width
-    needed = 6 * body * (P + n * R) + 6 * head * n * R + attention * pairs
-    return prompts * needed, prompts * n * (6 * (body + head) * (P + R) + attention * (P + R) ** 2)
+    return passes * (2 * body * tokens + 2 * head * head_rows + 4 * config.num_hidden_layers * width * pairs)
+
+
+def step_flops(model, shape, prompts):
+    """-> (FLOPs that the step needs, FLOPs of the padded step). Needed: each token once, the head at response positions
+    only, attention to what a token sees."""
+    P, n, R = shape
+    pairs = P * P / 2 + n * (R * P + R * R / 2)
+    needed = needed_flops(model, P + n * R, n * R, pairs)
+    return prompts * needed, prompts * n * needed_flops(model, P + R, P + R, (P + R) ** 2)
 
 
 def peak_flops(device):
-    """-> (FLOP/s, what it is)."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
-        known = training_run.peak_flops(name)
-        return (known, f"{name}, dense bf16") if known else (None, None)
-    a = torch.randn(2048, 2048)
-    times = []
-    for _ in range(6):
-        began = clock(device)
-        a @ a
-        times.append(clock(device) - began)
-    return 2 * 2048**3 / min(times), "fp32 matrix product of 2048 x 2048, measured"
+    """-> (FLOP/s, what it is), or (None, None)."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
+    known = training_run.peak_flops(name)
+    return (known, f"{name}, dense bf16") if known else (None, None)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -297,14 +397,14 @@ def table(report):
     """The results as a Markdown table."""
     lines = [
         "| workload | prompt / n x R | step | seconds, median of | times ours | ideal, tokens and FLOPs | "
-        "peak GB (step's own) | ours / its peak (step's own) | unique tokens/s | MFU |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "peak GB (step's own) | ours / its peak (step's own) | unique tokens/s | MFU | of products |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:
         P, n, R = row["shape"]
         for name, c in row["contenders"].items():
             if "out_of_memory" in c:
-                lines.append(f"| {row['workload']} | {P} / {n} x {R} | {name} | out of memory | | | | | | |")
+                lines.append(f"| {row['workload']} | {P} / {n} x {R} | {name} | out of memory | | | | | | | |")
                 continue
             seconds, peak, own = (statistics.median(c[k]) for k in ("seconds", "peak_bytes", "step_bytes"))
             times, memory, own_memory = ratios(row, name)
@@ -315,6 +415,8 @@ def table(report):
             cells += [f"{memory:.2f} ({own_memory:.2f})" if memory else ""]
             cells += [f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
             cells += [f"{row['flops'] / seconds / report['peak_flops'][0]:.0%}" if report["peak_flops"][0] else ""]
+            reached = of_products(row["flops"], row.get("product_flops", []), c)
+            cells += [f"{reached:.0%}" if reached else ""]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -425,7 +527,7 @@ def main():
     model_name = "SmolLM2-135M" if args.model == str(ROOT / "demo/model") else model_name
     output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: installed(name) for name in ("torch", "transformers", "trl", "flash-pref", "flash-attn")}
+    versions = {name: installed(name) for name in ("torch", "transformers", *PEERS.values(), "flash-attn")}
     report = {"model": model_name, "device": device_name(device), "optimizer": args.optimizer}
     report |= {"versions": {k: v for k, v in versions.items() if v}, "peak_flops": peak_flops(device), "rows": []}
     before = json.loads(output.read_text()) if output.exists() else report
@@ -450,8 +552,13 @@ def run(args, report, output, device):
         say("no CUDA device: FlexAttention, flash-pref and bf16 are left out; the same command measures them on one")
     if device.type == "cuda" and not args.contenders:
         names = ["ours", "ours_compiled", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
+        names += ["prefix_grouper"] * bool(installed("prefix-grouper"))
         names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
+    for name in set(names) & set(PEERS):
+        if not installed(PEERS[name]):
+            raise common.UserError(f"--contenders {name}: {PEERS[name]} is not installed")
     makers = {"ours": ours, "ours_compiled": ours, "padded": padded, "flash_pref": flash_pref}
+    makers |= {"prefix_grouper": prefix_grouper}
     contenders = {name: makers.get(name) or make_trl(model, tokenizer) for name in names}
     lr = 1e-6 if report["optimizer"] else 0.0
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
@@ -459,16 +566,16 @@ def run(args, report, output, device):
         p.grad = torch.zeros_like(p)
     for workload in args.workloads:
         for shape in WORKLOADS[workload]:
-            result = measure(contenders, model, optimizer, shape, args, device)
+            result, rates = measure(contenders, model, optimizer, shape, args, device)
             row = {"workload": workload, "shape": shape, "prompts": args.prompts}
             row |= dict(zip(("flops", "padded_flops"), step_flops(model, shape, args.prompts)))
-            row |= {"contenders": result}
+            row |= {"product_flops": rates, "contenders": result}
             same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
             rows = json.loads(output.read_text())["rows"] if output.exists() else []
             report["rows"] = [r for r in rows if not same(r)] + [row]
             write_atomically(output, json.dumps(report, indent=1) + "\n")
             medians = {n: round(statistics.median(c.get("seconds", [math.nan])), 2) for n, c in result.items()}
-            say(workload, shape, medians)
+            say(workload, shape, medians, limit_sentence(row["flops"], rates, result.get("ours", {})))
 
 
 if __name__ == "__main__":

@@ -16,14 +16,17 @@ import scale  # noqa: E402
 def test_contenders_score_and_learn_alike():
     model, encoded = make_model().train(), bench.make_encoded((9, 3, 4), 2, 400, seed=0)
     found = []
-    for contender in (bench.ours, bench.padded):
+    peers = [bench.prefix_grouper] * bool(bench.installed("prefix-grouper"))
+    for contender in (bench.ours, bench.padded, *peers):
         model.zero_grad()
+        model.set_attn_implementation(bench.ATTENTION.get(contender.__name__, "sdpa"))
         loss, scores = contender(model, encoded, torch.device("cpu"))
         loss.backward()
         found.append((scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (scores, gradient), (padded_scores, padded_gradient) = found
-    torch.testing.assert_close(scores, padded_scores, atol=1e-4, rtol=1e-5)
-    assert (gradient - padded_gradient).norm() < 1e-5 * gradient.norm()
+    (scores, gradient), *others = found
+    for its_scores, its_gradient in others:
+        torch.testing.assert_close(scores, its_scores, atol=1e-4, rtol=1e-5)
+        assert (gradient - its_gradient).norm() < 1e-5 * gradient.norm()
 
 
 def test_flops_by_hand():
@@ -62,6 +65,9 @@ def test_command(tiny, tmp_path, monkeypatch):
     report = json.loads(output.read_text())
     assert sorted(r["workload"] for r in report["rows"]) == ["Alpaca", "HH"] and "torch" in report["versions"]
     assert all(len(c["seconds"]) == 2 for r in report["rows"] for c in r["contenders"].values())
+    assert all(
+        len(r["product_flops"]) == 2 and sum(r["contenders"]["ours"]["profile"].values()) < 1 for r in report["rows"]
+    )
     assert output.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(bench.common.UserError, match="another model"):
         run("--workloads", "HH", "--optimizer")
@@ -81,14 +87,39 @@ def test_kept_bytes_of_a_layer():
     assert two - one > 16 * (4 * 64 * 2 + 4 * 4)
 
 
-def test_reading(tiny, tmp_path, monkeypatch):
-    """Every job of the second page, whose contenders must agree, into one file."""
-    output = tmp_path / "r.json"
-    monkeypatch.setattr(reading, "LONG", 50)
-    argv = ["reading.py", "--model", tiny, "--repeats", 1, "--candidates", 30, "--output", output]
+def reading_report(tiny, tmp_path, monkeypatch, *more):
+    argv = ["reading.py", "--model", tiny, "--repeats", 1, "--output", tmp_path / "r.json", *more]
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
     bench.runtime.run_cli(reading.main)
-    report = json.loads(output.read_text())
+    return json.loads((tmp_path / "r.json").read_text())
+
+
+def test_reading(tiny, tmp_path, monkeypatch):
+    """Every job of the second page, whose contenders must agree, into one file."""
+    monkeypatch.setattr(reading, "LONG", 50)
+    report = reading_report(tiny, tmp_path, monkeypatch, "--candidates", 30)
     assert list(report) == list(reading.JOBS)
-    assert list(report["few-shot"]["contenders"]) == ["ours", "rows", "padded"]
+    assert list(report["few-shot"]["contenders"]) == ["ours", "flat", "rows", "padded"]
     assert all(len(c["seconds"]) == 1 for job in report.values() for c in job["contenders"].values())
+    assert all(job["limit"][0] > 0 and job["flops"] > 0 for job in report.values())
+
+
+def test_reading_of_data(tiny, tmp_path, monkeypatch):
+    """Records of two files; trees, flat rows and a row a prompt agree, on prompts that share a start and none."""
+    for name, start in (("shared", "A cook stirs soup. "), ("apart", "")):
+        rows = [{"id": str(i), "prompt": f"{i} {start}Why {i}?", "candidates": []} for i in range(4)]
+        for row in rows:
+            row["prompt"] = start + row["prompt"]
+            row["candidates"] = [{"text": f"{word} {row['id']}", "source": "a"} for word in ("Yes", "No, no")]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    files = ["--data", tmp_path / "shared.jsonl", tmp_path / "apart.jsonl", "--prompts", 3]
+    report = reading_report(tiny, tmp_path, monkeypatch, *files, "--contenders", "flat", "rows")
+    assert list(report) == ["step shared", "sample shared", "step apart", "sample apart"]
+    assert list(report["step apart"]["contenders"]) == ["ours", "flat", "rows"]
+
+
+def test_tree_work_by_hand():
+    """Prompt 1 2 3, responses 4 5 and 4 6: six tokens, three of them predicted; 1 + 2 + 3 + 4 + 5 + 5 pairs."""
+    model = make_model()
+    encoded = bench.common.Encoded("a", [1, 2, 3], [[4, 5], [4, 6]], 0, 0)
+    assert reading.tree_work(model, [encoded], 3).flops == bench.needed_flops(model, 6, 3, 20, 3)
