@@ -3,7 +3,7 @@
     prepare   a data set as it was downloaded -> records with prompt, label, and the human (or reference) response
     sample    + responses sampled from a local model, with their log-probability and token count
     teacher   + responses of another model, behind an OpenAI-compatible server
-    flip      + the human response turned into its opposite, and labelled anew (RESCUE Sec. 5.1)
+    flip      + each model response's explanation turned into its opposite, and labelled anew (RESCUE Sec. 5.1)
     anchor    + multi-document QA: responses generated from one passage alone (RESCUE Sec. 5.2)
     rank      + annotations: label and correctness, similarity, reward, a stronger model's ranking
     hindsight ranked records -> one response that names the better and the worse answer (PRO's baseline CoH)
@@ -15,10 +15,10 @@ the arguments. Each verb is a module of its name in collecting/ (hindsight stand
 
     python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
     torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf \\
-        --num_samples 4
-    python collect_candidates.py teacher --task esnli --base_url https://api.openai.com/v1 --model gpt-4o-mini
-    python collect_candidates.py flip --task esnli --base_url http://localhost:8000/v1 --model Qwen/Qwen3-8B
-    python collect_candidates.py rank --task esnli --by label
+        --num_samples 3 --shots 3 --stop "\\n\\n"
+    python collect_candidates.py teacher --task esnli --base_url https://api.openai.com/v1 --model gpt-4o-mini \\
+        --shots 3 --input data/esnli/sampled.jsonl
+    python collect_candidates.py rank --task esnli --by label --drop_malformed --input data/esnli/teacher.jsonl
 
     python collect_candidates.py prepare --task multidoc_qa --input nq-open-10_total_documents_gold_at_0.jsonl.gz
     torchrun --nproc_per_node 4 collect_candidates.py anchor --model meta-llama/Llama-2-7b-hf

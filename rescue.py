@@ -6,7 +6,7 @@ scores them (Sec. 3, where the fraction has no number),
     s(y)    = log pi(y | x) / |y| ** lambda            lambda = 1.0 for human, 0.85 for model responses (Sec. 7)
     Eq. 1   L_SFT    = -log pi(y* | x) / |y*|           y* the human response
     Eq. 2   L_Rank   = sum over pairs (better, worse) of max(0, s(worse) - s(better))
-    Eq. 3   L_RESCUE = L_SFT + alpha L_Rank             alpha "optimal between 0.01 and 0.1" (Sec. 7, Fig. 4)
+    Eq. 3   L_RESCUE = L_SFT + alpha L_Rank             alpha best between 0.01 and 0.1 (Sec. 7, Fig. 4)
 
 and the pairs come from an ordering (Sec. 4), partial (PO) where that is all one knows, or full (FO):
 
@@ -27,8 +27,9 @@ Where print and released code differ, the default is what gave the paper's resul
     response, else the best correct one, else the prompt has no SFT term.
  4. lambda: the code gives 1.0 to the first response of a list; here `source` decides. On multi-document QA the code has
     1.0 for all: --length_scaling 1. Sec. 7 speaks of NLI alone.
- 5. The paper ranks with alpha 0.01 to 0.1 and batch 64; the code's script has 0.1 and 8. Here 0.1 and 64.
- 6. Multi-document QA has no human response and no SFT term: --no_sft. In print and code alike.
+ 5. Batch 64 in print; the alpha of its tables is not said. The code's script has 8 and 0.1. Here 64 and 0.1.
+ 6. Multi-document QA has no human response and no SFT term, in print and code alike: --no_sft. alpha is then a factor
+    on the whole loss, which Adam does not see; only clipping does.
  7. Ours: a prompt without a pair and without y* is left out of the batches (the code computes its zeros), and of the
     others only what is y* or in a pair is computed.
 
@@ -143,14 +144,15 @@ HUMAN = "a candidate with source human or reference (--ordering gpt, by rank, an
 NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
 RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
 COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv --shuffle 0
-  torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf --shots 3
+  torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf \\
+      --num_samples 3 --shots 3 --stop "\\n\\n"
   python collect_candidates.py rank --task esnli --by {}"""
 
 
 def load_data(args, path, limit):
     """-> (records with the candidates to compute, their levels, their y*: tensors [n], bool); says what was found."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
-    runtime.require_data(path, COLLECT.format(by))
+    runtime.require_data(path, COLLECT.format(by + " --drop_malformed" * (by == "label")))
     field = NEEDS.get(args.ordering)
     read = load_candidates(path, limit=limit)
     records, levels, targets, count = [], [], [], Counter()
@@ -177,8 +179,11 @@ def load_data(args, path, limit):
             records.append(drawn | {"candidates": [drawn["candidates"][i] for i in used]})
             levels.append(level[used])
             targets.append(target[used])
-    if not records or args.no_sft and not count["pairs"]:
-        raise UserError(f"{path}: --ordering {args.ordering} finds no two candidates of different preference")
+    if args.ordering != "none" and not count["pairs"]:
+        hint = "nothing to rank. See what `rank` said of them, and --num_candidates"
+        raise UserError(f"{path}: --ordering {args.ordering} finds no two candidates of different preference: {hint}")
+    if limit and len(read) < limit:
+        say(f"WARNING: {path} holds fewer prompts than --max_train_samples {limit}")
     chosen = "the best-rewarded" if args.ordering == "reward" else "the best correct response"
     found = f"the human response in {count['human']}, {chosen} in {count['chosen']}, none in {count['without y*']}"
     say(f"{len(read)} prompts, {count['pairs']} ordered pairs; y* is", "not used: --no_sft" if args.no_sft else found)

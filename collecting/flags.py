@@ -59,6 +59,7 @@ def alpaca_flags(add, fields="{instruction} and {input}"):
 
 
 def prompt_flags(add):
+    add = add.__self__.add_mutually_exclusive_group().add_argument
     add("--shots", type=int, choices=[0, 3], default=0, help="3: ask with the built-in prompt of three NLI examples")
     add("--prompt_file", help="ask with this template, which names a record's texts: {prompt}, {premise}, ...")
 

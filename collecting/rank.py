@@ -76,6 +76,8 @@ def rank(args):
     ranked = f"ranked-{student}" if student else "ranked"
     if args.drop_malformed and args.by != "label":
         raise UserError("--drop_malformed belongs to --by label")
+    if args.min_candidates > 1 and not args.drop_malformed:
+        raise UserError("--min_candidates counts what --drop_malformed leaves: give both")
     process, processes = runtime.init_distributed()[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]

@@ -30,10 +30,15 @@ def rank_by_label(records, args):
     kinds = [k for k in kinds if any(count[s, k] for s, _ in list(count))]
     for source in sorted({s for s, _ in count}):
         say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
-        if 5 * count[source, "unparsed"] > 4 * count[source, "total"]:
-            share = 1 - count[source, "unparsed"] / count[source, "total"]
-            say(f"WARNING: of the responses by {source} {share:.0%} can be read: it was asked for another form, or cut")
-            say("         short. Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
+        warn_of_form(source, count[source, "unparsed"], count[source, "total"], "can be read")
+
+
+def warn_of_form(source, bad, total, what):
+    """A loud line where fewer than a fifth of a source's responses are of use."""
+    if 5 * bad > 4 * total:
+        share = f"of the responses by {source} {1 - bad / total:.0%} {what}"
+        say(f"WARNING: {share}: it was asked for another form, or cut")
+        say("         short. Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
 
 
 def rank_by_answer(record, count, where):
@@ -50,7 +55,7 @@ def drop_malformed(records, min_candidates):
     """Yield the NLI records without the model responses that are not well-formed, except those that are left with
     fewer than min_candidates (RESCUE's released code: 5, the human response among them). The others get the human
     responses' form, one line: explanation #### Label."""
-    count = Counter()
+    total, malformed, left_out = Counter(), Counter(), 0
     for record in records:
         kept = []
         for c in record["candidates"]:
@@ -59,9 +64,13 @@ def drop_malformed(records, min_candidates):
                 explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
                 c = c | {"text": f"{explanation} #### {label.capitalize()}"}
             kept += [c] * (c["source"] in HUMAN or well_formed)
-        count["malformed"] += len(record["candidates"]) - len(kept)
-        count["prompts left out"] += len(kept) < min_candidates
+            if c["source"] not in HUMAN:
+                total[c["source"]] += 1
+                malformed[c["source"]] += not well_formed
+        left_out += len(kept) < min_candidates
         if len(kept) >= min_candidates:
             yield record | {"candidates": kept}
-    left = f"{count['prompts left out']} prompts with fewer than --min_candidates {min_candidates}"
-    say(f"left out: {count['malformed']} malformed responses, {left}")
+    say("malformed and left out:", ", ".join(f"{malformed[s]} of {n} by {s}" for s, n in total.items()))
+    say(f"left out: {left_out} prompts with fewer than --min_candidates {min_candidates}")
+    for source, n in total.items():
+        warn_of_form(source, malformed[source], n, "are well-formed")

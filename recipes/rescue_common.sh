@@ -31,16 +31,18 @@ SEEDS=${SEEDS:-0}                         # the paper reports one run each, as f
 SAMPLES=${SAMPLES:-3} TEMPERATURE=${TEMPERATURE:-0.8} SHOTS=${SHOTS:-3} # Sec. 5.1; three shots as released
 TEACHER=${TEACHER-gpt-3.5-turbo} RANKER=${RANKER-gpt-3.5-turbo} FLIPPER=${FLIPPER-gpt-4} # Sec. 5.1: -0613 of each
 BASE_URL=${BASE_URL:-https://api.openai.com/v1}
-DROP=${DROP---drop_malformed} MIN_CANDIDATES=${MIN_CANDIDATES:-5} # as released: 3 + 1 + human, all well-formed
+DROP=${DROP---drop_malformed} # as released; and every response must be left: 3 + 1 + human
+MIN_CANDIDATES=${MIN_CANDIDATES:-$((1 + SAMPLES + (${#TEACHER} > 0)))}
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the paper does not name it
 ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
 TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
 
-pool=0
-for size in $SIZES; do pool=$((size > pool ? size : pool)); done
+largest() { printf '%s\n' "$@" | sort -n | tail -1; }
+pool=$(largest $SIZES)
 [ "$MIN_CANDIDATES" = 1 ] || pool=$((pool * 3 / 2)) # prompts that lose a candidate are left out
+pool=${POOL:-$pool}
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"})
 train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$MODEL" --output "$1" --max_train_samples "$4" --seed "$5" \
@@ -48,19 +50,26 @@ train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
     "${@:6}"
 }
 names=()
-measure() { # measure NAME MODEL, and more flags
+measure() { # measure NAME MODEL, and flags that name another prompt
   names+=("$RESULTS/$1")
   ! kept "$1" || return 0
+  local asked=("${@:3}")
+  [ $# -gt 2 ] || asked=(--shots "$EVAL_SHOTS")
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
-    --shots "$EVAL_SHOTS" "${@:3}" "${answers[@]}"
+    "${asked[@]}" "${answers[@]}"
   keep "$1" "$RUNS/eval/$1" "$(dirname "$2")"
 }
 collect() { run python collect_candidates.py "$@"; }
-annotate() { # annotate PREFIX: PREFIX.jsonl -> PREFIX-label.jsonl, and from that -similarity and -gpt
-  collect rank --by label $DROP --min_candidates "$MIN_CANDIDATES" --input "$1.jsonl" --output "$1-label.jsonl"
+annotate() { # annotate PREFIX SIZES: PREFIX.jsonl -> PREFIX-label.jsonl, and from that -similarity and -gpt
+  collect rank --by label ${DROP:+$DROP --min_candidates "$MIN_CANDIDATES"} --input "$1.jsonl" --output "$1-label.jsonl"
+  local left=$(wc -l < "$1-label.jsonl") most=$(largest $2)
+  if [ "$left" -lt "$most" ]; then
+    echo "$1-label.jsonl: $left of $pool prompts are left, $most are wanted: a larger POOL and another OUT, or fewer in SIZES" >&2
+    exit 2
+  fi
   collect rank --by similarity --encoder "$ENCODER" --input "$1-label.jsonl" --output "$1-similarity.jsonl"
-  [ -z "$RANKER" ] || collect rank --by gpt --model "$RANKER" --base_url "$BASE_URL" --input "$1-label.jsonl" \
-    --output "$1-gpt.jsonl"
+  [ -z "$RANKER" ] || collect rank --by gpt --model "$RANKER" --base_url "$BASE_URL" --limit "$most" \
+    --input "$1-label.jsonl" --output "$1-gpt.jsonl"
 }
 
 # Prompts: the test's, the training pool, and, apart from it, those of the sampler
@@ -82,9 +91,11 @@ if [ -n "$TEACHER" ]; then
   mix=$DATA/mixed
   collect teacher --model "$TEACHER" --base_url "$BASE_URL" --shots "$SHOTS" --input "$DATA/sampled.jsonl" --output "$mix.jsonl"
 fi
-annotate "$mix"
-if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as released
+annotate "$mix" "$SIZES"
+if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as released; of no more prompts than are needed
+  wanted=$(largest $FLIP_SIZES)
+  head -n $((wanted * pool / $(largest $SIZES))) "$mix-label.jsonl" > "$DATA/to_flip.jsonl"
   collect flip --replace --prompt_file recipes/prompts/rescue_flip.txt --model "$FLIPPER" --base_url "$BASE_URL" \
-    ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} --input "$mix.jsonl" --output "$DATA/flipped.jsonl"
-  annotate "$DATA/flipped"
+    ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} --input "$DATA/to_flip.jsonl" --output "$DATA/flipped.jsonl"
+  annotate "$DATA/flipped" "$FLIP_SIZES"
 fi

@@ -215,6 +215,12 @@ def test_readme_rescue_recipe_runs(cli, tiny, tmp_path, monkeypatch):
         words += next((extra for key, extra in small.items() if key in words[:2]), [])
         result = cli(words[0][:-3], *words[1:])
         assert result.code == 0, (line, result.err)
+        if words[1] == "sample":  # of a random model's responses none is well-formed, and there would be no pair
+            sampled = pathlib.Path("data/esnli/sampled.jsonl")
+            records = [json.loads(x) for x in sampled.read_text().splitlines()]
+            for r in records:
+                r["candidates"][1]["text"] = "It is so.\n#### contradiction"
+            write_jsonl(sampled, records)
         ran.append(words[:2])
     assert ["collect_candidates.py", "rank"] in ran and ["evaluate.py", "report"] in ran and len(ran) >= 10
     assert "| rescue-label |" in result.out and "| rescue-none |" in result.out

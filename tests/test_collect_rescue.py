@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 from api_server import Server
-from conftest import nli, read_jsonl, write_jsonl
+from conftest import nli, read_jsonl, refused, write_jsonl
 
 import collect_candidates
 import rescue
@@ -277,6 +277,12 @@ def test_shown_prompts(tmp_path):
     assert "Premise: A {man} sits.\nHypothesis: He sleeps.\n" in asked and asked.endswith("entailment:\n")
     with pytest.raises(UserError, match="premise"):
         shown_prompts(args, [{"prompt": "P"}])
+
+
+def test_two_prompts_at_once_are_refused(cli):
+    for script, verb in (("collect_candidates", "sample"), ("collect_candidates", "teacher"), ("evaluate", "nli")):
+        flags = ("--model", "m", "--input", "x.jsonl", "--shots", 3, "--prompt_file", "t.txt")
+        refused(cli(script, verb, *flags), "--prompt_file", "--shots")
 
 
 # -- the authors' files

@@ -159,9 +159,8 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
         "r2": ["h", "a and so #### Neutral", "b #### Neutral", "c #### Contradiction"],  # in the human responses' form
     }
     out = capsys.readouterr().out
-    assert (
-        "left out: 4 malformed responses, 1 prompts with fewer than --min_candidates 3" in out and "WARNING" not in out
-    )
+    assert "malformed and left out: 4 of 9 by m\nleft out: 1 prompts with fewer than --min_candidates 3" in out
+    assert "WARNING" not in out
     qa = {"id": "q", "task": "multidoc_qa", "prompt": "p", "answers": ["Oslo"]}
     qa["candidates"] = [{"source": "m", "text": text} for text in ("In Oslo.", "In Rome.")]
     flags = ("--mark_answers", "--output", tmp_path / "qa.jsonl")
@@ -175,6 +174,12 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
     source = write_jsonl(tmp_path / "in.jsonl", records)
     run(monkeypatch, "rank", "--by", "label", "--input", source, "--output", tmp_path / "loud.jsonl")
     assert "WARNING: of the responses by m 10% can be read" in capsys.readouterr().out
+    run(monkeypatch, "rank", "--by", "label", "--drop_malformed", "--input", source, "--output", tmp_path / "few.jsonl")
+    assert "WARNING: of the responses by m 10% are well-formed" in capsys.readouterr().out
+    flags = ("--min_candidates", "3", "--input", source, "--output", tmp_path / "none.jsonl")
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "rank", "--by", "label", *flags)
+    assert "--drop_malformed" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -192,6 +192,15 @@ class TestOrderings:
         assert [len(r["candidates"]) for r in records] == [3, 1, 5]  # of two right ones y* alone
         assert [x.tolist() for x in targets] == [[True, False, False], [True], [False] * 4 + [True]]
 
+    @pytest.mark.parametrize("ordering", ["label", "human", "hybrid"])
+    def test_an_ordering_without_a_pair_is_refused(self, cli, tiny, tmp_path, ordering):
+        """Every model response dropped as malformed: it would be SFT under another name."""
+        data = write_jsonl(tmp_path / "d.jsonl", [nli(i, f"so {i} #### Neutral") for i in range(3)])
+        flags = ("--data", data, "--model", tiny, "--output", tmp_path / "o")
+        refused(cli("rescue", "--ordering", ordering, *flags), "no two candidates of different preference")
+        out = cli("rescue", "--ordering", "none", "--max_train_samples", 4, *flags).out
+        assert f"WARNING: {data} holds fewer prompts than --max_train_samples 4" in out
+
     def test_selection_keeps_the_human(self):
         record = make_records(1, candidates=6)[0]
         record["candidates"] = record["candidates"][1:] + record["candidates"][:1]  # the human one last
