@@ -7,7 +7,7 @@
     anchor    + multi-document QA: responses generated from one passage alone (RESCUE Sec. 5.2)
     rank      + annotations: label and correctness, similarity, reward, a stronger model's ranking
     hindsight ranked records -> one response that names the better and the worse answer (PRO's baseline CoH)
-    export    ranked records -> the files that TRL's trainers read (RLHF, DPO, CPO)
+    export    ranked records -> the files that TRL's trainers read (RLHF, DPO, CPO), or ranked lists
 
 A verb writes finished prompts, whole lines, to OUTPUT.part<rank>, and at the end joins them in the input's order into
 OUTPUT. Killed and run again with the same arguments it keeps what is there and does the rest; OUTPUT.args.json holds

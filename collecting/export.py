@@ -60,23 +60,38 @@ def trl_row(record, path):
     return {"id": record["id"], "prompt": prompt} | (texts if best is not worst else {})
 
 
-EXPORTS = {"trl": trl_row}
+def ranked_row(record, path):
+    """-> {id, prompt, responses best first, rewards or ranks, reference: what a person wrote and nobody ranked}: what
+    prepare --task pairs reads."""
+    candidates = record["candidates"]
+    unranked = [c for c in candidates if c["source"] in common.HUMAN and not {"reward", "rank"} & c.keys()]
+    ranked = [c for c in candidates if c not in unranked[:1]]
+    ordered = best_first(record | {"candidates": ranked} if ranked else record, path)
+    field = "reward" if all(c.get("reward") is not None for c in ordered) else "rank"
+    responses = [{k: c[k] for k in ("text", "source", "finished") if k in c} for c in ordered]
+    row = {"id": record["id"], "prompt": record["prompt"], "responses": responses}
+    row |= {f"{field}s": [c[field] for c in ordered]}
+    return row | ({"reference": unranked[0]["text"]} if unranked else {})
+
+
+EXPORTS = {"trl": trl_row, "ranked": ranked_row}
+FORMATS = "trl: prompt, chosen, rejected, and NAME-prompts.jsonl; ranked: all responses, as prepare --task pairs reads"
 
 
 def export_flags(add):
     conversion_flags(add)
-    add(
-        "--format", choices=sorted(EXPORTS), required=True, help="trl: prompt, chosen, rejected, and NAME-prompts.jsonl"
-    )
+    add("--format", choices=sorted(EXPORTS), required=True, help=FORMATS)
 
 
 def export(args):
-    """Write the best and the worst response of each prompt, and the prompts alone, as another project reads them."""
+    """Write the best and the worst response of each prompt, and the prompts alone, as another project reads them; or
+    every response, best first."""
     output = pathlib.Path(args.output)
     rows = [EXPORTS[args.format](record, args.input) for record in load_candidates(args.input)]
-    pairs = [r for r in rows if "chosen" in r]
-    prompts = [{k: r[k] for k in ("id", "prompt")} for r in rows]
-    for path, content in ((output, pairs), (output.with_name(f"{output.stem}-prompts.jsonl"), prompts)):
+    files = {output: [r for r in rows if "chosen" in r or "responses" in r]}
+    if args.format == "trl":
+        files[output.with_name(f"{output.stem}-prompts.jsonl")] = [{k: r[k] for k in ("id", "prompt")} for r in rows]
+    for path, content in files.items():
         journal = Journal(path, [r["id"] for r in content], settings_of(args))
         journal.write(r for r in content if r["id"] not in journal.done)
         journal.finish()

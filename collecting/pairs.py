@@ -38,13 +38,13 @@ def pair_rows(args):
         if path.is_file() and not kind:
             raise UserError(f"{name}: expected {', '.join(KINDS)}, a folder, or a data set of the hub")
         try:
-            of_hub = {"path": name, "split": args.split}
+            of_hub = {"path": name, "name": args.config, "split": args.split}
             source = {"path": kind, "data_files": name, "split": "train"} if kind else of_hub
             rows = datasets.load_dataset(**source, streaming=True)
             yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
         except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
             reason = str(e.__cause__ or e).strip().partition("\n")[0]
-            raise UserError(f"--input {name} cannot be read ({reason}); another split: --split") from e
+            raise UserError(f"--input {name} cannot be read ({reason}); another split: --split, part: --config") from e
 
 
 def pair_converter(args):
@@ -137,6 +137,7 @@ def listed_responses(row, where):
         reward = rating(fields, where) if columns["rewards"][i] is None else columns["rewards"][i]
         rank = i if row["ranks"] is None else sum(r < columns["ranks"][i] for r in columns["ranks"])
         candidate = {"text": response_text(response, where), "source": source or "response", "rank": rank}
+        candidate |= {"finished": False} if fields.get("finished") is False else {}  # cut, as export writes it
         candidates.append(candidate if reward is None else candidate | {"reward": reward})
     return candidates
 

@@ -293,6 +293,7 @@ def prepare_flags(add):
 
     pairs = group(add, "pairs (README, section 'Your own data')")
     pairs("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="prompt=... chosen=...: your columns' names")
+    pairs("--config", metavar="NAME", help="which part of the hub's data set, where it has several")
     pairs("--chat_template", metavar="MODEL", help="render the prompts with this model's template")
 
     qa = group(add, "multidoc_qa")

@@ -122,11 +122,56 @@ def test_export_goes_back(cli, tmp_path):
     done, records = prepare(cli, tmp_path, PAIRS)
     assert done.code == 0
     flags = ["--input", records, "--output", tmp_path / "trl.jsonl", "--format", "trl"]
-    assert cli("collect_candidates", "export", *flags).code == 0
+    assert (done := cli("collect_candidates", "export", *flags)).code == 0, done.err
     rows = read_jsonl(tmp_path / "trl.jsonl")
     assert rows[0]["chosen"] == " Yes, 0."
     done, again = prepare(cli, tmp_path, rows, name="again.jsonl")
     assert done.code == 0 and again.read_text() == records.read_text()
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_ranked_lists_go_back(cli, tmp_path, chat_model, name):
+    """prepare, export --format ranked, prepare: the same records."""
+    flags = ["--input", INPUTS[name][0](tmp_path), "--output", tmp_path / "a.jsonl", "--chat_template", chat_model]
+    assert cli("collect_candidates", "prepare", "--task", "pairs", *flags).code == 0
+    flags = ["--input", tmp_path / "a.jsonl", "--output", tmp_path / "out.jsonl", "--format", "ranked"]
+    assert (done := cli("collect_candidates", "export", *flags)).code == 0, done.err
+    flags = ["--input", tmp_path / "out.jsonl", "--output", tmp_path / "b.jsonl"]
+    assert cli("collect_candidates", "prepare", "--task", "pairs", *flags).code == 0
+
+    def ranked(path):
+        lines = [{k: v for k, v in r.items() if k != "messages"} for r in read_jsonl(path)]
+        return [r | {"candidates": sorted(r["candidates"], key=lambda c: c.get("rank", -1))} for r in lines]
+
+    assert ranked(tmp_path / "a.jsonl") == ranked(tmp_path / "b.jsonl")
+
+
+def test_a_cut_response_goes_back_as_one(cli, tmp_path):
+    candidates = [{"text": "a", "source": "m", "reward": 2.0, "finished": False}, {"text": "b", "source": "human"}]
+    record = {"id": "x", "prompt": "p ", "candidates": [*candidates, {"text": "c", "source": "n", "reward": 1.0}]}
+    write_jsonl(tmp_path / "a.jsonl", [record])
+    flags = ["--input", tmp_path / "a.jsonl", "--output", tmp_path / "out.jsonl", "--format", "ranked"]
+    assert (done := cli("collect_candidates", "export", *flags)).code == 0, done.err
+    (row,) = read_jsonl(tmp_path / "out.jsonl")
+    assert row["rewards"] == [2.0, 1.0] and row["reference"] == "b"
+    done, again = prepare(cli, tmp_path, [row])
+    assert done.code == 0, done.err
+    found = [(c["text"], c["source"], c.get("finished", True)) for c in read_jsonl(again)[0]["candidates"]]
+    assert found == [("b", "reference", True), ("a", "m", False), ("c", "n", True)]
+
+
+def test_a_part_of_a_data_set(cli, tmp_path):
+    """A folder as the hub has it, with two configurations in its README."""
+    folder = tmp_path / "hub"
+    for name, rows in (("small", PAIRS[:1]), ("large", PAIRS)):
+        (folder / name).mkdir(parents=True)
+        datasets.Dataset.from_list(rows).to_parquet(folder / name / "train.parquet")
+    parts = "".join(f"- config_name: {n}\n  data_files: {n}/train.parquet\n" for n in ("small", "large"))
+    (folder / "README.md").write_text(f"---\nconfigs:\n{parts}---\n")
+    flags = ["prepare", "--task", "pairs", "--input", folder, "--output", tmp_path / "out.jsonl"]
+    refused(cli("collect_candidates", *flags), "--config")
+    assert (done := cli("collect_candidates", *flags, "--config", "large")).code == 0, done.err
+    assert len(read_jsonl(tmp_path / "out.jsonl")) == 3
 
 
 @pytest.mark.parametrize(
