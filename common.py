@@ -256,14 +256,15 @@ def chunked_logprobs(model, batch, chunk):
 
 def refuse_misread(config, batch):
     """Raise UserError where a model of this config would misread a packed row without a word: attention that adds the
-    mask to its scores or ignores it, and a sliding window, whose own mask a packed row's replaces."""
+    mask to its scores or ignores it, states that run on, a sliding window, whose own mask a packed row's replaces."""
     if batch.position_ids is None:
         return
-    attention, text = config._attn_implementation, config.get_text_config()
+    attn, text = config._attn_implementation, config.get_text_config()
     fit = ("sdpa", "blocks") if isinstance(batch.attention_mask, torch.Tensor) else ("flex_attention",)
-    if attention not in fit[hasattr(batch.attention_mask, "blocks") :]:
-        hint = f"load the model with attn_implementation={fit[0]!r}, or use pack_padded"
-        raise UserError(f"attention {attention!r} misreads the mask of a packed row: {hint}")
+    if attn not in fit[hasattr(batch.attention_mask, "blocks") :]:
+        raise UserError(f"attention {attn!r} misreads packed rows: take attn_implementation={fit[0]!r}, or pack_padded")
+    if other := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        raise UserError(f"its layers ({', '.join(sorted(other))}) read a packed row as one text: use pack_padded")
     window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
     if window and window < batch.longest:
         raise UserError(f"a sliding window of {window} is shorter than {batch.longest} tokens: use pack_padded")
@@ -271,19 +272,18 @@ def refuse_misread(config, batch):
 
 @torch.no_grad()
 def check_packing(model, encoded_records, make_batch=pack, score=None):
-    """Raise UserError for a model that misreads packed rows: what ignores their mask or positions (state-space layers)
-    shows here and not in a spoilt run. Finds out for candidate_logprobs whether the logits are what the head gives.
+    """Raise UserError for a model that misreads packed rows, before they spoil a run: what ignores their mask or their
+    positions. Finds out for candidate_logprobs whether the logits are what the head gives.
 
-    score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree on a prompt of up to 128 tokens
-    and 16 responses of 8, cut out of the records' text, packed and padded. Rounding, in bf16 coarse, may take them
-    apart a quarter as far as the mask, or the positions, of plain text do.
+    score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree packed and padded, on a prompt of
+    up to 128 tokens and 16 responses of 8 cut out of the records' text. Rounding, in bf16 coarse, may take them apart a
+    quarter as far as the mask, or the positions, of plain text do.
     """
     plain, training = getattr(model, "module", model), model.training
     sequences = [e.prompt_ids + r for e in encoded_records for r in e.responses]
     P = min(128, max(map(len, sequences)) // 2)
-    R = min(8, P)
-    text = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * R)]
-    some = [Encoded(None, text[:P], [text[i : i + R] for i in range(P, len(text), R)], 0, 0)]
+    text = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
+    some = [Encoded(None, text[:P], [text[i : i + 8] for i in range(P, len(text), 8)], 0, 0)]
     packed = make_batch(some)
     row = packed.input_ids[0].tolist()
     as_text = make_batch([Encoded(None, row[:1], [row[1:]], 0, 0)])

@@ -63,7 +63,8 @@ def add_score_forward(model):
 
 
 def candidate_rewards(model, batch):
-    """-> rewards [N], fp32: the score at each candidate's last token."""
+    """-> rewards [N], fp32: the score at each candidate's last token. UserError as common.refuse_misread."""
+    common.refuse_misread(model.config, batch)
     return model(batch.input_ids, batch.attention_mask, batch.position_ids, batch.last_positions)
 
 

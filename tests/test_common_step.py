@@ -38,6 +38,13 @@ ARCHITECTURES = {
 }
 
 
+HYBRIDS = {
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
 def make(kind, **more):
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(kind, **(ARCHITECTURES.get(kind, LLAMA) | more))
@@ -146,11 +153,15 @@ class TestRefused:
             got, want = (candidate_logprobs(model, make_row(ENCODED))[0] for make_row in (pack, pack_padded))
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
 
-    @pytest.mark.parametrize("kind", ["mamba", "rwkv"])
-    def test_a_model_without_such_a_mask(self, kind):
-        model = make(kind, **(SIZES | {"state_size": 4, "intermediate_size": 64, "attention_hidden_size": 32}))
-        with pytest.raises((common.UserError, TypeError)):
-            common.check_packing(model, ENCODED)
+    @pytest.mark.parametrize("kind", sorted(HYBRIDS))
+    def test_layers_whose_state_runs_on(self, kind):
+        """Barely trained, some of them come within rounding of padded rows: their config tells."""
+        model = make(kind, **HYBRIDS[kind])
+        assert model.config._attn_implementation == "sdpa"
+        for read in (candidate_logprobs, reward_model.candidate_rewards):
+            with pytest.raises(common.UserError, match="read a packed row as one text"):
+                read(model, pack(ENCODED))
+        assert candidate_logprobs(model, pack_padded(ENCODED))[0].isfinite().all()
 
 
 DATA_SETS = [
@@ -180,6 +191,22 @@ class TestCheckPacking:
             with pytest.raises(common.UserError, match="packed and padded rows differ by"):
                 score = lambda b, what=what: torch.div(*candidate_logprobs(bf16, without(what, b)))  # noqa: E731
                 common.check_packing(bf16, encoded, score=score)
+
+    @pytest.mark.parametrize("what", ["attention_mask", "position_ids"])
+    def test_a_model_that_drops_them_is_refused(self, what):
+        """Nothing else tells: its config is that of a Llama with SDPA."""
+
+        class Drops(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.module = make("llama", initializer_range=0.2)
+
+            def forward(self, input_ids, **inputs):
+                dropped = {what: None} if "position_ids" in inputs else {}  # of packed rows
+                return self.module(input_ids, **inputs | dropped)
+
+        with pytest.raises(common.UserError, match="packed and padded rows differ by"):
+            common.check_packing(Drops(), ENCODED)
 
     @pytest.mark.parametrize("encoded", DATA_SETS)
     def test_reward_models(self, bf16, encoded):
