@@ -95,8 +95,8 @@ class TestGenerate:
         """4,000 first tokens of a batch of unequal prompts against the exact softmax: chi-square of the 20 likeliest
         and the rest; 45.3 is passed by chance once in 1,000 times with 20 degrees of freedom, and the seed is fixed."""
         model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
-        seen, generate = [], model.generate
-        monkeypatch.setattr(model, "generate", lambda **k: seen.append(generate(**k)) or seen[-1])
+        seen, generate = [], type(model).generate
+        monkeypatch.setattr(type(model), "generate", lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1])
         prompts = ["A man sleeps on the bench", "Two girls"]
         torch.manual_seed(0)
         for _ in range(4):
