@@ -1,14 +1,10 @@
-"""collecting/generation.py and journal.py: what generate() draws, and the journal that survives a kill."""
-
-import fcntl
+"""collecting/generation.py: what generate() draws."""
 
 import pytest
 import torch
-from conftest import read_jsonl
 
 import common
 from collecting import generation
-from collecting.journal import Journal
 from common import UserError
 
 
@@ -127,39 +123,3 @@ class TestGenerate:
         options = {"max_new_tokens": 5, "temperature": 0.0}
         long = generation.generate(model, tokenizer, ["one two three four"], max_prompt_length=5, **options)
         assert long[0][0]["text"] == generation.generate(model, tokenizer, [tail], **options)[0][0]["text"]
-
-
-class TestJournal:
-    def test_two_writers_refuse_each_other(self, tmp_path):
-        with open(tmp_path / "o.jsonl.args.json", "a+") as f:
-            fcntl.flock(f, fcntl.LOCK_EX)
-            with pytest.raises(UserError, match="another run"):
-                Journal(tmp_path / "o.jsonl", ["a"], {})
-
-    def test_ids_of_another_input(self, tmp_path):
-        Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
-        with pytest.raises(UserError, match="'a' is not in the input"):
-            Journal(tmp_path / "o.jsonl", ["b"], {})
-
-    def test_a_broken_line_in_the_middle(self, tmp_path):
-        Journal(tmp_path / "o.jsonl", ["a"], {})
-        (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
-        with pytest.raises(UserError, match="no record"):
-            Journal(tmp_path / "o.jsonl", ["a", "b"], {})
-
-    def test_a_file_of_unknown_origin(self, tmp_path):
-        (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
-        with pytest.raises(UserError, match="not written by this script"):
-            Journal(tmp_path / "o.jsonl", ["a"], {})
-
-    def test_order_and_what_is_missing(self, tmp_path, capfd):
-        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
-        journal.write([{"id": "c"}, {"id": "a"}])
-        assert journal.finish() == 2 and "1 missing" in capfd.readouterr().out
-        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "c"]  # usable as it is
-        del journal
-        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
-        assert journal.done == {"a", "c"}
-        journal.write([{"id": "b"}])
-        journal.finish()
-        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "b", "c"]

@@ -167,3 +167,26 @@ def test_local_model_answers_in_the_callers_numbering(tiny):
     for i, prompt in enumerate(prompts):
         [[want]] = generation.generate(model, tokenizer, [prompt + "\n"], max_new_tokens=12)
         assert alone[i][0]["text"] == want["text"]
+
+
+class TestTheKey:
+    def test_is_hidden_before_the_message_is_cut(self, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", key := "sk-" + "s" * 165)
+        leak = (400, {}, json.dumps({"error": {"message": "x" * 80 + " " + key}}).encode())
+        with Server(lambda prompt, nth, body: leak) as server:
+            [(_, _, error)] = asking.complete(arguments(server.url), ["a"])
+        assert "sss" not in error and "***" in error
+
+    def test_is_not_echoed_into_the_output(self, monkeypatch):
+        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
+        reply = {"choices": [{"message": {"content": "your key is sk-secret-key"}}]}
+        with Server(lambda prompt, nth, body: json.dumps(reply).encode()) as server:
+            [(_, [response], _)] = asking.complete(arguments(server.url), ["a"])
+        assert response["text"] == "your key is ***"
+
+    def test_a_charset_that_is_none(self, monkeypatch):
+        reply = json.dumps({"choices": [{"message": {"content": "hé"}}]}).encode()
+        told = (200, {"Content-Type": "application/json; charset=zlib"}, reply)
+        with Server(lambda prompt, nth, body: told) as server:
+            [(_, responses, error)] = asking.complete(arguments(server.url), ["a"])
+        assert error is None and responses[0]["text"].startswith("h")

@@ -1,23 +1,22 @@
-"""common.py: readers, encoding, packed against padded rows in values and gradients, planning, schedules."""
+"""common.py: encoding, packed against padded rows in values and gradients, what is refused, chunks."""
 
-import gzip
-import json
+import argparse
+import dataclasses
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_model, make_records, make_tokenizer, write_jsonl
+import transformers
+from architectures import ARCHITECTURES, ENCODED, TREE, assert_same_gradients, gradients, make, make_encoded
+from conftest import make_model, make_records, make_tokenizer
+from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import common
-import files
+import reward_model
 import runtime
-from collecting import downloads
-from common import UserError, candidate_logprobs, encode, pack, pack_padded
-from files import write_atomically
-from run import learning_rate
-from runtime import plan_rows
+from common import candidate_logprobs, encode, pack, pack_padded
 
 
 class TestEncode:
@@ -119,7 +118,7 @@ class TestEncode:
         assert plain.bos_token_id not in e.prompt_ids
 
 
-def gradients(model, batch, exponent=0.85):
+def scores_and_gradients(model, batch, exponent=0.85):
     model.zero_grad()
     logprobs, lengths = candidate_logprobs(model, batch)
     weights = torch.linspace(-1, 1, len(logprobs))
@@ -132,8 +131,8 @@ class TestPacking:
     def test_packed_is_padded_is_one_by_one(self, tokenizer, prompts):
         model = make_model()
         encoded = [encode(tokenizer, r) for r in make_records(prompts)]
-        packed, lengths, grads = gradients(model, pack(encoded))
-        padded, padded_lengths, padded_grads = gradients(model, pack_padded(encoded, tokenizer.pad_token_id))
+        packed, lengths, grads = scores_and_gradients(model, pack(encoded))
+        padded, padded_lengths, padded_grads = scores_and_gradients(model, pack_padded(encoded, tokenizer.pad_token_id))
         torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
         assert torch.equal(lengths, padded_lengths)
         for name, g in padded_grads.items():
@@ -197,113 +196,6 @@ class TestPacking:
         torch.testing.assert_close(alone, beside[: len(alone)], atol=1e-5, rtol=1e-5)
 
 
-class TestPlan:
-    @pytest.mark.parametrize("world", [1, 2, 4])
-    @pytest.mark.parametrize("budget", [1, 100, 5000])
-    def test_every_prompt_once_equal_rows_within_budget(self, world, budget):
-        lengths = [30, 500, 70, 40, 99, 10, 55, 23, 41]
-        encoded = [common.Encoded(str(i), [i] * (n - 2), [[1, 2]], 0, 0) for i, n in enumerate(lengths)]
-        plan = plan_rows(encoded, budget, world)
-        assert len(plan) == world and len({len(rows) for rows in plan}) == 1
-        counted = sorted(i for rows in plan for row, weight in rows if weight for i in row)
-        assert counted == list(range(len(lengths)))
-        assert all(len(row) == 1 or sum(lengths[i] for i in row) <= budget for rows in plan for row, _ in rows)
-
-    def test_fewer_prompts_than_ranks(self):
-        plan = plan_rows([common.Encoded("a", [1] * 8, [[1, 2]], 0, 0)], 100, 4)
-        assert [rows[0][1] for rows in plan] == [1.0, 0.0, 0.0, 0.0]
-
-
-def test_learning_rate():
-    args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
-    rates = [learning_rate(s, 10, args) for s in range(10)]
-    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[6] == pytest.approx(0.5)
-    assert 0 < rates[-1] < 0.05
-    args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
-    assert [learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
-
-
-class TestReaders:
-    def test_formats_agree(self, tmp_path):
-        rows = [{"a": "1", "b": "x,y\nz"}, {"a": "ü", "b": ""}]
-        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-        (tmp_path / "r.jsonl").write_text("\ufeff" + text.replace("\n", "\r\n"))  # BOM, CRLF
-        (tmp_path / "r.json").write_text(json.dumps(rows))
-        (tmp_path / "r.csv").write_text('\ufeffa,b\n1,"x,y\nz"\nü,\n')
-        with gzip.open(tmp_path / "g.jsonl.gz", "wt") as f:
-            f.write(text)
-        for name in ("r.jsonl", "r.json", "r.csv", "g.jsonl.gz"):
-            assert [row for _, row in downloads.read_rows(tmp_path / name)] == rows, name
-
-    @pytest.mark.parametrize(
-        "name, content, words",
-        [
-            ("a.jsonl", b'{"a": 1}\n{"a": \n', ["a.jsonl:2"]),
-            ("a.jsonl", b"[1]\n", ["a.jsonl:1", "list"]),
-            ("a.jsonl", b'{"a": NaN}\n', ["a.jsonl:1", "NaN"]),
-            ("a.jsonl", b'{"a": "\xff"}\n', ["a.jsonl:1"]),
-            ("a.jsonl", b'{"a": "\\ud800"}\n', ["a.jsonl:1"]),
-            ("a.jsonl", b'{"a": "\x00"}\n', ["a.jsonl:1"]),
-            ("a.jsonl", b'"' + b"x" * (11 << 20), ["a.jsonl:1", "10 MiB"]),
-            ("a.json", b"[1]", ["a.json:1", "object"]),
-            ("a.json", b"[1]", ["a.json:1"]),
-            ("a.csv", b"a,b\n1\n", ["a.csv:2"]),
-            ("a.csv", b"a,b\n1,2,3\n", ["a.csv:2"]),
-            ("a.csv", b"a\n\xff\n", ["a.csv"]),
-            ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz"]),
-            ("a.txt", b"x", [".jsonl"]),
-        ],
-    )
-    def test_refused_by_name(self, tmp_path, name, content, words):
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(UserError) as e:
-            list(downloads.read_rows(tmp_path / name))
-        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
-
-    def test_deep_nesting(self, tmp_path):
-        (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-        with pytest.raises(UserError, match="a.jsonl:1"):
-            list(downloads.read_rows(tmp_path / "a.jsonl"))
-
-    @pytest.mark.parametrize(
-        "change, words",
-        [
-            ({"id": ""}, ["id"]),
-            ({"id": 7}, ["id"]),
-            ({"prompt": " \n"}, ["prompt"]),
-            ({"prompt": None}, ["prompt"]),
-            ({"candidates": []}, ["candidates"]),
-            ({"candidates": "x"}, ["candidates"]),
-            ({"candidates": ["x"]}, ["candidates[0]"]),
-            ({"candidates": [{"text": 1, "source": "m"}]}, ["candidates[0].text"]),
-            ({"candidates": [{"text": "x"}]}, ["candidates[0].source"]),
-            ({"candidates": [{"text": " ", "source": "human"}]}, ["candidates[0]", "human"]),
-            ({"candidates": [{"text": "x", "source": "m", "reward": "0.5"}]}, ["candidates[0].reward"]),
-            ({"candidates": [{"text": "x", "source": "m", "correct": 1}]}, ["candidates[0].correct"]),
-            ({"candidates": [{"text": "x", "source": "m", "rank": -1}]}, ["candidates[0].rank"]),
-            ({"candidates": [{"text": "x", "source": "m", "num_tokens": 0}]}, ["candidates[0].num_tokens"]),
-        ],
-    )
-    def test_bad_records(self, tmp_path, change, words):
-        path = write_jsonl(tmp_path / "c.jsonl", [make_records(1)[0], make_records(2)[1] | change])
-        with pytest.raises(UserError) as e:
-            files.load_candidates(path)
-        assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
-
-    def test_duplicates_needs_and_limits(self, tmp_path):
-        path = write_jsonl(tmp_path / "c.jsonl", make_records(2) + make_records(1))
-        with pytest.raises(UserError, match=r"c.jsonl:3.*'r0'.*c.jsonl:1"):
-            files.load_candidates(path)
-        assert len(files.load_candidates(path, limit=2)) == 2
-        with pytest.raises(UserError, match=r"c.jsonl:1: candidates\[0\].*'reward'.*add it with: the command"):
-            files.load_candidates(path, need=["reward"], added_by="the command")
-
-    def test_empty_file(self, tmp_path):
-        (tmp_path / "c.jsonl").write_text("\n\n")
-        with pytest.raises(UserError, match="no records"):
-            files.load_candidates(tmp_path / "c.jsonl")
-
-
 @pytest.mark.parametrize("value, low, ok", [("0.5", 0, True), ("-1", 0, False), ("nan", 0, False), ("inf", 0, False)])
 def test_in_range(value, low, ok):
     parse = common.in_range(float, low)
@@ -314,6 +206,169 @@ def test_in_range(value, low, ok):
             parse(value)
 
 
-def test_atomic_write(tmp_path):
-    write_atomically(tmp_path / "x", "new")
-    assert (tmp_path / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+HYBRIDS = {
+    "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("attn", ["blocks", "sdpa"])
+@pytest.mark.parametrize("encoded", [ENCODED, TREE], ids=["two prompts", "tree"])
+def test_gradients_packed_and_padded(kind, attn, encoded, monkeypatch):
+    monkeypatch.setattr(runtime, "CPU_BLOCK", 16)  # a span begins and ends within one, and reaches over several
+    model = make(kind)
+    model.set_attn_implementation(attn)
+    packed, grads = gradients(model, runtime.pack_for(attn, encoded, torch.device("cpu")))
+    padded, padded_grads = gradients(model, pack_padded(encoded))
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
+    assert_same_gradients(grads, padded_grads)
+
+
+class TestRefused:
+    """Never silently wrong: what would give other scores than padded rows is an error, padded rows still work."""
+
+    @pytest.mark.parametrize(
+        "attn, kind",
+        [("eager", k) for k in ("llama", "gpt2", "opt", "gpt_neox")]
+        + [("flex_attention", k) for k in ("llama", "opt")],
+    )
+    def test_attention_that_misreads_the_mask(self, attn, kind):
+        model = make(kind)
+        model.set_attn_implementation(attn)
+        with pytest.raises(common.UserError, match=attn):
+            candidate_logprobs(model, pack(ENCODED))
+        if attn == "eager":
+            got, _ = candidate_logprobs(model, pack_padded(ENCODED))
+            want, _ = candidate_logprobs(make(kind), pack(ENCODED))
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+    @pytest.mark.parametrize("window, refused", [(17, True), (18, False)])
+    def test_a_window_shorter_than_prompt_and_response(self, window, refused):
+        model = make("mistral", sliding_window=window)  # the longest prompt and response: 11 + 7 tokens
+        if refused:
+            with pytest.raises(common.UserError, match="window of 17 is shorter than 18"):
+                candidate_logprobs(model, pack(ENCODED))
+        else:
+            got, want = (candidate_logprobs(model, make_row(ENCODED))[0] for make_row in (pack, pack_padded))
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+
+    @pytest.mark.parametrize("kind", sorted(HYBRIDS))
+    def test_layers_whose_state_runs_on(self, kind):
+        """Barely trained, some of them come within rounding of padded rows: their config tells."""
+        model = make(kind, **HYBRIDS[kind])
+        assert model.config._attn_implementation == "sdpa"
+        for read in (candidate_logprobs, reward_model.candidate_rewards):
+            with pytest.raises(common.UserError, match="read a packed row as one text"):
+                read(model, pack(ENCODED))
+        assert candidate_logprobs(model, pack_padded(ENCODED))[0].isfinite().all()
+
+
+DATA_SETS = [
+    make_encoded(*[(9 + k, responses)] * 6) for responses in ([2, 2, 2], [1, 1], [20, 31, 26]) for k in range(4)
+]
+
+
+def without(what, batch):
+    """A batch as a model sees it that ignores the mask or the positions."""
+    T = batch.input_ids.shape[1]
+    own = {"attention_mask": common.dense_mask(torch.full((T,), T)), "position_ids": torch.arange(T)[None]}
+    return batch if batch.position_ids is None else dataclasses.replace(batch, **{what: own[what]})
+
+
+class TestCheckPacking:
+    """In bf16, on answers of one word and on explanations: right rows pass, both kinds of wrong ones do not."""
+
+    @pytest.fixture(scope="class")
+    def bf16(self):
+        return make("llama", initializer_range=0.2).bfloat16()
+
+    @pytest.mark.parametrize("encoded", DATA_SETS)
+    def test_bf16_passes_and_what_ignores_mask_or_positions_does_not(self, bf16, encoded):
+        bf16.set_attn_implementation("sdpa")
+        common.check_packing(bf16, encoded)
+        for what in ("attention_mask", "position_ids"):
+            with pytest.raises(common.UserError, match="packed and padded rows differ by"):
+                score = lambda b, what=what: torch.div(*candidate_logprobs(bf16, without(what, b)))  # noqa: E731
+                common.check_packing(bf16, encoded, score=score)
+
+    @pytest.mark.parametrize("what", ["attention_mask", "position_ids"])
+    def test_a_model_that_drops_them_is_refused(self, what):
+        """Nothing else tells: its config is that of a Llama with SDPA."""
+
+        class Drops(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.module = make("llama", initializer_range=0.2)
+
+            def forward(self, input_ids, **inputs):
+                dropped = {what: None} if "position_ids" in inputs else {}  # of packed rows
+                return self.module(input_ids, **inputs | dropped)
+
+        with pytest.raises(common.UserError, match="packed and padded rows differ by"):
+            common.check_packing(Drops(), ENCODED)
+
+    @pytest.mark.parametrize("encoded", DATA_SETS)
+    def test_reward_models(self, bf16, encoded):
+        args = types.SimpleNamespace(padded=False, attn="sdpa", model="x")
+        config = type(bf16.config).from_dict(bf16.config.to_dict() | {"num_labels": 1})
+        model = transformers.AutoModelForSequenceClassification.from_config(config).bfloat16()
+        model.score.weight.data.zero_()
+        reward_model.add_score_forward(model)
+        reward_model.check_packing(model, encoded, args, make_tokenizer(), torch.device("cpu"))
+        forward = model.forward
+        ignores = lambda ids, mask, positions, last: forward(  # noqa: E731
+            ids, mask, positions if positions is None else torch.arange(ids.shape[1])[None], last
+        )
+        model.forward = ignores
+        with pytest.raises(common.UserError, match="add --padded"):
+            reward_model.check_packing(model, encoded, args, make_tokenizer(), torch.device("cpu"))
+
+
+def test_a_wrapped_model_and_a_device_by_name():
+    runtime.init_distributed()
+    model = make("llama")
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    common.check_packing(wrapped, ENCODED)
+    assert wrapped.training and model.plain_head
+    want, want_grads = gradients(model, pack(ENCODED))
+    wrapped.zero_grad()
+    got, lengths = candidate_logprobs(wrapped, pack(ENCODED).to("cpu"), max_logits=4 * 64)
+    (got / lengths**0.85 * torch.linspace(-1, 2, len(got))).sum().backward()
+    torch.distributed.destroy_process_group()
+    torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-5)
+    assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, want_grads)
+
+
+class TestChunks:
+    @pytest.mark.parametrize("sharded", [False, True])
+    def test_same_scores_and_gradients(self, sharded):
+        """7 chunks of at most 4 of the 28 response tokens; under FSDP2 the head's weight is there again for them."""
+        model, batch = make("llama", tie_word_embeddings=True), pack(ENCODED)
+        want, want_grads = gradients(model, batch)
+        if sharded:
+            runtime.init_distributed()
+            fully_shard(model.model.layers[0])
+            fully_shard(model)
+        seen, head = [], type(model.lm_head)
+        model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
+        model.plain_head = True
+        got, grads = gradients(model, batch, max_logits=4 * 64)
+        assert seen == [(1, 28, 1)] and model.lm_head.forward.__func__ is head.forward
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+        assert_same_gradients(grads, want_grads)
+        if sharded:
+            torch.distributed.destroy_process_group()
+
+    @pytest.mark.parametrize(
+        "kind, plain", [("llama", True), ("gpt2", True), ("cohere", False), ("gemma3_text", False)]
+    )
+    def test_models_that_change_their_logits_are_found_out(self, kind, plain):
+        model = make(kind, **({"final_logit_softcapping": 0.5} if kind == "gemma3_text" else {}))
+        args = argparse.Namespace(padded=False, attn="sdpa", model=kind)
+        runtime.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
+        assert model.plain_head is plain
+        want, _ = gradients(model, pack(ENCODED))
+        got, _ = gradients(model, pack(ENCODED), max_logits=1)  # a scaled or capped model's stay whole
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)

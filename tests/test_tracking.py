@@ -6,7 +6,7 @@ import types
 import pytest
 from conftest import command, read_jsonl, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_promises import stop_after, train
+from test_run import stop_after, train
 
 
 def tracked(folder):

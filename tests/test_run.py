@@ -1,25 +1,24 @@
-"""What README promises of runs and files, each as an attack: nothing stale, nothing lost, no code from data, one
-sentence for every mistake."""
+"""run.py: a run's folder, steps and end, as README promises them: nothing stale, nothing lost, no code from data."""
 
+import argparse
 import json
-import os
 import pathlib
 import shutil
 import sys
-import zlib
+import types
 
 import pytest
 import torch
-from conftest import ROOT, command, make_model, make_records, read_jsonl, refused, write_jsonl
+from architectures import ENCODED, make
+from conftest import ROOT, command, make_model, read_jsonl, refused
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
 import files
-from collecting import generation
-from collecting.journal import Journal
-from common import UserError
-from run import Run
+import runtime
+from common import pack
+from run import Run, learning_rate, peak_flops, speed
 
 
 def train(cli, model, data, output, *more):
@@ -103,80 +102,6 @@ class TestNothingStale:
         (tmp_path / "out/args.json").write_text('{"mine": 1}')
         refused(train(cli, tiny, data, tmp_path / "out", flag), "no run's")
         assert (tmp_path / "out/args.json").read_text() == '{"mine": 1}'
-
-
-class TestJournalFiles:
-    def test_brackets_in_the_name(self, tmp_path):
-        for ids in ([{"id": "a"}], [{"id": "b"}]):
-            journal = Journal(tmp_path / "out[1].jsonl", ["a", "b"], {})
-            journal.write(ids)
-            journal.finish()
-            del journal
-        assert [r["id"] for r in read_jsonl(tmp_path / "out[1].jsonl")] == ["a", "b"]
-
-    def test_a_file_of_the_users_stays(self, tmp_path):
-        mine = tmp_path / "keep.jsonl.part0.backup"
-        mine.write_text("mine")
-        journal = Journal(tmp_path / "keep.jsonl", ["a"], {})
-        journal.write([{"id": "a"}])
-        assert journal.finish() == 1 and mine.read_text() == "mine"
-
-
-LOCAL = {  # by a model on this machine, with what makes of a random one's replies something to go on with
-    "teacher": ("collect_candidates", ["teacher", "--input"]),
-    "flip": ("collect_candidates", ["flip", "--concurrency", 1, "--input"]),
-    "gpt": ("collect_candidates", ["rank", "--by", "gpt", "--input"]),
-    "contextual": ("collect_candidates", ["rank", "--by", "contextual", "--input"]),
-    "judge": ("evaluate", ["judge", "--name", "x", "--answers"]),
-}
-
-
-@pytest.mark.parametrize("what", LOCAL)
-def test_a_local_model_is_asked_the_same_after_a_kill(cli, tiny, tmp_path, monkeypatch, what):
-    """The same batches, those of the whole input, also where the first run was killed inside one: the same samples."""
-
-    def some(text, n=None):  # by chance, but always the same; of no use in one of four
-        number = zlib.crc32(text.encode())
-        first = number % n if n else 0
-        answer = [*range(1 + first, n + 1), *range(1, 1 + first)] if n else "neutral"
-        return answer if number % 4 else None
-
-    def verdict(text, n):
-        if not (ranking := some(text, n)):
-            raise ValueError("by chance")
-        ranking = [k - 1 for k in ranking]
-        rest = {"type": "open", "reference": text, "repeated": set(), "ratings": dict.fromkeys(ranking)}
-        return rest | {"ranking": ranking, "scores": {k: n - i for i, k in enumerate(ranking)}}
-
-    monkeypatch.setattr("collecting.flip.one_label", some)
-    monkeypatch.setattr("collecting.rank_asked.parse_ranking", some)
-    monkeypatch.setattr("collecting.rank_contextual.parse_contextual", verdict)
-    asked, generate = [], generation.generate
-    monkeypatch.setattr(generation, "generate", lambda *a, **k: asked.append(a[2]) or generate(*a, **k))
-    records = make_records(16)
-    for i, r in enumerate(records):  # prompts of three sizes, so that batches are not in the input's order
-        r |= {"prompt": r["prompt"] * (1 + i % 3), "question": r["prompt"], "text": r["candidates"][1]["text"]}
-    data = write_jsonl(tmp_path / "data.jsonl", records)
-    script, argv = LOCAL[what]
-    argv = [*argv, *[data] * (1 + (what == "judge")), "--model", tiny, "--max_new_tokens", 6]
-    argv += ["--batch_size", 4, "--output"]
-    assert cli(script, *argv, tmp_path / "whole.jsonl").code == 0
-    whole = list(asked)
-    with monkeypatch.context() as context:
-        write, left = Journal.write, iter(range(6))
-
-        def killed(journal, records):
-            if records and next(left, None) is None:
-                raise KeyboardInterrupt
-            write(journal, records)
-
-        context.setattr(Journal, "write", killed)
-        assert cli(script, *argv, tmp_path / "parts.jsonl").code == 130
-    assert len(read_jsonl(tmp_path / "parts.jsonl.part0")) == 6
-    asked.clear()
-    assert cli(script, *argv, tmp_path / "parts.jsonl").code == 0
-    assert asked and all(batch in whole for batch in asked)
-    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
 class TestNoCodeFromData:
@@ -279,11 +204,37 @@ def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
     assert not (tmp_path / "out/model").exists()
 
 
-def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
-    """As the second of two processes sees it."""
-    place = os.stat(tmp_path)
-    monkeypatch.setattr(files.dist, "get_world_size", lambda: 2)
-    told = [({}, (place.st_ino, place.st_mtime_ns)), ({}, None)]
-    monkeypatch.setattr(files.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
-    with pytest.raises(UserError, match="process 1 sees another folder"):
-        files.agree({}, tmp_path / "missing", "--output x")
+def test_rows_are_the_plan_in_order():
+    """Each row with its own prompts' tokens and values; the repeated one has weight 0."""
+    runtime.init_distributed()
+    run = object.__new__(Run)
+    run.args = argparse.Namespace(padded=False, attn="sdpa", seed=0)
+    run.device, run.process, run.world, run.step, run.seen, run.signal = torch.device("cpu"), 0, 1, 0, [], None
+    run.encoded, run.tokenizer, run.row_budget = ENCODED, None, 1
+    levels = [torch.tensor([2.0, 1.0, 0.0]), torch.tensor([5.0, 4.0])]
+    rows = list(run.rows([1, 0], levels))
+    torch.distributed.destroy_process_group()
+    assert [(row, weight) for row, weight, *_ in rows] == [([0], 1.0), ([1], 1.0)] and run.seen == ["0", "1"]
+    for row, _, batch, values in rows:
+        assert torch.equal(batch.input_ids, pack([ENCODED[i] for i in row]).input_ids)
+        assert torch.equal(values, levels[row[0]]) and batch.sizes == [len(values)]
+
+
+def test_mfu_counts_layers_alone(monkeypatch):
+    runtime.init_distributed()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)  # q, o; k, v; MLP; norms
+    figures = speed(make("llama"), 1000, 0.5, torch.device("cuda"))
+    torch.distributed.destroy_process_group()
+    assert figures == {"tok/s": 2000.0, "MFU": pytest.approx(6 * layers * 2000 / 989e12)}
+    assert peak_flops("NVIDIA H100 PCIe") < peak_flops("NVIDIA H100 NVL") < peak_flops("NVIDIA H100 80GB HBM3")
+    assert peak_flops("some other") is None
+
+
+def test_learning_rate():
+    args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
+    rates = [learning_rate(s, 10, args) for s in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[6] == pytest.approx(0.5)
+    assert 0 < rates[-1] < 0.05
+    args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
+    assert [learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])

@@ -1,0 +1,121 @@
+"""collecting/journal.py: files that survive a kill and hold what was asked for."""
+
+import fcntl
+import zlib
+
+import pytest
+from conftest import make_records, read_jsonl, write_jsonl
+
+from collecting import generation
+from collecting.journal import Journal
+from common import UserError
+
+
+class TestJournal:
+    def test_two_writers_refuse_each_other(self, tmp_path):
+        with open(tmp_path / "o.jsonl.args.json", "a+") as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            with pytest.raises(UserError, match="another run"):
+                Journal(tmp_path / "o.jsonl", ["a"], {})
+
+    def test_ids_of_another_input(self, tmp_path):
+        Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
+        with pytest.raises(UserError, match="'a' is not in the input"):
+            Journal(tmp_path / "o.jsonl", ["b"], {})
+
+    def test_a_broken_line_in_the_middle(self, tmp_path):
+        Journal(tmp_path / "o.jsonl", ["a"], {})
+        (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
+        with pytest.raises(UserError, match="no record"):
+            Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+
+    def test_a_file_of_unknown_origin(self, tmp_path):
+        (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
+        with pytest.raises(UserError, match="not written by this script"):
+            Journal(tmp_path / "o.jsonl", ["a"], {})
+
+    def test_order_and_what_is_missing(self, tmp_path, capfd):
+        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
+        journal.write([{"id": "c"}, {"id": "a"}])
+        assert journal.finish() == 2 and "1 missing" in capfd.readouterr().out
+        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "c"]  # usable as it is
+        del journal
+        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
+        assert journal.done == {"a", "c"}
+        journal.write([{"id": "b"}])
+        journal.finish()
+        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "b", "c"]
+
+
+class TestJournalFiles:
+    def test_brackets_in_the_name(self, tmp_path):
+        for ids in ([{"id": "a"}], [{"id": "b"}]):
+            journal = Journal(tmp_path / "out[1].jsonl", ["a", "b"], {})
+            journal.write(ids)
+            journal.finish()
+            del journal
+        assert [r["id"] for r in read_jsonl(tmp_path / "out[1].jsonl")] == ["a", "b"]
+
+    def test_a_file_of_the_users_stays(self, tmp_path):
+        mine = tmp_path / "keep.jsonl.part0.backup"
+        mine.write_text("mine")
+        journal = Journal(tmp_path / "keep.jsonl", ["a"], {})
+        journal.write([{"id": "a"}])
+        assert journal.finish() == 1 and mine.read_text() == "mine"
+
+
+LOCAL = {  # by a model on this machine, with what makes of a random one's replies something to go on with
+    "teacher": ("collect_candidates", ["teacher", "--input"]),
+    "flip": ("collect_candidates", ["flip", "--concurrency", 1, "--input"]),
+    "gpt": ("collect_candidates", ["rank", "--by", "gpt", "--input"]),
+    "contextual": ("collect_candidates", ["rank", "--by", "contextual", "--input"]),
+    "judge": ("evaluate", ["judge", "--name", "x", "--answers"]),
+}
+
+
+@pytest.mark.parametrize("what", LOCAL)
+def test_a_local_model_is_asked_the_same_after_a_kill(cli, tiny, tmp_path, monkeypatch, what):
+    """The same batches, those of the whole input, also where the first run was killed inside one: the same samples."""
+
+    def some(text, n=None):  # by chance, but always the same; of no use in one of four
+        number = zlib.crc32(text.encode())
+        first = number % n if n else 0
+        answer = [*range(1 + first, n + 1), *range(1, 1 + first)] if n else "neutral"
+        return answer if number % 4 else None
+
+    def verdict(text, n):
+        if not (ranking := some(text, n)):
+            raise ValueError("by chance")
+        ranking = [k - 1 for k in ranking]
+        rest = {"type": "open", "reference": text, "repeated": set(), "ratings": dict.fromkeys(ranking)}
+        return rest | {"ranking": ranking, "scores": {k: n - i for i, k in enumerate(ranking)}}
+
+    monkeypatch.setattr("collecting.flip.one_label", some)
+    monkeypatch.setattr("collecting.rank_asked.parse_ranking", some)
+    monkeypatch.setattr("collecting.rank_contextual.parse_contextual", verdict)
+    asked, generate = [], generation.generate
+    monkeypatch.setattr(generation, "generate", lambda *a, **k: asked.append(a[2]) or generate(*a, **k))
+    records = make_records(16)
+    for i, r in enumerate(records):  # prompts of three sizes, so that batches are not in the input's order
+        r |= {"prompt": r["prompt"] * (1 + i % 3), "question": r["prompt"], "text": r["candidates"][1]["text"]}
+    data = write_jsonl(tmp_path / "data.jsonl", records)
+    script, argv = LOCAL[what]
+    argv = [*argv, *[data] * (1 + (what == "judge")), "--model", tiny, "--max_new_tokens", 6]
+    argv += ["--batch_size", 4, "--output"]
+    assert cli(script, *argv, tmp_path / "whole.jsonl").code == 0
+    whole = list(asked)
+    with monkeypatch.context() as context:
+        write, left = Journal.write, iter(range(6))
+
+        def killed(journal, records):
+            if records and next(left, None) is None:
+                raise KeyboardInterrupt
+            write(journal, records)
+
+        context.setattr(Journal, "write", killed)
+        assert cli(script, *argv, tmp_path / "parts.jsonl").code == 130
+    assert len(read_jsonl(tmp_path / "parts.jsonl.part0")) == 6
+    asked.clear()
+    assert cli(script, *argv, tmp_path / "parts.jsonl").code == 0
+    assert asked and all(batch in whole for batch in asked)
+    assert (tmp_path / "parts.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()

@@ -1,0 +1,209 @@
+"""files.py and collecting/downloads.py: what is broken is one sentence, in bounded memory; what is written is whole."""
+
+import gzip
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, make_records, refused, write_jsonl
+
+import files
+from collecting import downloads
+from collecting.downloads import read_rows
+from common import UserError
+from files import write_atomically
+
+
+class TestReaders:
+    def test_formats_agree(self, tmp_path):
+        rows = [{"a": "1", "b": "x,y\nz"}, {"a": "ü", "b": ""}]
+        text = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+        (tmp_path / "r.jsonl").write_text("\ufeff" + text.replace("\n", "\r\n"))  # BOM, CRLF
+        (tmp_path / "r.json").write_text(json.dumps(rows))
+        (tmp_path / "r.csv").write_text('\ufeffa,b\n1,"x,y\nz"\nü,\n')
+        with gzip.open(tmp_path / "g.jsonl.gz", "wt") as f:
+            f.write(text)
+        for name in ("r.jsonl", "r.json", "r.csv", "g.jsonl.gz"):
+            assert [row for _, row in downloads.read_rows(tmp_path / name)] == rows, name
+
+    @pytest.mark.parametrize(
+        "name, content, words",
+        [
+            ("a.jsonl", b'{"a": 1}\n{"a": \n', ["a.jsonl:2"]),
+            ("a.jsonl", b"[1]\n", ["a.jsonl:1", "list"]),
+            ("a.jsonl", b'{"a": NaN}\n', ["a.jsonl:1", "NaN"]),
+            ("a.jsonl", b'{"a": "\xff"}\n', ["a.jsonl:1"]),
+            ("a.jsonl", b'{"a": "\\ud800"}\n', ["a.jsonl:1"]),
+            ("a.jsonl", b'{"a": "\x00"}\n', ["a.jsonl:1"]),
+            ("a.jsonl", b'"' + b"x" * (11 << 20), ["a.jsonl:1", "10 MiB"]),
+            ("a.json", b"[1]", ["a.json:1", "object"]),
+            ("a.json", b"[1]", ["a.json:1"]),
+            ("a.csv", b"a,b\n1\n", ["a.csv:2"]),
+            ("a.csv", b"a,b\n1,2,3\n", ["a.csv:2"]),
+            ("a.csv", b"a\n\xff\n", ["a.csv"]),
+            ("a.jsonl.gz", b"not gzip", ["a.jsonl.gz"]),
+            ("a.txt", b"x", [".jsonl"]),
+        ],
+    )
+    def test_refused_by_name(self, tmp_path, name, content, words):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError) as e:
+            list(downloads.read_rows(tmp_path / name))
+        assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
+
+    def test_deep_nesting(self, tmp_path):
+        (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+        with pytest.raises(UserError, match="a.jsonl:1"):
+            list(downloads.read_rows(tmp_path / "a.jsonl"))
+
+    @pytest.mark.parametrize(
+        "change, words",
+        [
+            ({"id": ""}, ["id"]),
+            ({"id": 7}, ["id"]),
+            ({"prompt": " \n"}, ["prompt"]),
+            ({"prompt": None}, ["prompt"]),
+            ({"candidates": []}, ["candidates"]),
+            ({"candidates": "x"}, ["candidates"]),
+            ({"candidates": ["x"]}, ["candidates[0]"]),
+            ({"candidates": [{"text": 1, "source": "m"}]}, ["candidates[0].text"]),
+            ({"candidates": [{"text": "x"}]}, ["candidates[0].source"]),
+            ({"candidates": [{"text": " ", "source": "human"}]}, ["candidates[0]", "human"]),
+            ({"candidates": [{"text": "x", "source": "m", "reward": "0.5"}]}, ["candidates[0].reward"]),
+            ({"candidates": [{"text": "x", "source": "m", "correct": 1}]}, ["candidates[0].correct"]),
+            ({"candidates": [{"text": "x", "source": "m", "rank": -1}]}, ["candidates[0].rank"]),
+            ({"candidates": [{"text": "x", "source": "m", "num_tokens": 0}]}, ["candidates[0].num_tokens"]),
+        ],
+    )
+    def test_bad_records(self, tmp_path, change, words):
+        path = write_jsonl(tmp_path / "c.jsonl", [make_records(1)[0], make_records(2)[1] | change])
+        with pytest.raises(UserError) as e:
+            files.load_candidates(path)
+        assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
+
+    def test_duplicates_needs_and_limits(self, tmp_path):
+        path = write_jsonl(tmp_path / "c.jsonl", make_records(2) + make_records(1))
+        with pytest.raises(UserError, match=r"c.jsonl:3.*'r0'.*c.jsonl:1"):
+            files.load_candidates(path)
+        assert len(files.load_candidates(path, limit=2)) == 2
+        with pytest.raises(UserError, match=r"c.jsonl:1: candidates\[0\].*'reward'.*add it with: the command"):
+            files.load_candidates(path, need=["reward"], added_by="the command")
+
+    def test_empty_file(self, tmp_path):
+        (tmp_path / "c.jsonl").write_text("\n\n")
+        with pytest.raises(UserError, match="no records"):
+            files.load_candidates(tmp_path / "c.jsonl")
+
+
+def test_atomic_write(tmp_path):
+    write_atomically(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 1
+
+
+def record(**fields):
+    return make_records(1)[0] | fields
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"label": 7},
+        {"instruction": 7},
+        {"answers": [5]},
+        {"messages": [{"role": "user"}]},
+        {"messages": [{"role": "wizard", "content": "x"}]},
+        {"documents": [{"title": "x"}]},
+    ],
+)
+def test_a_field_of_another_type(cli, tiny, tmp_path, wrong):
+    data = write_jsonl(tmp_path / "d.jsonl", [record(**wrong)])
+    done = cli("rescue", "--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "o")
+    refused(done, "d.jsonl:1", *wrong)
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400])
+def test_numbers_that_no_float_holds(cli, tiny, tmp_path, number):
+    row = json.dumps(record(reward="here")).replace('"here"', number)
+    row = row.replace('"correct": true', f'"correct": true, "reward": {number}')
+    (tmp_path / "d.jsonl").write_text(row + "\n")
+    flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o"]
+    refused(cli("rescue", "--ordering", "reward", *flags), "d.jsonl:1")
+
+
+def test_damaged_gzip(cli, tiny, tmp_path):
+    content = bytearray(gzip.compress(json.dumps(record()).encode() * 50))
+    content[60:80] = bytes(20)
+    (tmp_path / "d.jsonl.gz").write_bytes(content)
+    flags = ["--model", tiny, "--data", tmp_path / "d.jsonl.gz", "--output", tmp_path / "o"]
+    refused(cli("rescue", "--ordering", "label", *flags), "d.jsonl.gz")
+
+
+class TestArrays:
+    def rows(self, tmp_path, text):
+        (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+        return [row for _, row in read_rows(tmp_path / "a.json")]
+
+    def test_whatever_the_layout(self, tmp_path):
+        rows = [{"a": "é" * k, "b": [1, {"c": "]},["}]} for k in (1, 70_000, 3, 140_000)]
+        for indent in (None, 1):
+            assert self.rows(tmp_path, json.dumps(rows, indent=indent)) == rows
+        assert self.rows(tmp_path, "\ufeff [ ] ") == []
+
+    @pytest.mark.parametrize(
+        "text", ["[{}", "[{},", "[{},]", "[,{}]", "[{} {}]", "[{}] 1", "[1]", '[{"a": NaN}]', "[", b"[{\xff}]", "[{]"]
+    )
+    def test_what_is_none(self, tmp_path, text):
+        with pytest.raises(UserError, match="a.json"):
+            self.rows(tmp_path, text)
+
+
+@pytest.mark.parametrize("name", ["x.json.gz", "x.csv.gz"])
+def test_memory_stays_bounded(tmp_path, name):
+    """A file that unpacks to 400 MB is read, or refused, in a process that may have 300 MB more than it begins with."""
+    start, more = (b"[", b"{}," * 2**20) if "json" in name else (b"a\n", b"x" * 3 * 2**20)
+    with gzip.open(tmp_path / name, "wb") as f:
+        f.write(start)
+        for _ in range(130):
+            f.write(more)
+    code = f"""
+import resource, sys
+sys.path[:0] = [{str(ROOT)!r}]
+from collecting.downloads import read_rows
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    for n, _ in enumerate(read_rows({str(tmp_path / name)!r})):
+        if n == 100_000:
+            break
+except Exception as e:
+    assert type(e).__name__ == "UserError", e
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 300
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--seed", "1" + "0" * 20],
+        ["--seed", "1" + "0" * 400],
+        ["--temperature", "1e-40"],
+        ["--max_new_tokens", "1" + "0" * 30],
+        ["--stop", ""],
+    ],
+)
+def test_absurd_numbers(cli, tiny, tmp_path, flags):
+    data = write_jsonl(tmp_path / "d.jsonl", [record()])
+    refused(cli("collect_candidates", "sample", "--model", tiny, "--input", data, "--output", tmp_path / "o", *flags))
+
+
+def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
+    """As the second of two processes sees it."""
+    place = os.stat(tmp_path)
+    monkeypatch.setattr(files.dist, "get_world_size", lambda: 2)
+    told = [({}, (place.st_ino, place.st_mtime_ns)), ({}, None)]
+    monkeypatch.setattr(files.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
+    with pytest.raises(UserError, match="process 1 sees another folder"):
+        files.agree({}, tmp_path / "missing", "--output x")
