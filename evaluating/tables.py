@@ -44,7 +44,8 @@ def beside_paper(path, tables, wanted=None):
     The JSON: source, rows {system: {column: the paper's value}}; optional: note; names {system: as the paper calls it};
     percent, the figures (the last word of their names) of ours to be multiplied by 100; cells, one figure's name: then
     a column is what follows the @ in a system's name (label@2000), otherwise a column is a figure's name. Columns of
-    ours that the paper lacks stay where `cells` is given, and rows of ours always. wanted: of the columns, only these.
+    ours that the paper lacks stay where `cells` is given, and rows of ours always. A column `mean` is the mean,
+    seed by seed, of the others that its rows have. wanted: of the columns, only these.
     """
     paper = read_document(path, rows=dict, source=str)
     cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
@@ -58,6 +59,11 @@ def beside_paper(path, tables, wanted=None):
                 if figure in figures:
                     value = with_interval(figures, figure, figure.split()[-1] in paper.get("percent", ()))
                     runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
+    averaged = {c for row in paper["rows"].values() if "mean" in row for c in row} - {"mean"}
+    for row in runs.values():
+        if averaged and row.keys() >= averaged:
+            seeds = zip(*([value for value, _ in row[c]] for c in sorted(averaged)))
+            row["mean"] = [(statistics.fmean(values), None) for values in seeds]
     columns += [c for row in runs.values() for c in row if c not in columns]
     if cell:  # sizes in order, then words
         columns = sorted(set(columns), key=lambda c: (float(c) if c.replace(".", "").isdigit() else math.inf, c))

@@ -97,6 +97,16 @@ def test_report_beside_a_paper(cli, here):
     assert out[4] == "| (PO) Label | 63.00 ±8.96 | (81.97) |"
     assert out[6] == "| none | 50.00 [46.9, 53.1] |  |"  # Wilson's, 500 of 1000
 
+    for seed, accuracy in enumerate((0.70, 0.72, 0.71)):
+        system(f"label@2000-seed{seed}", "nli", accuracy=accuracy, prompts=1000)
+    paper["rows"] = {"base": {"0": 33.31}, "label": {"500": 60.5, "2000": 81.97, "mean": 71.2}, "none": {"mean": 70.0}}
+    (here / "paper.json").write_text(json.dumps(paper))
+    names += [f"label@2000-seed{seed}" for seed in range(3)]
+    out = cli("evaluate", "report", *names, "none@500-seed0", "--paper", "paper.json").out.splitlines()
+    assert out[2] == "|  | 0 | 500 | 2000 | mean |" and out[6].endswith("|  | (70.0) |")
+    # seed by seed 65, 67, 69: standard deviation 2, 4.3027 * 2 / sqrt(3) = 4.968
+    assert out[5].endswith("| 67.00 ±4.97 (71.2) |")
+
     paper = {"source": "X, Table 2", "note": "x 100", "percent": ["reward"]}
     paper["rows"] = {"a": {"hard reward": 51.5, "bleu": 10.0}}
     (here / "paper.json").write_text(json.dumps(paper))
