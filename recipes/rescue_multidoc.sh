@@ -28,7 +28,7 @@ DISTRACTORS=${DISTRACTORS:-4}               # answers from distractors, Sec. 5.2
 ORDERINGS=${ORDERINGS:-label}               # Table 2; hybrid: Sec. 5.2
 PLACES=${PLACES:-"5:1,3,5 10:1,5,10"}       # documents:places of the gold one, Table 2
 BEAMS=${BEAMS:-4}                           # "beam search" (Sec. 5.2); how wide, the paper does not say
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n"}     # 128 as released; the stop is ours: a base model runs on into new documents
+TOKENS=${TOKENS:-128} STOP=${STOP-"\n"}     # 128: the released test; the stop: ours, a base model runs on
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 LENGTH_SCALING=${LENGTH_SCALING:-1}         # as released; Sec. 7's 0.85 is about NLI
 MAX_LENGTH=${MAX_LENGTH:-2048} MAX_WORDS=${MAX_WORDS:-} SEEDS=${SEEDS:-0}
