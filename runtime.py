@@ -113,7 +113,7 @@ def key_blocks(end, device="cpu"):
         keys = position[: queries[-1] + 1]
         keys = keys[end[keys] > queries[0]]
         visible = torch.where(sees(end, queries[:, None], keys), 0.0, -torch.inf)
-        mask.blocks.append((keys.to(device), visible.to(device)))
+        mask.blocks.append(tuple(x.to(device, non_blocking=True) for x in (keys, visible)))
     return mask
 
 
@@ -125,11 +125,11 @@ def block_mask(end, device):
     first = torch.arange(0, len(end), FLEX_BLOCK)[:, None]  # the first query of each block
     seen = (ends.amax(1) > first).tril()  # [blocks of queries, blocks of keys]: some pair is visible
     whole = (ends.amin(1) >= first + FLEX_BLOCK).tril(-1)  # all are
-    end = end.to(device)
+    end = end.to(device, non_blocking=True)
     ordered = []
     for blocks in (seen & ~whole, whole):
         order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
-        ordered += [x.int()[None, None].to(device) for x in (blocks.sum(-1), order)]
+        ordered += [x.int()[None, None].to(device, non_blocking=True) for x in (blocks.sum(-1), order)]
     return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, q, k: sees(end, q, k))
 
 
@@ -303,9 +303,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     every = args.activation_checkpointing
     every = decide_checkpointing(model, args, device) if every == "auto" else every
     if every:
-        options = {"use_reentrant": False}  # before fully_shard
-        old = model.gradient_checkpointing_enable  # its name in transformers 5.17; 5.23 warns of it
-        getattr(model, "activation_checkpointing_enable", old)(options, every_n_layers=every)
+        checkpoint_layers(model, every)
     weights = model.state_dict() if loaded else {}
     if args.compile:
         compile_layers(model)
@@ -320,18 +318,25 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
 def set_attention(model, attn, args):
     """Give the model the attention `attn`: flex, blocks, or sdpa; args.attn, which make_batch's masks are for, becomes
     its name in the config. A model that FlexAttention is not for gets blocks, under --attn flex a UserError."""
+    text, why = model.config.get_text_config(), None
     if attn == "flex":
-        dropout = getattr(model.config.get_text_config(), "attention_dropout", 0) or 0
-        why = "has no FlexAttention" if not model._supports_flex_attn else ""
-        why = f"has attention_dropout {dropout}, which FlexAttention lacks" if not why and dropout else why
+        if not model._supports_flex_attn:
+            why = "has no FlexAttention"
+        elif dropout := getattr(text, "attention_dropout", 0):
+            why = f"has attention_dropout {dropout}, which FlexAttention lacks"
+        elif head_size(text) < 16:
+            why = f"has heads of {head_size(text)}, where FlexAttention on CUDA wants 16 or more"
         if why and args.attn == "flex":
             raise UserError(f"--attn flex: {type(model).__name__} {why}; leave the flag out, or take --attn blocks")
-        attn = "blocks" if why else attn
-    if attn == "flex":
+    if attn == "flex" and not why:
         model.set_attn_implementation("flex_attention")
-    elif attn == "blocks" and model.config._attn_implementation == "sdpa":  # some models need their own
+    elif attn in ("blocks", "flex") and model.config._attn_implementation == "sdpa":  # some models need their own
         model.set_attn_implementation("blocks")
     args.attn = model.config._attn_implementation
+
+
+def head_size(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def row_tokens(args, device):
@@ -348,11 +353,15 @@ def decide_checkpointing(model, args, device):
     dist.all_reduce(free, dist.ReduceOp.MIN)
     need, less = training_bytes(model, row_tokens(args, device), dist.get_world_size())
     every = int(need > 0.9 * free.item())
-    say(
-        f"a GPU needs {need / 1e9:.0f} GB as it is, {less / 1e9:.0f} GB with activation checkpointing, "
-        f"and has {free / 1e9:.0f} GB free: {'every layer is' if every else 'no layer is'} checkpointed"
-    )
+    has = f"{free / 1e9:.0f} GB free: {'every' if every else 'no'} layer is checkpointed"
+    say(f"a GPU needs {need / 1e9:.0f} GB as it is, {less / 1e9:.0f} GB with activation checkpointing, and has {has}")
     return every
+
+
+def checkpoint_layers(model, every):
+    """Recompute every `every`-th layer in the backward; before fully_shard."""
+    old = model.gradient_checkpointing_enable  # its name in transformers 5.17; 5.23 warns of it
+    getattr(model, "activation_checkpointing_enable", old)({"use_reentrant": False}, every_n_layers=every)
 
 
 def training_bytes(model, tokens, world):
@@ -362,8 +371,7 @@ def training_bytes(model, tokens, world):
     layer, total = (sum(p.numel() for p in m.parameters()) for m in (layers[0], model))
     root = total - layer * len(layers)
     heads, H = config.num_attention_heads, config.hidden_size
-    head_dim = getattr(config, "head_dim", None) or H // heads
-    width = (heads + (getattr(config, "num_key_value_heads", None) or heads)) * head_dim  # q and output; k and v
+    width = (heads + (getattr(config, "num_key_value_heads", None) or heads)) * head_size(config)  # q, output; k, v
     kept = tokens * (16 * H + 4 * width + 8 * (getattr(config, "intermediate_size", None) or 4 * H) + 4 * heads + 8)
     fixed = 16 * total / world + 2 * root + 10 * layer + 10 * 2**27  # state, gathered, reduced, logits
     return fixed + kept * len(layers), fixed + kept + 2 * H * tokens * len(layers)

@@ -33,6 +33,7 @@ turn: the limit of a step that did nothing else. Under 75% of it on a CPU a prof
 """
 
 import ctypes
+import gc
 import importlib.metadata
 import json
 import math
@@ -250,26 +251,56 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def measure(contenders, model, optimizer, shape, args, device):
+class Bench:
+    """What is measured: model, optimizer and contenders {name: function}, made anew after a step that failed, since
+    FSDP2's layers are then left half gathered."""
+
+    def __init__(self, names, args, device):
+        self.names, self.args, self.device = names, args, device
+        self.renew()
+
+    def renew(self):
+        self.model = self.optimizer = self.contenders = None
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        self.model, tokenizer = load(self.args, self.device)
+        makers = {"ours": ours, "ours_compiled": ours, "padded": padded, "flash_pref": flash_pref}
+        makers |= {"prefix_grouper": prefix_grouper}
+        self.contenders = {name: makers.get(name) or make_trl(self.model, tokenizer) for name in self.names}
+        lr = 1e-6 if self.args.optimizer else 0.0
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+        for p in self.model.parameters():
+            p.grad = torch.zeros_like(p)
+
+
+def measure(bench, shape, args, device):
     """Interleaved turns over one shape -> ({contender: {"seconds": [...], "peak_bytes": [...]}}, FLOP/s of plain matrix
-    products in each turn), less the warm-up."""
+    products in each turn), less the warm-up; of a contender that fails on CUDA {"failed": why}."""
     P, n, R = shape
-    encoded = make_encoded(shape, args.prompts, model.config.vocab_size, args.seed)
-    products, rates = Products(model, args.prompts * (P + n * R), args.prompts * n * R), []
-    result = {name: {"seconds": [], "peak_bytes": [], "step_bytes": []} for name in contenders}
+    encoded = make_encoded(shape, args.prompts, bench.model.config.vocab_size, args.seed)
+    products, rates = Products(bench.model, args.prompts * (P + n * R), args.prompts * n * R), []
+    result = {name: {"seconds": [], "peak_bytes": [], "step_bytes": []} for name in bench.names}
     for turn in range(args.warmup + args.repeats):
         scores = {}
         rates += [products.rate()] * (turn >= args.warmup)
-        for name, contender in contenders.items():
-            if "out_of_memory" in result[name]:
+        for name in bench.names:
+            if "failed" in result[name]:
                 continue
             ours_attention = "blocks" if device.type == "cpu" else "flex_attention"
-            model.set_attn_implementation(ATTENTION.get(name, ours_attention))
-            set_compiled(model, name == "ours_compiled")
+            bench.model.set_attn_implementation(ATTENTION.get(name, ours_attention))
+            set_compiled(bench.model, name == "ours_compiled")
+            step = bench.contenders[name], bench.model, bench.optimizer, encoded, device
             try:
-                seconds, peak, scores[name] = timed_step(contender, model, optimizer, encoded, device)
-            except torch.OutOfMemoryError as e:
-                result[name] = {"out_of_memory": str(e).splitlines()[0][:200]}
+                seconds, peak, scores[name] = timed_step(*step)
+            except Exception as e:  # out of memory, or what does not compile: the others may hold
+                if device.type == "cpu":
+                    raise
+                memory = isinstance(e, torch.OutOfMemoryError)
+                result[name] = {"failed": "out of memory" if memory else f"{type(e).__name__}: {str(e)[:200]}"}
+            if "failed" in result[name]:
+                del step
+                bench.renew()
                 continue
             if turn >= args.warmup:
                 result[name]["seconds"].append(seconds)
@@ -278,9 +309,9 @@ def measure(contenders, model, optimizer, shape, args, device):
         known = [s for s in scores.values() if s is not None]
         if not all(torch.allclose(s, known[0], rtol=1e-4 if device.type == "cpu" else 5e-2) for s in known):
             raise SystemExit(f"{shape}: the contenders do not score alike: {scores}")
-    reached = of_products(step_flops(model, shape, args.prompts)[0], rates, result.get("ours", {}))
+    reached = of_products(step_flops(bench.model, shape, args.prompts)[0], rates, result.get("ours", {}))
     if device.type == "cpu" and reached and reached < 0.75:
-        result["ours"]["profile"] = profile(contenders["ours"], model, optimizer, encoded, device)
+        result["ours"]["profile"] = profile(bench.contenders["ours"], bench.model, bench.optimizer, encoded, device)
     return result, rates
 
 
@@ -387,7 +418,7 @@ def peak_flops(device):
 def ratios(row, name, base="ours"):
     """-> medians over turns: the contender's time over ours, and our memory over its, all of it and the step's own."""
     a, b = row["contenders"][name], row["contenders"].get(base)
-    if b is None or "out_of_memory" in b:
+    if b is None or "failed" in b:
         return None, None, None
     over = lambda x, y, key: statistics.median(i / j for i, j in zip(x[key], y[key]))  # noqa: E731
     return over(a, b, "seconds"), over(b, a, "peak_bytes"), over(b, a, "step_bytes")
@@ -403,8 +434,9 @@ def table(report):
     for row in report["rows"]:
         P, n, R = row["shape"]
         for name, c in row["contenders"].items():
-            if "out_of_memory" in c:
-                lines.append(f"| {row['workload']} | {P} / {n} x {R} | {name} | out of memory | | | | | | | |")
+            if "failed" in c:
+                why = c["failed"].replace("\n", " ").replace("|", "/")
+                lines.append(f"| {row['workload']} | {P} / {n} x {R} | {name} | {why} | | | | | | | |")
                 continue
             seconds, peak, own = (statistics.median(c[k]) for k in ("seconds", "peak_bytes", "step_bytes"))
             times, memory, own_memory = ratios(row, name)
@@ -546,29 +578,23 @@ def main():
 
 
 def run(args, report, output, device):
-    model, tokenizer = load(args, device)
     names = args.contenders or ["ours", "padded"]
     if device.type == "cpu":
         say("no CUDA device: FlexAttention, flash-pref and bf16 are left out; the same command measures them on one")
     if device.type == "cuda" and not args.contenders:
-        names = ["ours", "ours_compiled", "padded"] + ["trl"] * bool(installed("trl") and tokenizer)
+        names = ["ours", "ours_compiled", "padded"]
+        names += ["trl"] * bool(installed("trl") and args.model not in GEOMETRIES)  # it wants a tokenizer
         names += ["prefix_grouper"] * bool(installed("prefix-grouper"))
         names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
     for name in set(names) & set(PEERS):
         if not installed(PEERS[name]):
             raise common.UserError(f"--contenders {name}: {PEERS[name]} is not installed")
-    makers = {"ours": ours, "ours_compiled": ours, "padded": padded, "flash_pref": flash_pref}
-    makers |= {"prefix_grouper": prefix_grouper}
-    contenders = {name: makers.get(name) or make_trl(model, tokenizer) for name in names}
-    lr = 1e-6 if report["optimizer"] else 0.0
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    for p in model.parameters():
-        p.grad = torch.zeros_like(p)
+    bench = Bench(names, args, device)
     for workload in args.workloads:
         for shape in WORKLOADS[workload]:
-            result, rates = measure(contenders, model, optimizer, shape, args, device)
+            result, rates = measure(bench, shape, args, device)
             row = {"workload": workload, "shape": shape, "prompts": args.prompts}
-            row |= dict(zip(("flops", "padded_flops"), step_flops(model, shape, args.prompts)))
+            row |= dict(zip(("flops", "padded_flops"), step_flops(bench.model, shape, args.prompts)))
             row |= {"product_flops": rates, "contenders": result}
             same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
             rows = json.loads(output.read_text())["rows"] if output.exists() else []

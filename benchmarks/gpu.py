@@ -1,10 +1,13 @@
 """One command for one GPU, under 40 minutes, without a hub: is the CUDA path right, how fast is it, do the recipes run?
 
     make gpu                                    # everything; without CUDA it says so and ends with exit code 0
-    make gpu ARGS="--parts kernel recompiles"   # some of it
+    make gpu ARGS="--parts kernel recompiles"   # some of it: the page keeps the others' results
+    python benchmarks/gpu.py --minutes 9        # with the packages that are there; only the recipes need more than
+                                                # torch, transformers and tqdm
 
-Each part stands alone: one that fails is recorded with its reason, and the next begins. JSON and a Markdown page go to
-benchmarks/results/DEVICE/. tests/test_gpu.py runs the checks under pytest, in small sizes where there is no GPU:
+Each part is a process of its own: one that fails, hangs, or leaves the device unusable is recorded with its reason, its
+memory is free, and the next begins. JSON and a Markdown page go to benchmarks/results/DEVICE/. tests/test_gpu.py runs
+the checks under pytest, in small sizes where there is no GPU:
 
     kernel      FlexAttention over a packed row in bf16, output and gradients, beside fp32 dense SDPA, over head shapes
     packed      scores of packed rows as a run makes them, beside padded ones
@@ -12,17 +15,23 @@ benchmarks/results/DEVICE/. tests/test_gpu.py runs the checks under pytest, in s
     recompiles  compilations of FlexAttention over rows of many lengths
     head        heads of 152k and 256k tokens in chunks: scores and gradients, peak memory
     processes   two processes on this one device over gloo: scores and gradients of one process
-    resume      a run of rescue.py that was interrupted and resumed ends in the weights of one that was not
+    memory      the peak of a step of 8,192 tokens, with and without activation checkpointing, beside the arithmetic
+                by which --activation_checkpointing auto decides
+    resume      a run of rescue.py that was killed and resumed ends in the weights of one that was not
     bench_1b, bench_7b   benchmarks/bench.py at sizes that fit one card; what does not is recorded as out of memory
-    recipes     recipes/*.sh that know SCALE=135m, with demo/model
+    rows_7b     the same with full rows, of 8,100 tokens, without the contenders that they are too large for: MFU
+    tiny        every recipe at SCALE=tiny: seconds of computing each, so what shows is whether its commands run on CUDA
+    recipes     those that know SCALE=135m, with demo/model, where HH, TRAIN_FILES or ALPACA name their data; they go on
+                where the time ended them
 """
 
-import gc
+import contextlib
 import json
 import os
 import pathlib
 import random
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +40,9 @@ import time
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import __version__ as transformers_version
 from transformers.integrations.flex_attention import flex_attention_forward
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -39,7 +50,8 @@ sys.path.insert(0, str(ROOT))
 import common  # noqa: E402
 import runtime  # noqa: E402
 from common import Encoded, UserError  # noqa: E402
-from files import write_atomically  # noqa: E402
+from files import read_json, write_atomically  # noqa: E402
+from recipes.tiny import make_model, make_tokenizer  # noqa: E402
 
 HEADS = ((32, 32, 128), (32, 8, 128), (28, 4, 128), (14, 2, 64), (8, 4, 256), (32, 32, 80))  # query, key, head size
 LARGE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "num_attention_heads": 16}
@@ -54,13 +66,15 @@ def records(count, P=250, n=5, R=40, vocab=400, seed=0):
     return [Encoded(str(i), ids(P + draw.randint(-P // 4, P // 4)), one(), 0, 0) for i in range(count)]
 
 
-def build(device, attn=None, **more):
+def build(device, attn=None, checkpointed=False, **more):
     """A random Llama as training has it: fp32 weights, on CUDA FSDP2 computing in bf16; alone on a CPU fp32."""
     torch.manual_seed(0)
     shape = {"vocab_size": 400, "use_cache": False} | (LARGE if device.type == "cuda" else SMALL) | more
     with device:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.float32)
     model.set_attn_implementation(attn or ("flex_attention" if device.type == "cuda" else "blocks"))
+    if checkpointed:
+        runtime.checkpoint_layers(model, 1)
     return runtime.shard(model.train(), device)
 
 
@@ -85,27 +99,37 @@ def apart(a, b):
 
 
 def kernel(device):
-    cuda, worst = device.type == "cuda", {}
+    cuda, worst, failed = device.type == "cuda", {}, {}
     rows = (records(16), records(1, 60, 2, 8), records(5)) if cuda else (records(2, 100, 3, 20),)
-    for H, K, D in HEADS if cuda else ((4, 2, 16),):
-        for row in rows:
-            flex, dense = runtime.pack_for("flex_attention", row, device), common.pack(row)
-            T, L = dense.input_ids.shape[1], flex.input_ids.shape[1]
-            tensors = [torch.randn(1, h, L, D, device=device, dtype=torch.bfloat16) for h in (H, K, K)]
-            ours = [x.clone().requires_grad_(cuda) for x in tensors]  # FlexAttention has no backward on CPU
-            plain = [x[:, :, :T].float().requires_grad_(cuda) for x in tensors]
-            module = torch.nn.Module().train(cuda)
-            got, _ = flex_attention_forward(module, *ours, flex.attention_mask, scaling=D**-0.5)
-            mask = dense.attention_mask.to(device)
-            want = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=H != K).transpose(1, 2)
-            errors = [apart(got[:, :T], want)]
-            if cuda:
-                back = torch.randn_like(got)
-                back[:, T:] = 0
-                pairs = zip(torch.autograd.grad(got, ours, back), torch.autograd.grad(want, plain, back[:, :T].float()))
-                errors += [apart(a[:, :, :T], b) for a, b in pairs]
-            worst[f"{H}/{K} heads of {D}"] = max([*errors, worst.get(f"{H}/{K} heads of {D}", 0)])
-    return {"passed": max(worst.values()) < 0.02, "relative error": worst}
+    for heads in HEADS if cuda else ((4, 2, 16),):
+        torch._dynamo.reset()  # past its limit of compilations FlexAttention would run uncompiled
+        name = "{}/{} heads of {}".format(*heads)
+        try:
+            worst[name] = max(attention_errors(row, *heads, device) for row in rows)
+        except Exception as e:  # the other shapes may compile
+            failed[name] = f"{type(e).__name__}: {str(e)[:500]}"
+    passed = not failed and max(worst.values()) < 0.02
+    return {"passed": passed, "relative error": worst} | ({"failed": failed} if failed else {})
+
+
+def attention_errors(row, H, K, D, device):
+    """-> the largest relative error of FlexAttention's output, on CUDA also of its gradients, over random queries."""
+    cuda = device.type == "cuda"  # FlexAttention has no backward on CPU
+    flex, dense = runtime.pack_for("flex_attention", row, device), common.pack(row)
+    T, L = dense.input_ids.shape[1], flex.input_ids.shape[1]
+    tensors = [torch.randn(1, h, L, D, device=device, dtype=torch.bfloat16) for h in (H, K, K)]
+    ours = [x.clone().requires_grad_(cuda) for x in tensors]
+    plain = [x[:, :, :T].float().requires_grad_(cuda) for x in tensors]
+    got, _ = flex_attention_forward(torch.nn.Module().train(cuda), *ours, flex.attention_mask, scaling=D**-0.5)
+    mask = dense.attention_mask.to(device)
+    want = F.scaled_dot_product_attention(*plain, attn_mask=mask, enable_gqa=H != K).transpose(1, 2)
+    errors = [apart(got[:, :T], want)]
+    if cuda:
+        back = torch.randn_like(got)
+        back[:, T:] = 0
+        pairs = zip(torch.autograd.grad(got, ours, back), torch.autograd.grad(want, plain, back[:, :T].float()))
+        errors += [apart(a[:, :, :T], b) for a, b in pairs]
+    return max(errors)
 
 
 def packed(device):
@@ -174,7 +198,11 @@ def worker(process, device, file, folder):
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=process, world_size=2)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    torch.save(learn(build(device), records(2, seed=process), device), f"{folder}/{process}.pt")
+    model = build(device)
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_force_sum_reduction_for_comms(True)  # the mean that FSDP2 asks for is nccl's
+    torch.save(learn(model, records(2, seed=process), device), f"{folder}/{process}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -190,106 +218,189 @@ def processes(device):
     return {"passed": max(errors) < (0.02 if device.type == "cuda" else 1e-4), "relative error": errors}
 
 
+def memory(device):
+    cuda, figures, within = device.type == "cuda", {}, []
+    for every in (0, 1):
+        model = build(device, None, bool(every), **({"num_hidden_layers": 16, "vocab_size": 32000} if cuda else {}))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        row = records(18 if cuda else 2)
+        tokens = runtime.pack_for(model.config._attn_implementation, row, device).input_ids.shape[1]
+        computed = runtime.training_bytes(model, tokens, 1)[every]
+        for _ in range(2):  # Adam's moments are there from the second one on
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            logprobs, lengths = common.candidate_logprobs(
+                model, runtime.pack_for(model.config._attn_implementation, row, device)
+            )
+            (logprobs / lengths).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        peak = torch.cuda.max_memory_allocated() if cuda else computed
+        within.append(0.6 < peak / computed < 1.1)
+        name = "checkpointed" if every else "as it is"
+        figures[f"GB, {tokens} tokens, {name}"] = {"computed": round(computed / 1e9, 2), "peak": round(peak / 1e9, 2)}
+        del model, optimizer, logprobs, lengths
+        if cuda:
+            torch.cuda.empty_cache()
+    if cuda:
+        figures["allocator"] = str(torch.cuda.memory._snapshot().get("allocator_settings", {}))
+    return {"passed": all(within)} | figures
+
+
 def resume(device):
     from safetensors.torch import load_file
 
     with tempfile.TemporaryDirectory() as folder:
-        run_command([sys.executable, "recipes/tiny.py", f"{folder}/tiny"], 120)
+        make_model(num_attention_heads=2).save_pretrained(f"{folder}/tiny")  # FlexAttention wants heads of 16
+        make_tokenizer().save_pretrained(f"{folder}/tiny")
         data = pathlib.Path(folder, "data.jsonl")
         texts = [("human", "yes it is"), ("m", "no it is not"), ("m", "who knows")]
         candidates = [{"text": t, "source": s, "correct": s == "human"} for s, t in texts]
         rows = [{"id": str(i), "prompt": f"question {i}?", "candidates": candidates} for i in range(8)]
         data.write_text("".join(json.dumps(r) + "\n" for r in rows))
-        base = [sys.executable, "rescue.py", "--ordering", "label", "--model", f"{folder}/tiny/model", "--data"]
-        base += [str(data), "--batch_size", "2", "--checkpoint_every", "1", "--lr", "1e-3", "--seed", "0", "--output"]
+        base = [sys.executable, "rescue.py", "--ordering", "label", "--model", f"{folder}/tiny", "--data", str(data)]
+        base += ["--batch_size", "2", "--epochs", "4", "--checkpoint_every", "1", "--lr", "1e-3", "--output"]
         run_command([*base, f"{folder}/whole"], 300)
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         stopped = subprocess.Popen([*base, f"{folder}/parts"], cwd=ROOT, **quiet)
         log = pathlib.Path(folder, "parts/log.jsonl")
-        while stopped.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+        while stopped.poll() is None and not (log.exists() and log.read_text().count("\n") >= 3):
             time.sleep(0.01)
         stopped.kill()
-        stopped.wait()
-        run_command([*base, f"{folder}/parts", "--resume"], 300)
+        killed = stopped.wait() == -signal.SIGKILL
+        said = re.search("resuming after step [0-9]+", run_command([*base, f"{folder}/parts", "--resume"], 300))
         a, b = (load_file(f"{folder}/{x}/model/model.safetensors") for x in ("parts", "whole"))
         error = max(apart(a[k], b[k]) for k in b)
-        return {"passed": error < 1e-2 if device.type == "cuda" else error == 0, "relative error of weights": error}
+        same = error < 1e-2 if device.type == "cuda" else error == 0
+        return {"passed": bool(killed and said and same), "relative error of weights": error, "said": said and said[0]}
 
 
-CHECKS = [kernel, packed, tolerance, recompiles, head, processes, resume]
+CHECKS = [kernel, packed, tolerance, recompiles, head, processes, memory, resume]
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Figures and recipes, in processes of their own
+# Each part in a process of its own
 
 
 def run_command(command, limit, **env):
-    """-> the end of what it printed; RuntimeError with it where it fails, TimeoutExpired past `limit` seconds."""
+    """-> the end of what it printed; RuntimeError with it where it fails, or takes more than `limit` seconds: then
+    nothing that it started goes on."""
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     options = {"cwd": ROOT, "env": os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | env, "text": True}
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=limit, **options)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command[:4])} ...: exit code {done.returncode}: {done.stdout[-1500:]}")
-    return done.stdout[-6000:]
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    with subprocess.Popen([*map(str, command)], **options) as process:
+        try:
+            printed, why = process.communicate(timeout=limit)[0], f"exit code {process.returncode}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            printed, why = process.communicate()[0], f"stopped after {limit:.0f} s"
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(map(str, command[:4]))} ...: {why}: {printed[-3000:]}")
+    return printed[-6000:]
 
 
-def bench(folder, model, limit, *more):
-    argv = [sys.executable, "benchmarks/bench.py", "--model", model, "--repeats", "3", *more]
-    printed = run_command([*argv, "--output", str(folder / f"{model}.json")], limit)
-    return {"passed": True, "table": "\n".join(x for x in printed.splitlines() if x.startswith("|"))}
+def check(name, limit):
+    printed = run_command([sys.executable, __file__, "--check", name, "--debug"], limit)
+    return json.loads(printed[printed.rindex("RESULT ") :].splitlines()[0].removeprefix("RESULT "))
 
 
-def recipes(folder):
-    figures = {"passed": True}
+def bench(folder, name, limit, *more):
+    """benchmarks/bench.py -> its table: also of what it measured until it failed."""
+    command = [sys.executable, "benchmarks/bench.py", "--output", folder / f"{name}.json", *more]
+    result = {"passed": True}
+    try:
+        run_command([*command, "--repeats", "3"], limit)
+    except RuntimeError as e:
+        result = {"passed": False, "error": str(e)}
+    if (folder / f"{name}.json").exists():
+        shown = run_command([*command, "--show"], 120)
+        result["table"] = "\n".join(x for x in shown.splitlines() if x.startswith("|"))
+    return result
+
+
+def recipes(limit, scale, data=()):
+    """Each recipe at this scale, after one another; those whose data no variable of `data` names are not begun."""
+    figures, end, runs = {"passed": True}, time.monotonic() + limit, ROOT / "runs" / "gpu"
     for script in sorted((ROOT / "recipes").glob("*.sh")):
-        if "135m" in script.read_text() and script.name != "lib.sh":
-            began = time.perf_counter()
-            try:
-                run_command(["bash", str(script)], 300, SCALE="135m", OUT=str(folder / "runs"))
-                figures[script.stem] = f"{time.perf_counter() - began:.0f} s"
-            except (RuntimeError, subprocess.TimeoutExpired) as e:
-                figures |= {"passed": False, script.stem: str(e)[-600:]}
+        if not script.read_text().startswith("#!"):
+            continue  # sourced by others
+        needs = next((names for prefix, *names in data if script.name.startswith(prefix)), None)
+        if data and not any(os.environ.get(name) for name in needs or ()):
+            figures[script.stem] = f"not run: set {' or '.join(needs)}" if needs else f"has no SCALE={scale}"
+            continue
+        began = time.monotonic()
+        try:
+            run_command(["bash", script], max(1, end - began), SCALE=scale, OUT=str(runs))
+            figures[script.stem] = f"{time.monotonic() - began:.0f} s"
+        except RuntimeError as e:
+            figures |= {"passed": False, script.stem: str(e)[-600:]}
     return figures
+
+
+DATA_135M = (("pro", "HH", "TRAIN_FILES"), ("tuna", "ALPACA"))  # recipes -> what names their data
+
+
+def parts(folder):
+    """{part: (seconds it may take, function of the seconds that it has)}"""
+    found = {c.__name__: (300, lambda limit, c=c: check(c.__name__, limit)) for c in CHECKS}
+    small = ["--model", "llama-2-7b", "--no_optimizer", "--prompts", "4", "--workloads", "e-SNLI", "HH"]
+    full = ["--model", "llama-2-7b", "--no_optimizer", "--prompts", "18", "--workloads", "e-SNLI"]
+    full += ["--contenders", "ours", "ours_compiled"]
+    found["bench_1b"] = 480, lambda limit: bench(folder, "bench_1b", limit, "--model", "llama-1b", "--prompts", "4")
+    found["bench_7b"] = 300, lambda limit: bench(folder, "bench_7b", limit, *small)
+    found["rows_7b"] = 300, lambda limit: bench(folder, "rows_7b", limit, *full)
+    found["tiny"] = 420, lambda limit: recipes(limit, "tiny")
+    found["recipes"] = 1200, lambda limit: recipes(limit, "135m", DATA_135M)
+    return found
 
 
 def main():
     parser = common.Parser(description=__doc__)
-    others = ["bench_1b", "bench_7b", "recipes"]
-    parser.add_argument("--parts", nargs="+", choices=[c.__name__ for c in CHECKS] + others, help="default: all")
+    names = list(parts(None))
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, help="default: all")
+    parser.add_argument("--minutes", type=common.in_range(float, above=0), default=40, help="for all of them")
+    parser.add_argument("--check", choices=[c.__name__ for c in CHECKS], help="this one alone, in this process")
     args = parser.parse_args()
+    if args.check:
+        result = next(c for c in CHECKS if c.__name__ == args.check)(runtime.init_distributed()[2])
+        print("RESULT", json.dumps(result), flush=True)
+        return
     if not torch.cuda.is_available():
         print("no CUDA device here: nothing was run (tests/test_gpu.py runs the checks that a CPU can)")
         return
-    _, _, device = runtime.init_distributed()
-    name = torch.cuda.get_device_name()
-    folder = ROOT / "benchmarks/results" / re.sub(r"\W+", "-", name.lower())
+    report = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "transformers": transformers_version}
+    folder = ROOT / "benchmarks/results" / re.sub(r"\W+", "-", report["device"].lower())
     folder.mkdir(parents=True, exist_ok=True)
-    parts = {c.__name__: lambda c=c: c(device) for c in CHECKS}
-    parts["bench_1b"] = lambda: bench(folder, "llama-1b", 480, "--prompts", "4")
-    parts["bench_7b"] = lambda: bench(folder, "llama-2-7b", 600, "--no_optimizer", "--workloads", "e-SNLI", "HH")
-    parts["recipes"] = lambda: recipes(folder)
-    report = {"device": name, "torch": torch.__version__, "parts": {}}
-    for part in args.parts or parts:
-        began = time.perf_counter()
+    before = read_json((folder / "gpu.json").read_text()) if (folder / "gpu.json").exists() else None
+    kept = before["parts"] if before and all(before.get(k) == v for k, v in report.items()) else {}
+    report["parts"], end = kept, time.monotonic() + 60 * args.minutes
+    for name in args.parts:
+        limit, part = parts(folder)[name]
+        began = time.monotonic()
+        limit = min(limit, end - began)
         try:
-            result = parts[part]()
+            over = {"passed": False, "error": f"not begun: {args.minutes:g} minutes are over"}
+            result = part(limit) if limit > 30 else over
         except Exception as e:  # the next part may hold
-            result = {"passed": False, "error": f"{type(e).__name__}: {str(e)[-1500:]}"}
-        gc.collect()
-        torch.cuda.empty_cache()
-        report["parts"][part] = result | {"seconds": round(time.perf_counter() - began)}
-        print(part, "passed" if result["passed"] else "FAILED", json.dumps(result)[:400], flush=True)
+            result = {"passed": False, "error": str(e)}
+        report["parts"][name] = result | {"seconds": round(time.monotonic() - began)}
+        print(name, "passed" if result["passed"] else "FAILED", json.dumps(result)[:400], flush=True)
         write_atomically(folder / "gpu.json", json.dumps(report, indent=1) + "\n")
         write_atomically(folder / "gpu.md", page(report))
 
 
 def page(report):
     """The report as Markdown: a line a part, then each part's figures."""
-    lines = [f"# {report['device']}, torch {report['torch']}: `make gpu`", "", "| part | | seconds |", "|---|---|---|"]
+    about = f"{report['device']}, torch {report['torch']}, transformers {report['transformers']}"
+    lines = [f"# {about}: `make gpu`", "", "| part | | seconds |", "|---|---|---|"]
     for name, result in report["parts"].items():
         lines.append(f"| {name} | {'passed' if result['passed'] else 'FAILED'} | {result['seconds']} |")
     for name, result in report["parts"].items():
-        figures = {k: v for k, v in result.items() if k not in ("passed", "seconds", "table")}
+        figures = {k: v for k, v in result.items() if k not in ("passed", "seconds", "table", "error")}
         lines += ["", f"## {name}", ""] + [f"- {k}: {v}" for k, v in figures.items()] + [result.get("table", "")]
+        lines += ["```", result["error"], "```"] if "error" in result else []
     return "\n".join(lines) + "\n"
 
 

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import types
 
 import pytest
 import torch
@@ -71,6 +72,33 @@ def test_command(tiny, tmp_path, monkeypatch):
     assert output.with_suffix(".png").stat().st_size > 10_000
     with pytest.raises(bench.common.UserError, match="another model"):
         run("--workloads", "HH", "--optimizer")
+
+
+def test_a_contender_that_fails_on_a_gpu_leaves_the_others(monkeypatch):
+    """Out of memory in the backward, and what does not compile: each is named in the table, the model made anew."""
+    renewed, peak = [], types.SimpleNamespace(bytes=2e9, step_bytes=1e9)
+    args = types.SimpleNamespace(prompts=1, seed=0, warmup=1, repeats=2)
+    here = types.SimpleNamespace(names=["padded", "ours_compiled", "ours"], model=make_model(), optimizer=None)
+    here.contenders, here.renew = {name: name for name in here.names}, lambda: renewed.append(1)
+
+    def step(contender, *rest):
+        if contender == "padded":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        if contender == "ours_compiled":
+            raise ValueError("a | b\ndoes not compile")
+        return 0.5, peak, torch.zeros(2)
+
+    monkeypatch.setattr(bench, "timed_step", step)
+    monkeypatch.setattr(bench, "set_compiled", lambda model, on: None)
+    result, _ = bench.measure(here, (6, 2, 3), args, torch.device("cuda"))
+    assert result["padded"] == {"failed": "out of memory"} and "compile" in result["ours_compiled"]["failed"]
+    assert result["ours"]["seconds"] == [0.5, 0.5] and len(renewed) == 2
+    row = {"workload": "HH", "shape": (6, 2, 3), "prompts": 1, "flops": 1e12, "padded_flops": 2e12}
+    table = bench.table({"rows": [row | {"contenders": result}], "peak_flops": [1e14, "some GPU"]}).splitlines()
+    assert "| padded | out of memory |" in table[2] and "| ValueError: a / b does not compile |" in table[3]
+    assert "| 24 | 2% |" in table[4]  # 12 tokens and 1e12 FLOPs in half a second, of 1e14
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.measure(here, (6, 2, 3), args, torch.device("cpu"))  # there it is a mistake
 
 
 def test_formulas_are_what_torch_does():

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import gpu  # noqa: E402
 import runtime  # noqa: E402
 
 CUDA = torch.cuda.is_available()
-CHECKS = gpu.CHECKS if CUDA else [gpu.kernel, gpu.packed, gpu.tolerance, gpu.head]
+CHECKS = gpu.CHECKS if CUDA else [gpu.kernel, gpu.packed, gpu.tolerance, gpu.head, gpu.memory]
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
@@ -37,24 +38,83 @@ def test_command():
     command(sys.executable, "benchmarks/gpu.py", "--parts", "packed")
 
 
-def test_a_part_that_fails_is_on_the_page_and_the_next_begins(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setattr(gpu, "CHECKS", [kernel, packed])
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--parts", "kernel", "packed"])
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """page("--parts", ...) is the command where there is a GPU, its parts run on the CPU -> (gpu.json, gpu.md)."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    monkeypatch.setattr(runtime, "init_distributed", lambda: (0, 1, torch.device("cpu")))
-    gpu.main()
-    folder = tmp_path / "benchmarks/results/some-gpu"
-    parts = json.loads((folder / "gpu.json").read_text())["parts"]
-    assert not parts["kernel"]["passed"] and "out of memory" in parts["kernel"]["error"] and parts["packed"]["passed"]
-    assert "| kernel | FAILED |" in (folder / "gpu.md").read_text()
+
+    def run(*argv):
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "ROOT", tmp_path)
+            patch.setattr(sys, "argv", ["gpu.py", *argv])
+            gpu.main()
+        folder = tmp_path / "benchmarks/results/some-gpu"
+        return json.loads((folder / "gpu.json").read_text())["parts"], (folder / "gpu.md").read_text()
+
+    return run
 
 
-def kernel(device):
-    raise torch.OutOfMemoryError("out of memory")
+def test_parts_are_on_the_page_whatever_becomes_of_them(page, monkeypatch):
+    """One fails, one hangs, one passes; a later call keeps the others; the time may be over."""
+    found = {"kernel": "raise torch.OutOfMemoryError('CUDA out of memory')", "packed": "import time; time.sleep(60)"}
+    found["head"] = "print('RESULT {\"passed\": true, \"nats\": 1}'); print('a warning')"
+    run_command = gpu.run_command
+
+    def fake(command, limit, **env):
+        code = found[command[command.index("--check") + 1]]
+        return run_command([sys.executable, "-c", "import torch; " + code], min(limit, 20), **env)
+
+    monkeypatch.setattr(gpu, "run_command", fake)
+    parts, _ = page("--parts", "kernel", "head")
+    assert not parts["kernel"]["passed"] and "CUDA out of memory" in parts["kernel"]["error"]
+    assert parts["head"]["passed"] and parts["head"]["nats"] == 1
+    parts, text = page("--parts", "packed")
+    assert "stopped after 20 s" in parts["packed"]["error"] and parts["head"]["passed"]
+    parts, text = page("--parts", "packed", "--minutes", "0.1")
+    assert parts["packed"]["error"] == "not begun: 0.1 minutes are over"
+    assert "| kernel | FAILED |" in text and "| head | passed |" in text
 
 
-def packed(device):
-    return {"passed": True}
+def test_what_a_part_started_does_not_go_on(tmp_path):
+    """Past its time a shell's child, which would hold the GPU's memory, ends too."""
+    with pytest.raises(RuntimeError, match="stopped after 1 s"):
+        gpu.run_command(["bash", "-c", f"(sleep 5; touch {tmp_path}/late) & wait"], 1)
+    time.sleep(6)
+    assert not (tmp_path / "late").exists()
+
+
+def test_recipes_run_or_say_why_not(tmp_path, monkeypatch):
+    """Those with data of their own run at SCALE; what they source does not count as one; a failure is recorded."""
+    (tmp_path / "recipes").mkdir()
+    for name, text in {
+        "lib.sh": "exit 1",
+        "pro_a.sh": "#!/bin/sh\ntest $SCALE = 135m && mkdir -p $OUT",
+        "pro_b.sh": "#!/bin/sh\necho no such thing; exit 3",
+        "rescue.sh": "#!/bin/sh\nexit 1",
+        "tuna.sh": "#!/bin/sh\nexit 1",
+    }.items():
+        (tmp_path / "recipes" / name).write_text(text)
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setenv("HH", "somewhere")
+    monkeypatch.delenv("ALPACA", raising=False)
+    figures = gpu.recipes(60, "135m", gpu.DATA_135M)
+    assert set(figures) == {"passed", "pro_a", "pro_b", "rescue", "tuna"} and not figures["passed"]
+    assert figures["pro_a"].endswith(" s") and "exit code 3: no such thing" in figures["pro_b"]
+    assert figures["rescue"] == "has no SCALE=135m" and figures["tuna"] == "not run: set ALPACA"
+
+
+def test_bench_shows_what_it_measured_before_it_failed(tmp_path, monkeypatch):
+    said = []
+
+    def fake(command, limit):
+        said.append(command)
+        if "--show" not in command:
+            (tmp_path / "b.json").write_text("{}")
+            raise RuntimeError("stopped after 9 s")
+        return "a line\n| a | table |"
+
+    monkeypatch.setattr(gpu, "run_command", fake)
+    result = gpu.bench(tmp_path, "b", 9, "--model", "llama-6m")
+    assert result == {"passed": False, "error": "stopped after 9 s", "table": "| a | table |"}
+    assert said[0][-2:] == ["--repeats", "3"] and said[1][-1] == "--show"

@@ -155,6 +155,7 @@ class TestAttention:
         [
             ("gpt2", {}, "GPT2LMHeadModel has no FlexAttention"),
             ("llama", {"attention_dropout": 0.1}, "has attention_dropout 0.1, which FlexAttention lacks"),
+            ("llama", {"num_attention_heads": 4}, "has heads of 8, where FlexAttention on CUDA wants 16 or more"),
         ],
     )
     def test_models_that_flex_is_not_for(self, kind, more, why):
@@ -166,7 +167,7 @@ class TestAttention:
 
     def test_models_that_flex_is_for(self):
         args = self.args("auto")
-        runtime.set_attention(make("llama"), "flex", args)
+        runtime.set_attention(make("llama", num_attention_heads=2), "flex", args)
         assert args.attn == "flex_attention"
 
     def test_blocks_survive_the_way_to_the_device(self, monkeypatch):
@@ -205,6 +206,31 @@ class TestMemory:
         torch.distributed.destroy_process_group()
         line = "a GPU needs 1 GB as it is, 1 GB with activation checkpointing, and has"
         assert line in (out := capsys.readouterr().out) and out.count("\n") == 1
+
+    @pytest.mark.parametrize(
+        "world, free, line",
+        [
+            (4, 84.4, "a GPU needs 80 GB as it is, 35 GB with activation checkpointing, and has 84 GB free: every"),
+            (8, 84.4, "a GPU needs 66 GB as it is, 21 GB with activation checkpointing, and has 84 GB free: no"),
+            (4, 150.0, "a GPU needs 80 GB as it is, 35 GB with activation checkpointing, and has 150 GB free: no"),
+        ],
+    )
+    def test_7b_by_hand(self, world, free, line, monkeypatch, capsys):
+        """Cards of 80 GB (79 GiB, a context of half a GB) and of 141 GB. 7B has 6.738e9 parameters, 202.4e6 a layer and
+        262.1e6 in the root. On 4 GPUs: state 16 x 6.738e9 / 4 = 27.0 GB; root gathered 0.5, two layers and one's
+        gradients 2.0, logits 1.3 GB; a token keeps 16 x 4096 + 4 x 2 x 4096 + 8 x 11008 + 136 = 186,504 bytes a layer,
+        8,192 tokens in 32 layers 48.9 GB, together 79.7. Checkpointed: one layer's 1.5 and 32 inputs of 67 MB, 34.5."""
+        model = scale.build(scale.SHAPES["7B"], "meta")
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: None)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1e9), int(85e9)))
+        args = types.SimpleNamespace(max_tokens_per_row=None)
+        every = runtime.decide_checkpointing(model, args, torch.device("cuda"))
+        assert capsys.readouterr().out == f"{line} layer is checkpointed\n" and every == line.endswith("every")
+        assert runtime.training_bytes(model, 8192, 4) == (
+            pytest.approx(79.73e9, rel=1e-3),
+            pytest.approx(34.51e9, rel=1e-3),
+        )
 
     def test_out_of_memory_is_a_sentence(self, capsys):
         def main():
