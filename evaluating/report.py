@@ -7,7 +7,7 @@ from common import UserError
 from evaluating.claims import claims_page
 from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, paired_bootstrap
-from evaluating.tables import beside_paper, markdown, read_document, tables_of
+from evaluating.tables import beside_paper, markdown, read_document, tables_of, with_intervals
 from files import write_atomically
 from runtime import say
 
@@ -38,7 +38,8 @@ def report_flags(add):
 
 
 def report(args):
-    """Every plain figure of several systems side by side: a Markdown table a verb.
+    """Every plain figure of several systems side by side, shares and means with their 95% intervals: a Markdown table a
+    verb.
 
     With --paper one table, the paper's rows and columns and what we have beyond them. Systems called NAME-seed0,
     NAME-seed1, ... are one row: their mean and the 95% interval of Student's t over the seeds; a lone share of n
@@ -47,6 +48,8 @@ def report(args):
     if bool(args.names) == bool(args.claims):
         raise UserError("report needs NAMES, or --claims FILE")
     tables, systems = tables_of(map(folder_of, args.names))
+    if not args.paper:  # before verbs are merged: each has a number of prompts of its own
+        tables = {verb: {name: with_intervals(row) for name, row in rows.items()} for verb, rows in tables.items()}
     if args.columns and not args.paper:
         merged = {}
         for rows in tables.values():

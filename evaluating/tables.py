@@ -75,17 +75,38 @@ def beside_paper(path, tables, wanted=None):
     return f"{head}\n\n{table(columns, lines)}"
 
 
-def with_interval(figures, figure, percent):
-    """-> (the figure, x 100 if percent; its 95% interval (low, high), or None)."""
-    value = figures[figure]
+SHARES = ("accuracy", "first_line", "well_formed", "unparsed", "unfinished", "pair_accuracy", "margin_violations")
+SHARES += ("win", "tie", "lose", "flip_rate", "first_place_preferred")
+
+
+def interval_of(figures, figure, share):
+    """-> a figure's 95% interval (low, high), or None: the verb's own, else Wilson's, of a share of so many prompts.
+    Pairs count by their prompts: those of one prompt are not independent."""
     if f"{figure} 95% low" in figures:
-        return value, (figures[f"{figure} 95% low"], figures[f"{figure} 95% high"])
-    if not percent:
-        return value, None
+        return figures[f"{figure} 95% low"], figures[f"{figure} 95% high"]
     subset, at = figure.rpartition(" ")[0], re.search(r"(_at_\d+)?$", figure)[0]  # of one place of the gold document
     counts = [figures.get(f"{subset} {what}{at}".strip()) for what in ("prompts", "questions")]
     n = next((n for n in counts if n), None)
-    return 100 * value, [100 * x for x in wilson(value, n)] if n and 0 <= value <= 1 else None
+    return wilson(figures[figure], n) if share and n and 0 <= figures[figure] <= 1 else None
+
+
+def with_interval(figures, figure, percent):
+    """-> (the figure, its interval or None), both x 100 if percent and the verb gave no interval of its own."""
+    interval, scale = interval_of(figures, figure, percent), 100 if percent else 1
+    if f"{figure} 95% low" in figures:
+        return figures[figure], interval
+    return scale * figures[figure], interval and [scale * x for x in interval]
+
+
+def with_intervals(figures):
+    """{figure: number} -> {figure: its cell}: `0.44 [0.31, 0.58]` where it has a 95% interval."""
+    cells = {}
+    for name, value in figures.items():
+        if not name.endswith((" 95% low", " 95% high")):
+            share = re.sub(r"_at_\d+$", "", name.split()[-1]) in SHARES
+            interval = interval_of(figures, name, share)
+            cells[name] = f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.4g}"
+    return cells
 
 
 def paper_cell(ours, printed):
@@ -109,9 +130,10 @@ def t_half_width(values):
 
 
 def markdown(rows):
-    """{row name: {column: number}} -> a Markdown table."""
+    """{row name: {column: number or text}} -> a Markdown table."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
-    cells = ([f"{row[c]:.4g}" if c in row else "" for c in columns] for row in rows.values())
+    text = lambda x: x if isinstance(x, str) else f"{x:.4g}"  # noqa: E731
+    cells = ([text(row.get(c, "")) for c in columns] for row in rows.values())
     return table(columns, [[name, *line] for name, line in zip(rows, cells)])
 
 

@@ -78,6 +78,22 @@ def test_verbs_and_report(cli, tiny, here):
     refused(cli("evaluate", "report", "nobody"), "nobody")
 
 
+def test_report_has_intervals(cli, here):
+    """Wilson's 95% interval of 4 of 10 is 0.168 to 0.687, of 1 of 4 0.046 to 0.699; a verb's own stands as it is."""
+    metrics = {"accuracy": 0.4, "prompts": 10, "accuracy_at_3": 0.25, "prompts_at_3": 4, "mean_words": 12.5}
+    other = {"pair_accuracy": 0.4, "pairs": 1000, "prompts": 10, "reward": 55.0}
+    other |= {"reward 95% low": 52.0, "reward 95% high": 58.0}
+    for verb, figures in (("multidoc-qa", metrics), ("ranking", other)):
+        (here / "runs/eval/a").mkdir(parents=True, exist_ok=True)
+        document = {"name": "a", "metrics": figures, "settings": {}}
+        (here / f"runs/eval/a/{verb}.metrics.json").write_text(json.dumps(document))
+    columns = ["accuracy", "accuracy_at_3", "pair_accuracy", "reward", "mean_words"]
+    row = cli("evaluate", "report", "a", "--columns", *columns).out.splitlines()[-1]
+    four_of_ten = "0.400 [0.17, 0.69]"
+    assert row == f"| a | {four_of_ten} | 0.250 [0.05, 0.70] | {four_of_ten} | 55.000 [52.00, 58.00] | 12.5 |"
+    assert "95% low" not in cli("evaluate", "report", "a").out
+
+
 def test_report_beside_a_paper(cli, here):
     def system(name, verb, **metrics):
         folder = here / "runs/eval" / name
