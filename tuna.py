@@ -29,7 +29,8 @@ Where the print and the released code differ, or the print is silent:
  5. Losses are averaged over prompts, and pairs never cross prompts.
  6. Candidates with equal teacher scores are not compared; a repeated text, or one with rank null, is not ranked.
  7. Learning rate, epoch, batch and two warm-up steps are Table 7's (the ranking stages) and Sec. 3.1's (sft: 2e-5);
-    sft's epochs and batch are not printed (the recipe that Sec. 3.1 cites: 3 epochs), the cosine is the code's alone.
+    sft's epochs and batch are not printed (the recipe that Sec. 3.1 cites: 3 epochs, 64 prompts a GPU on 8), the
+    cosine is the code's alone.
  8. The print says nothing of lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512:
     a long response loses its end, which v and L_MLE then miss. Default: --max_length 1024, which holds both.
 
@@ -37,7 +38,7 @@ The stage that --model itself came from says which model this is, hence lr and O
 rankings of what Tuna_p (not Alpaca) answers, so sample and rank again (Sec. 2.4). A stage refuses rankings by the
 log-probabilities of its own student, unless --own_logprobs.
 
-    torchrun --nproc_per_node 4 tuna.py --stage sft                                           # Alpaca: runs/tuna-sft
+    torchrun --nproc_per_node 4 tuna.py --stage sft --epochs 3 --batch_size 512               # Alpaca: runs/tuna-sft
     torchrun --nproc_per_node 4 tuna.py --stage probabilistic                                 # Tuna_p, from Alpaca
     torchrun --nproc_per_node 4 tuna.py --stage contextual                                    # Tuna_c, from Alpaca
     torchrun --nproc_per_node 4 tuna.py --stage contextual --model runs/tuna-probabilistic/model       # Tuna: runs/tuna

@@ -2,14 +2,14 @@
 # Tuna, Tables 1, 2, 3 and 7 (arXiv 2310.13385, Sec. 2.4 to 3.4): Alpaca and Alpaca-Mul; Tuna_p from the teacher's
 # likelihoods; Tuna_c from a ranking of what Alpaca answers, Tuna from one of what Tuna_p answers; the other order
 # (Tuna_cp) with the first 13K, the last 39K and all 52K probabilistic rankings; both kinds of data at once (mix-Tuna).
-# Prints each stage's data by its digest, at the end Table 3, which holds Table 1's rows: ours and the paper's. The page
-# for Table 2, which wants people, is $RESULTS/sheet.html. Rows with a PRM (mix-Tuna-104K): tuna_prm.sh.
+# Prints each stage's data by its digest, at the end Tables 1 and 3: ours and the paper's. The page for Table 2, which
+# wants people, is $RESULTS/sheet.html. Rows with a PRM (Tuna_c (PRM), mix-Tuna-104K): tuna_prm.sh.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/tuna_common.sh
 
-[ "$SCALE" = tiny ] && : "${SYSTEMS:=alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K}"
-SYSTEMS=${SYSTEMS:-alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K}
+[ "$SCALE" = tiny ] && : "${SYSTEMS:=llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K}"
+SYSTEMS=${SYSTEMS:-llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K}
 
 instructions
 alpaca
@@ -17,7 +17,7 @@ measure alpaca
 teacher
 for system in $SYSTEMS; do
   case $system in
-  alpaca_mul) EPOCHS=$SFT_EPOCHS train alpaca_mul "$BASE" teacher --stage sft --all_candidates --lr "$LR_SFT" ;;
+  alpaca_mul) sft alpaca_mul teacher --all_candidates ;;
   tuna_p) tuna_p ;;
   tuna_c) tuna_c ;;
   tuna)
@@ -44,4 +44,9 @@ for system in alpaca tuna_p tuna_c tuna; do
 done
 anew "$RESULTS/sheet.html" "${people[@]}"
 [ -e "$RESULTS/sheet.html" ] || run python evaluate.py sheet --systems "${people[@]}" --input "${people[0]}" --output "$RESULTS/sheet.html"
+main=()
+for system in llama alpaca tuna_p tuna_c tuna_c-prm-3B-52K tuna; do
+  [ ! -d "$RESULTS/$system" ] || main+=("$RESULTS/$system")
+done
+report table1 "${main[@]}"
 report table3

@@ -30,7 +30,8 @@ BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-text-davinci-003} TEACHER_U
 RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} MAX_REQUESTS=${MAX_REQUESTS:-}
 SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} SHOTS=${SHOTS:-0 2}
 N=${N:-52002} FIRST=${FIRST:-13000}                         # Alpaca's instructions; "the first 13K", Sec. 3.1
-LR_SFT=${LR_SFT:-2e-5} SFT_EPOCHS=${SFT_EPOCHS:-3}          # Sec. 3.1; epochs are not printed, the recipe it cites has 3
+LR_SFT=${LR_SFT:-2e-5}                                      # Sec. 3.1
+SFT_EPOCHS=${SFT_EPOCHS:-3} SFT_BATCH=${SFT_BATCH:-${BATCH:-512}} # not printed; the recipe it cites: 3, 64 a GPU on 8
 LR=${LR:-1e-5} LR_SECOND=${LR_SECOND:-1e-6} LR_104K=${LR_104K:-5e-6} # Table 7; LR_SECOND: on Tuna_c or Tuna_p
 EPOCHS=${EPOCHS:-1} BATCH=${BATCH:-128} WARMUP=${WARMUP:-2}  # Table 7
 BETA=${BETA:-1.3} MARGIN=${MARGIN:-0.1} LAMBDA=${LAMBDA:-1}  # Sec. 3.1
@@ -112,7 +113,9 @@ probabilistic() { train "$1" "$2" "$3" --stage probabilistic --length_penalty "$
 by_rank() { train "$1" "$2" "$3" --stage contextual "${ranking[@]}" "${@:4}"; }
 ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
 
-alpaca() { EPOCHS=$SFT_EPOCHS train alpaca "$BASE" train --stage sft --lr "$LR_SFT"; }
+sft() { EPOCHS=$SFT_EPOCHS BATCH=$SFT_BATCH train "$1" "$BASE" "$2" --stage sft --lr "$LR_SFT" "${@:3}"; }
+
+alpaca() { sft alpaca train; }
 
 tuna_p() { probabilistic tuna_p alpaca teacher --lr "$LR"; }
 
@@ -122,21 +125,24 @@ tuna_c() { # Alpaca's responses to all instructions (the PRM ranks the rest), th
   by_rank tuna_c alpaca ranked-alpaca --lr "$LR"
 }
 
-measure() { # measure RUN [MODEL]: Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers
-  local eval=(--model "${2:-$RUNS/$1/model}" --name "$1") out=$RUNS/eval/$1
+measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers. llama: BASE, which has
+  # learnt no template, so in the benchmarks' own form
+  local model=$RUNS/$1/model out=$RUNS/eval/$1 form=("${template[@]}")
+  [ "$1" != llama ] || model=$BASE form=()
+  local eval=(--model "$model" --name "$1")
   if [ -n "$SUPERNI" ]; then
     for shots in $SHOTS; do
-      run $TORCHRUN evaluate.py superni "${eval[@]}" --superni_dir "$SUPERNI" --shots "$shots" "${template[@]}" "${tokens[@]}" \
+      run $TORCHRUN evaluate.py superni "${eval[@]}" --superni_dir "$SUPERNI" --shots "$shots" "${form[@]}" "${tokens[@]}" \
         --output "$out/superni-$shots.jsonl"
     done
   fi
-  [ -z "$LMENTRY" ] || run $TORCHRUN evaluate.py lmentry "${eval[@]}" --lmentry_dir "$LMENTRY" "${template[@]}" "${tokens[@]}" \
+  [ -z "$LMENTRY" ] || run $TORCHRUN evaluate.py lmentry "${eval[@]}" --lmentry_dir "$LMENTRY" "${form[@]}" "${tokens[@]}" \
     --output "$out/lmentry.jsonl"
   run $TORCHRUN evaluate.py vicuna "${eval[@]}" --input "$VICUNA" "${template[@]}" "${tokens[@]}" --output "$out/vicuna.jsonl"
   [ "$1" = alpaca ] || run python evaluate.py judge --answers "$out/vicuna.jsonl" "$RUNS/eval/alpaca/vicuna.jsonl" --name "$1" \
     --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL"
   keep "$1" "$out" "$RUNS/$1"
-  names+=("$RESULTS/$1")
+  [ "$1" = llama ] || names+=("$RESULTS/$1")
 }
 
 report() { # report TABLE [FOLDERS...]: ours beside the paper's

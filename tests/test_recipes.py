@@ -1,12 +1,19 @@
 """recipes/*.sh at SCALE=tiny, from end to end, as a user types them."""
 
 import json
+import pathlib
 import re
+import shlex
+import shutil
 import subprocess
 
 import pytest
 import warm
+from api_server import Server, chat
 from conftest import ROOT, read_jsonl
+from test_evaluating_tuna import make_lmentry
+
+from recipes import tiny as stand_in
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +132,10 @@ def test_tuna(env, tuna_folder):
     assert data["alpaca_mul"] == data["tuna_p"] and len(set(data.values())) == 6  # both: the teacher's responses
     for row in ("Alpaca-Mul", "Tuna_p", "Tuna_c", "Tuna", "Tuna_cp-13K", "mix-Tuna-52K"):
         assert any(line.startswith(f"| {row} | ") and line.count(" (") >= 4 for line in out.splitlines()), row
+    table1 = out.partition("Tuna, arXiv 2310.13385, Table 1")[2].partition("Table 3")[0]
+    for row in ("LLaMA", "Tuna_c", "Tuna"):
+        assert re.search(rf"\n\| {row} \| \d[^|]* \(", table1), row
+    assert {p.name for p in (tuna_folder / "results/tuna-tiny/tuna").glob("*.items.json")} >= {"judge.items.json"}
     assert "8 prompts are 40 examples" in out and "10 steps of 4" in out  # Alpaca-Mul; Alpaca: 2 steps
     folder = tuna_folder / "data/tuna-tiny"
     ranked = {s: read_jsonl(folder / f"ranked-{s}.jsonl") for s in ("alpaca", "tuna_p")}
@@ -167,3 +178,74 @@ def test_tuna_goes_on_after_its_budget(env, tmp_path):
     assert len(digests(second)) == len(digests(first)) == 6
     changed = {name for name, digest in digests(second).items() if digests(first)[name] != digest}
     assert changed >= {"tuna_c", "prm-3B", "tuna_c-prm-3B-39K"} and "alpaca" not in changed
+
+
+def shell_lines(section):
+    """The lines of a section's shell blocks in recipes/README.md, continued ones joined; a loop's body once."""
+    text = (ROOT / "recipes/README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+        lines = [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
+        yield from (re.sub(r"\$\w+", "1.3", line) for line in lines if not line.startswith(("for ", "done")))
+
+
+def davinci(n):
+    """n completions of four tokens, each less likely than the one before."""
+    logprobs = [{"tokens": [*"abcd"], "token_logprobs": [-0.5 - k] * 4} for k in range(n)]
+    choices = [{"text": "abcd" * (k + 1), "finish_reason": "stop", "logprobs": p} for k, p in enumerate(logprobs)]
+    return json.dumps({"choices": choices}).encode()
+
+
+def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
+    """As printed, but for models and sizes: from alpaca_data.json to every variant, beta, people, the benchmarks."""
+    monkeypatch.chdir(tmp_path)
+    stand_in.write_alpaca(tmp_path, 6)
+    (tmp_path / "superni").rename("natural-instructions")
+    make_lmentry(tmp_path / "lmentry")
+    (tmp_path / "lima").mkdir()
+    (tmp_path / "lima.jsonl").rename("lima/train.jsonl")
+    rows = json.loads((tmp_path / "alpaca_data.json").read_text())
+    rows = [{"instruct": f"### Instruction:\n{r['instruction']}\n\n### Response:"} for r in rows]
+    ranked = [r | {"generation": ["a b", "c", "d", "e"], "rank": [2, 0, 4, 1]} for r in rows]
+    (tmp_path / "gpt-4-ranking.json").write_text(json.dumps(ranked))
+    more = {
+        "--stage sft": f"--model {tiny}",
+        "--from_release": "--output released.jsonl",
+        "lmentry": "--tasks word_after",
+    }
+    more |= dict.fromkeys((" sample ", " superni ", " lmentry ", "question.jsonl"), "--max_new_tokens 4")
+    ran = []
+
+    def behave(prompt, nth, body):
+        return davinci(body["n"]) if "prompt" in body else chat(stand_in.reply(body["messages"][-1]["content"]))
+
+    with Server(behave) as server:
+        for line in [*shell_lines("Tuna on an instruction set"), *shell_lines("Tuna's benchmarks")]:
+            for printed, ours in (("13000", "2"), ("13001", "3"), ("stabilityai/stablelm-base-alpha-3b", str(tiny))):
+                line = line.replace(printed, ours)
+            line = re.sub(r"https?://[a-z.:0-9]+/v1", server.url, line)
+            if ".py " not in line:
+                subprocess.run(line, shell=True, check=True)
+                continue
+            if "--score" in line:
+                key = json.loads(pathlib.Path("runs/eval/within.html.key.json").read_text())
+                answers = {"sheet": key["sheet"], "answers": [[*range(len(order))] for order in key["orders"]]}
+                for name in re.findall(r"results-\d.json", line):
+                    pathlib.Path(name).write_text(json.dumps(answers))
+            words = shlex.split(f"{line} {' '.join(extra for key, extra in more.items() if key in line)}")
+            words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
+            if "--paired" in words:  # Tuna_c's, as if it had been asked and judged the same
+                shutil.copytree(f"runs/eval/{words[2]}", f"runs/eval/{words[3]}")
+            result = cli(words[0][:-3], *words[1:])
+            assert result.code == 0, (line, result.err)
+            ran.append(words[1])
+    assert "| tuna-vs-tuna-sft - tuna-contextual-vs-tuna-sft, win | 0 |" in result.out
+    assert len(ran) > 30
+    runs = {p.parent.name for p in tmp_path.glob("runs/*/model")}
+    assert runs == {
+        *("tuna-sft", "tuna-probabilistic", "tuna", "tuna-contextual", "tuna-cp-13K", "tuna-cp-39K", "tuna-cp-52K"),
+        *("prm", "tuna-prm-52K", "tuna-prm-39K", "mix-tuna-52K", "mix-tuna-104K", "tuna-beta-1.3"),
+    }
+    settings = {run: json.loads((tmp_path / f"runs/{run}/args.json").read_text())["settings"] for run in runs}
+    second = {run for run in runs if settings[run]["lr"] == 1e-6}
+    assert second == {"tuna", "tuna-cp-13K", "tuna-cp-39K", "tuna-cp-52K"} and settings["mix-tuna-104K"]["lr"] == 5e-6
+    assert {s["max_length"] for s in settings.values()} == {1024}
