@@ -13,7 +13,8 @@ A verb writes finished prompts, whole lines, to OUTPUT.part<rank>, and at the en
 OUTPUT. Killed and run again with the same arguments it keeps what is there and does the rest; OUTPUT.args.json holds
 the arguments. Each verb is a module of its name in collecting/ (hindsight stands in export.py).
 
-    python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv
+    python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv \\
+        --shuffle 0 --limit 20000
     torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf \\
         --num_samples 3 --shots 3 --stop "\\n\\n"
     python collect_candidates.py teacher --task esnli --base_url https://api.openai.com/v1 --model gpt-4o-mini \\

@@ -143,7 +143,8 @@ def parse_args():
 HUMAN = "a candidate with source human or reference (--ordering gpt, by rank, and reward need none)"
 NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
 RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
-COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv --shuffle 0
+COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv \\
+      --shuffle 0 --limit 20000
   torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf \\
       --num_samples 3 --shots 3 --stop "\\n\\n"
   python collect_candidates.py rank --task esnli --by {}"""
