@@ -49,7 +49,7 @@ collect() { run python collect_candidates.py "$@"; }
 anew() { # anew FILE INPUTS...: where INPUTS are not those that FILE was made from, set it aside, so that it is made again
   local now aside
   now=$(cat "${@:2}" | sha256sum | cut -c1-16)
-  if compgen -G "$1*" > /dev/null && [ "$(cat "$1.from" 2> /dev/null)" != "$now" ]; then
+  if [ -e "$1.from" ] && [ "$(cat "$1.from")" != "$now" ]; then
     aside=$(mktemp -d "$DATA/outdated-XXXX")
     echo "$1: what it was made from changed; it is made anew, the old one is in $aside"
     mv "$1"* "$aside"

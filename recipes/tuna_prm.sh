@@ -31,4 +31,7 @@ done
 sed 's/^{"id": "/{"id": "p-/' "$DATA/teacher-ranked.jsonl" | cat "$DATA/prm-${SIZES%% *}-39K.jsonl" - > "$DATA/mix-104K.jsonl"
 by_rank mix-104K alpaca mix-104K --lr "$LR_104K"
 measure mix-104K
+for system in tuna_p tuna; do # if tuna.sh has made them
+  [ ! -d "$RESULTS/$system" ] || names+=("$RESULTS/$system")
+done
 report table8
