@@ -40,25 +40,32 @@ def plot_nli(metrics, name, path):
     left.set_xticks(range(4), columns)
     left.set_yticks(range(3), NLI_LABELS)
     left.set(xlabel="predicted", ylabel="gold")
-    left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f}")
+    low, high = wilson(metrics["accuracy"], metrics["prompts"])
+    left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f} [{low:.2f}, {high:.2f}]")
     for offset, key, colour in ((-0.2, "gold_share", "0.75"), (0.2, "predicted_share", "tab:blue")):
         shares = [metrics[key].get(c, 0) for c in columns]
-        right.bar([x + offset for x in range(4)], shares, 0.4, color=colour, label=key.split("_")[0])
-    right.set(xticks=range(4), xticklabels=columns, ylabel="share of prompts", ylim=(0, 1), title="central tendency")
+        bars = {"yerr": error_bars(shares, [metrics["prompts"]] * 4), "capsize": 3} if key == "predicted_share" else {}
+        right.bar([x + offset for x in range(4)], shares, 0.4, color=colour, label=key.split("_")[0], **bars)
+    right.set(xticks=range(4), ylabel="share of prompts", ylim=(0, 1), title="central tendency")
+    right.set_xticks(range(4), columns, fontsize=9)
     right.legend(frameon=False)
     save_figure(figure, path)
 
 
+def error_bars(shares, counts):
+    """How far the 95% intervals of shares of so many reach -> [below them, above them]."""
+    spans = [wilson(share, n) for share, n in zip(shares, counts)]
+    return [*zip(*((max(0, share - low), max(0, high - share)) for share, (low, high) in zip(shares, spans)))]
+
+
 def plot_shares(axes, x, shares, counts, **style):
     """A line of shares, each with its 95% interval of so many."""
-    spans = [wilson(share, n) for share, n in zip(shares, counts)]
-    bars = zip(*((share - low, high - share) for share, (low, high) in zip(shares, spans)))
-    axes.errorbar(x, shares, list(bars), capsize=3, **style)
+    axes.errorbar(x, shares, error_bars(shares, counts), capsize=3, **style)
 
 
 def plot_positions(systems, path):
-    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed. Seeds of a
-    system, which answer the same prompts, are one line, their mean."""
+    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed, where they
+    are not the whole answers. Seeds of a system, which answer the same prompts, are one line, their mean."""
     figure, axes = new_figure()
     seeds = {}
     for name, metrics in systems.items():
@@ -69,12 +76,14 @@ def plot_positions(systems, path):
         systems[f"{name}, {len(runs)} seeds" if len(runs) > 1 else name] = runs[0] | means
     for colour, (name, metrics) in enumerate(systems.items()):
         counts = {int(p): n for p, n in metrics["positions"].items()}
-        for kind, style in (("accuracy", "-"), ("first_line", "--")):
-            values = [metrics[f"{kind}_at_{p}"] for p in counts]
-            label = f"{name}, {'whole answer' if kind == 'accuracy' else 'first line'}"
-            plot_shares(axes, list(counts), values, counts.values(), fmt=style + "o", color=f"C{colour}", label=label)
-    axes.set(xlabel="place of the gold passage", ylabel="accuracy", xticks=list(counts), ylim=(0, None))
-    axes.legend(frameon=False, fontsize=8)
+        places = [p + 0.06 * (colour - (len(systems) - 1) / 2) for p in counts]  # side by side, or bars hide each other
+        whole, first = ([metrics[f"{kind}_at_{p}"] for p in counts] for kind in ("accuracy", "first_line"))
+        style = {"color": f"C{colour}", "counts": counts.values()}
+        plot_shares(axes, places, whole, fmt="-o", label=name, **style)
+        if first != whole:
+            plot_shares(axes, places, first, fmt="--o", label=f"{name}, first line", **style)
+    axes.set(xlabel="place of the gold passage", ylabel="accuracy", xticks=list(counts), ylim=(0, 1))
+    axes.legend(frameon=False)
     save_figure(figure, path)
 
 
@@ -132,14 +141,23 @@ def plot_sources(systems, path):
                 raise UserError(f"{where}: has no sources; delete {predictions} and run evaluate.py ranking again")
             for source, logp, n, score in zip(*(row[k] for k in ("sources", "logprobs", "lengths", "scores"))):
                 values.setdefault(source, []).append((logp / n, score, n))
-        figure, axes = new_figure(13, 3.6, 3)
+        figure, axes = new_figure(10, 3.2, 3)
+        figure.suptitle(name)
         labels = ("log p / |y|", r"log p / |y|$^\lambda$", "|y|, tokens")
         for column, (ax, label) in enumerate(zip(axes, labels)):
             drawn = [v[column] for rows in values.values() for v in rows]
-            style = {"bins": 24, "range": (min(drawn), max(drawn)), "density": True, "histtype": "step"}
+            style = {
+                "bins": 16,
+                "range": (min(drawn), max(drawn)),
+                "density": True,
+                "histtype": "step",
+                "linewidth": 1.5,
+            }
             for source, rows in sorted(values.items()):
                 ax.hist([v[column] for v in rows], label=f"{source} ({len(rows)})", **style)
-            ax.set(xlabel=label, ylabel="density", title=name)
+            ax.set(xlabel=label, yticks=[])
+            ax.locator_params(axis="x", nbins=5)
+        axes[0].set_ylabel("density")
         axes[-1].legend(frameon=False, fontsize=8)
         save_figure(figure, predictions.with_name(path.name))
 
@@ -158,6 +176,13 @@ def plot_training(systems, path):
         for ax, key in zip(axes if len(figures) > 1 else [axes], figures):
             for column, style in ((key, "-"), (f"eval_{key}", "o--")):
                 points = [(row["step"], row[column]) for row in rows if column in row]
+                if (
+                    len(points) >= 40 and column == key
+                ):  # a batch's figure leaps about: its mean over a tenth of the run
+                    ax.plot(*zip(*points), color="C0", alpha=0.25)
+                    n = len(points) // 20
+                    some = range(n, len(points) - n)
+                    points = [(points[i][0], fmean(v for _, v in points[i - n : i + n + 1])) for i in some]
                 if points:
                     ax.plot(*zip(*points), style, label="held out" if column != key else "training")
             ax.set(xlabel="step", ylabel=key.replace("_", " "), title=name)

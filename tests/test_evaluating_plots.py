@@ -51,7 +51,7 @@ def test_seeds_are_one_line(curves, tmp_path):
     runs = {"base": metrics(0.1), "label-seed0": metrics(0.2), "label-seed1": metrics(0.6)}
     plots.plot_positions(runs, tmp_path / "p.png")
     place = "place of the gold passage"
-    assert curves[place, "label, 2 seeds, whole answer"][1] == pytest.approx([0.4, 0.4])
+    assert curves[place, "label, 2 seeds"][1] == pytest.approx([0.4, 0.4])
     assert "seed0" not in str(curves)
 
 
