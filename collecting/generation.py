@@ -4,8 +4,10 @@ import functools
 import zlib
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, StopStringCriteria
+from transformers.generation import TopPLogitsWarper
 
 import common
 import runtime
@@ -52,12 +54,67 @@ class ChosenLogprobs:
         return torch.cat(self.chosen, 1)
 
 
+class Draw:
+    """The last logits processor: torch.multinomial's draw, as the largest of what it returns. It draws the noise of all
+    rows of a batch, of which `left` are left: a seed gives the same responses wherever the batch is cut."""
+
+    def __init__(self, temperature, top_p, rows, left):
+        self.temperature, self.rows, self.left = temperature, rows, left
+        self.top_p = TopPLogitsWarper(top_p) if top_p < 1 else lambda _, logits: logits
+
+    def __call__(self, input_ids, logits):
+        """input_ids [B, L + t], logits [B, V] of the rows that are left."""
+        noise = torch.empty(self.rows, logits.shape[1], device=logits.device).exponential_()
+        return self.top_p(input_ids, logits / self.temperature).softmax(-1) / noise[self.left]
+
+
+class Ended:
+    """A stopping criterion that knows which rows have ended, by EOS or a stop string. Once half have, it stops all."""
+
+    def __init__(self, model, tokenizer, ends, stop):
+        self.ends, self.cut = torch.tensor(ends, device=model.device), is_plain(model)
+        self.rows = torch.zeros_like(self.ends[0], dtype=torch.bool)
+        self.stop = StopStringCriteria(tokenizer, list(stop)) if stop else lambda *_: self.rows
+
+    def __call__(self, input_ids, scores, **kwargs):
+        """-> [B]"""
+        self.rows = self.rows | torch.isin(input_ids[:, -1], self.ends) | self.stop(input_ids, scores)
+        return self.rows | (self.cut & (2 * self.rows.sum() >= len(self.rows)))
+
+
+def generate_rows(model, tokenizer, input_ids, mask, cache, *, length, temperature, top_p, stop, options):
+    """-> (new tokens, their log-probabilities), a list a row: until it has ended or is `length` tokens long. A batch
+    waits for its longest response; so each time half of its rows have ended, the others go on without them."""
+    left = torch.arange(len(input_ids), device=model.device)
+    tokens, logprobs, rows = [[] for _ in left], [[] for _ in left], len(left)
+    while len(left) and input_ids.shape[1] < length:
+        chosen, ended = ChosenLogprobs(), Ended(model, tokenizer, options["eos_token_id"], stop)
+        draw, start = [Draw(temperature, top_p, rows, left)] * (temperature > 0), input_ids.shape[1]
+        own = {"logits_processor": [chosen, *draw], "stopping_criteria": [ended], "past_key_values": cache}
+        own |= {"max_new_tokens": length - start, "return_dict_in_generate": True}
+        out = model.generate(input_ids=input_ids, attention_mask=mask, **own, **options)
+        found = zip(left.tolist(), out.sequences[:, start:].tolist(), chosen.all(out.sequences).tolist())
+        for row, ids, theirs in found:
+            tokens[row] += ids
+            logprobs[row] += theirs
+        on, cache = (~ended.rows).nonzero()[:, 0], out.past_key_values
+        left, input_ids = left[on], out.sequences[on]
+        mask = F.pad(mask[on], (0, input_ids.shape[1] - start), value=1)
+        if ended.cut:
+            cache.batch_select_indices(on)
+    return tokens, logprobs
+
+
+def is_plain(model):
+    """Whether the model's cache is keys and values of every token, neither a state nor a window."""
+    return not (getattr(model.config.get_text_config(), "sliding_window", None) or model._is_stateful)
+
+
 def shared_tokens(model, ids):
     """How many tokens the prompts begin with in common, each keeping one of its own, where that is worth a pass by
     itself. None for a model whose cache is a state or a window: padding will stand behind these tokens."""
-    window = getattr(model.config.get_text_config(), "sliding_window", None)
     shared = min(common.shared_start(ids[0], x[:-1]) for x in ids)
-    return shared if len(ids) > 1 and shared >= 32 and not (window or model._is_stateful) else 0
+    return shared if len(ids) > 1 and shared >= 32 and is_plain(model) else 0
 
 
 @torch.inference_mode()
@@ -91,15 +148,16 @@ def generate(
     pad = tokenizer.eos_token_id  # it ends a row that a stop string ended
     input_ids = torch.tensor([x[:S] + [pad] * (L - len(x)) + x[S:] for x in ids], device=model.device)
     mask = torch.tensor([[1] * S + [0] * (L - len(x)) + [1] * (len(x) - S) for x in ids], device=model.device)
-    chosen, cache = ChosenLogprobs(), None
+    cache = None
     if S:
         cache = model(input_ids[:1, :S], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(ids))
-    if num_samples > 1 and L > 1 and num_beams == 1:
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:-1]
-        inputs = {"input_ids": input_ids[:, S:-1], "attention_mask": mask[:, :-1], "position_ids": positions}
-        cache = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-        cache.batch_repeat_interleave(num_samples)
+    if num_samples > 1 and num_beams == 1:
+        if L > 1:
+            positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:-1]
+            inputs = {"input_ids": input_ids[:, S:-1], "attention_mask": mask[:, :-1], "position_ids": positions}
+            cache = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            cache.batch_repeat_interleave(num_samples)
         input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
     own = model.generation_config  # its min_p, suppress_tokens, ... would shape the candidates: only its EOS ids count
     more = (
@@ -107,28 +165,16 @@ def generate(
     )  # Llama-3 and Qwen list several
     ends = sorted({pad, *more} - {None})
     model.generation_config = GenerationConfig()  # generate() would fill in from the model's what is not said here
-    out = model.generate(
-        input_ids=input_ids,
-        attention_mask=mask,
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=temperature > 0,
-        temperature=temperature or None,
-        top_p=top_p if temperature > 0 else None,
-        top_k=0 if temperature > 0 else None,
-        pad_token_id=pad,
-        eos_token_id=ends,
-        num_return_sequences=1 if cache is not None else num_samples,
-        logits_processor=[chosen] * (num_beams == 1),
-        synced_gpus=False,  # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
-        stop_strings=list(stop) or None,
-        tokenizer=tokenizer,
-    )
-    model.generation_config = own
-    tokens = out[:, L:].tolist()
+    # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
+    options = {"pad_token_id": pad, "eos_token_id": ends, "synced_gpus": False}
     if num_beams == 1:
-        logprobs = chosen.all(out).tolist()
+        more = {"length": L + max_new_tokens, "temperature": temperature, "top_p": top_p, "stop": stop}
+        tokens, logprobs = generate_rows(model, tokenizer, input_ids, mask, cache, options=options, **more)
+    else:
+        options |= {"num_beams": num_beams, "num_return_sequences": num_samples, "max_new_tokens": max_new_tokens}
+        options |= {"stop_strings": list(stop) or None, "tokenizer": tokenizer}
+        tokens = model.generate(input_ids=input_ids, attention_mask=mask, **options)[:, L:].tolist()
+    model.generation_config = own
     responses = []
     for row, sequence in enumerate(tokens):
         end = next((i for i, token in enumerate(sequence) if token in ends), len(sequence))

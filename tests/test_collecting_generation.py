@@ -98,7 +98,7 @@ class TestGenerate:
         for _ in range(4):
             generation.generate(model, tokenizer, prompts, num_samples=1000, max_new_tokens=1, temperature=0.8)
         for i, prompt in enumerate(prompts):
-            drawn = torch.cat([out[i * 1000 : (i + 1) * 1000, -1] for out in seen])
+            drawn = torch.cat([out.sequences[i * 1000 : (i + 1) * 1000, -1] for out in seen])
             with torch.no_grad():
                 exact = (model(torch.tensor([common.prompt_ids(tokenizer, prompt)])).logits[0, -1] / 0.8).softmax(-1)
             top = exact.topk(20).indices
@@ -106,6 +106,31 @@ class TestGenerate:
             p = torch.cat([exact[top].double(), 1 - exact[top].double().sum()[None]])
             observed = torch.cat([counts[top], 4000 - counts[top].sum()[None]])
             assert ((observed - 4000 * p) ** 2 / (4000 * p)).sum() < 45.3
+
+    @pytest.mark.parametrize("temperature", [0.0, 0.9])
+    def test_a_batch_goes_on_without_the_rows_that_have_ended(self, tiny, tokenizer, monkeypatch, temperature):
+        """One token in ten ends a response, or a stop string does: what is drawn from a seed is what an uncut batch
+        draws, log-probabilities too, in fewer row-steps."""
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        monkeypatch.setattr(model.generation_config, "eos_token_id", [*range(1, 400, 10)])
+        prompts = ["A man sleeps on the bench", "Two girls", "Snow", "A dog runs after a red ball"]
+        found = []
+        for cut in (True, False):
+            monkeypatch.setattr(generation, "is_plain", lambda model: cut)  # noqa: B023
+            read = []
+            hook = model.register_forward_pre_hook(
+                lambda m, x, inputs: read.append(inputs["input_ids"].numel()),  # noqa: B023
+                with_kwargs=True,
+            )
+            torch.manual_seed(3)
+            options = {"max_new_tokens": 40, "temperature": temperature, "top_p": 0.95, "stop": ("e", "an")}
+            found.append(generation.generate(model, tokenizer, prompts, num_samples=4, **options))
+            hook.remove()
+            found.append(sum(read))
+        for a, b in zip(sum(found[0], []), sum(found[2], []), strict=True):
+            assert (a["text"], a["num_tokens"], a["finished"]) == (b["text"], b["num_tokens"], b["finished"])
+            assert a["logprob"] == pytest.approx(b["logprob"], abs=1e-3)
+        assert found[1] < 0.8 * found[3]
 
     def test_stop_strings(self, tiny, tokenizer):
         model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
