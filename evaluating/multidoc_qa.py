@@ -26,8 +26,9 @@ def multidoc_qa(args):
             where = f"{args.input}: record {r['id']!r}"
             raise UserError(f"{where} has no answers or gold_position; see prepare multidoc_qa")
     if rows := answer(args, "multidoc-qa", records):
-        metrics = multidoc_qa_metrics(rows)
-        write_metrics(args, "multidoc-qa", metrics, {"accuracy": by_question(rows)})
+        items = by_question(rows)
+        metrics = multidoc_qa_metrics(rows) | {"questions": len(items)}
+        write_metrics(args, "multidoc-qa", metrics, {"accuracy": items})
         plot_positions({args.name: metrics}, beside(args, ".png"))
 
 

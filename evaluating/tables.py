@@ -86,7 +86,7 @@ def interval_of(figures, figure, share):
         return figures[f"{figure} 95% low"], figures[f"{figure} 95% high"]
     subset, at = figure.rpartition(" ")[0], re.search(r"(_at_\d+)?$", figure)[0]  # of one place of the gold document
     counts = [figures.get(f"{subset} {what}{at}".strip()) for what in ("prompts", "questions")]
-    n = next((n for n in counts if n), None)
+    n = min((n for n in counts if n), default=None)  # a question that is asked at several places is one
     return wilson(figures[figure], n) if share and n and 0 <= figures[figure] <= 1 else None
 
 

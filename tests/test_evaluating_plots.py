@@ -9,7 +9,7 @@ from evaluating import multidoc_qa, plots, shared
 
 
 def qa(i, position, answers=("Oslo",)):
-    return {"id": f"q{i}-{position}", "prompt": f"where? {i}", "answers": list(answers), "gold_position": position}
+    return {"id": f"q{i}-gold{position}", "prompt": f"where? {i}", "answers": list(answers), "gold_position": position}
 
 
 def answered(position, text, answers=("Oslo",)):
@@ -35,6 +35,8 @@ def test_multidoc_qa_and_its_curve(cli, tiny, tmp_path, monkeypatch):
     rows = read_jsonl("runs/eval/a/multidoc-qa.jsonl")
     assert [r["gold_position"] for r in rows] == [1, 3, 5] * 2 and all("text" in r for r in rows)
     assert (tmp_path / "runs/eval/a/multidoc-qa.png").read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((tmp_path / "runs/eval/a/multidoc-qa.metrics.json").read_text())["metrics"]
+    assert metrics["prompts"] == 6 and metrics["questions"] == 2  # the interval of `accuracy` is of two
     out = cli("evaluate", "report", "a", "b", "--plot", "gold_position", "--output", tmp_path / "r.md")
     assert out.code == 0 and "accuracy_at_3" in (tmp_path / "r.md").read_text()
     assert (tmp_path / "gold_position.png").read_bytes().startswith(b"\x89PNG")
