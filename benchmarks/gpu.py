@@ -20,7 +20,7 @@ the checks under pytest, in small sizes where there is no GPU:
     resume      a run of rescue.py that was killed and resumed ends in the weights of one that was not
     bench_1b, bench_7b   benchmarks/bench.py at sizes that fit one card; what does not is recorded as out of memory
     rows_7b     the same with full rows, of 8,100 tokens, without the contenders that they are too large for: MFU
-    tiny        every recipe at SCALE=tiny: seconds of computing each, so what shows is whether its commands run on CUDA
+    tiny        a recipe of each paper at SCALE=tiny: seconds of computing, so what shows is whether its commands run
     recipes     those that know SCALE=135m, with demo/model, where HH, TRAIN_FILES or ALPACA name their data; they go on
                 where the time ended them
 """
@@ -46,7 +46,7 @@ from transformers import __version__ as transformers_version
 from transformers.integrations.flex_attention import flex_attention_forward
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
 import runtime  # noqa: E402
 from common import Encoded, UserError  # noqa: E402
@@ -275,6 +275,16 @@ def resume(device):
         return {"passed": bool(killed and said and same), "relative error of weights": error, "said": said and said[0]}
 
 
+def tiny(device):
+    import warm
+
+    found, os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = {"passed": True}, "1"  # its processes are forked before CUDA
+    with tempfile.TemporaryDirectory() as folder, warm.python(pathlib.Path(folder)) as env:
+        for name in ("rescue_esnli", "pro_hh", "tuna"):
+            run_recipe(name, 300, found, SCALE="tiny", OUT=f"{folder}/out", PATH=env["PATH"])
+    return found
+
+
 CHECKS = [kernel, packed, tolerance, recompiles, head, processes, memory, resume]
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -320,26 +330,30 @@ def bench(folder, name, limit, *more):
     return result
 
 
-def recipes(limit, scale, data=()):
-    """Each recipe at this scale, after one another; those whose data no variable of `data` names are not begun."""
-    figures, end, runs = {"passed": True}, time.monotonic() + limit, ROOT / "runs" / "gpu"
-    for script in sorted((ROOT / "recipes").glob("*.sh")):
-        if not script.read_text().startswith("#!"):
-            continue  # sourced by others
-        needs = next((names for prefix, *names in data if script.name.startswith(prefix)), None)
-        if data and not any(os.environ.get(name) for name in needs or ()):
-            figures[script.stem] = f"not run: set {' or '.join(needs)}" if needs else f"has no SCALE={scale}"
-            continue
-        began = time.monotonic()
-        try:
-            run_command(["bash", script], max(1, end - began), SCALE=scale, OUT=str(runs))
-            figures[script.stem] = f"{time.monotonic() - began:.0f} s"
-        except RuntimeError as e:
-            figures |= {"passed": False, script.stem: str(e)[-600:]}
+def run_recipe(name, limit, figures, **env):
+    """Note in `figures` how long a recipe took, or why it failed."""
+    began = time.monotonic()
+    try:
+        run_command(["bash", f"recipes/{name}.sh"], limit, **env)
+        figures[name] = f"{time.monotonic() - began:.0f} s"
+    except RuntimeError as e:
+        figures |= {"passed": False, name: str(e)[-600:]}
+
+
+def recipes(limit):
+    """The recipes that know SCALE=135m, one after the other; those whose data is not named are not begun."""
+    figures, end = {"passed": True}, time.monotonic() + limit
+    for name, *data in RECIPES_135M:
+        if any(os.environ.get(x) for x in data):
+            run_recipe(name, max(1, end - time.monotonic()), figures, SCALE="135m", OUT=str(ROOT / "runs/gpu"))
+        else:
+            figures[name] = f"not run: set {' or '.join(data)}"
     return figures
 
 
-DATA_135M = (("pro", "HH", "TRAIN_FILES"), ("tuna", "ALPACA"))  # recipes -> what names their data
+PRO, TUNA = ("HH", "TRAIN_FILES"), ("ALPACA",)  # what names their data
+RECIPES_135M = [("pro_hh", *PRO), ("tuna", *TUNA), ("pro_ablations", *PRO), ("pro_rankings", *PRO)]
+RECIPES_135M += [("tuna_sweeps", *TUNA), ("tuna_prm", *TUNA)]
 
 
 def parts(folder):
@@ -351,20 +365,20 @@ def parts(folder):
     found["bench_1b"] = 480, lambda limit: bench(folder, "bench_1b", limit, "--model", "llama-1b", "--prompts", "4")
     found["bench_7b"] = 300, lambda limit: bench(folder, "bench_7b", limit, *small)
     found["rows_7b"] = 300, lambda limit: bench(folder, "rows_7b", limit, *full)
-    found["tiny"] = 420, lambda limit: recipes(limit, "tiny")
-    found["recipes"] = 1200, lambda limit: recipes(limit, "135m", DATA_135M)
+    found["tiny"] = 600, lambda limit: check("tiny", limit)
+    found["recipes"] = 1200, recipes
     return found
 
 
 def main():
     parser = common.Parser(description=__doc__)
-    names = list(parts(None))
+    names, here = list(parts(None)), {c.__name__: c for c in [*CHECKS, tiny]}
     parser.add_argument("--parts", nargs="+", choices=names, default=names, help="default: all")
     parser.add_argument("--minutes", type=common.in_range(float, above=0), default=40, help="for all of them")
-    parser.add_argument("--check", choices=[c.__name__ for c in CHECKS], help="this one alone, in this process")
+    parser.add_argument("--check", choices=list(here), help="this one alone, in this process")
     args = parser.parse_args()
     if args.check:
-        result = next(c for c in CHECKS if c.__name__ == args.check)(runtime.init_distributed()[2])
+        result = here[args.check](runtime.init_distributed()[2])
         print("RESULT", json.dumps(result), flush=True)
         return
     if not torch.cuda.is_available():

@@ -85,23 +85,19 @@ def test_what_a_part_started_does_not_go_on(tmp_path):
 
 
 def test_recipes_run_or_say_why_not(tmp_path, monkeypatch):
-    """Those with data of their own run at SCALE; what they source does not count as one; a failure is recorded."""
+    """Those whose data is named run at SCALE=135m; a failure is recorded."""
     (tmp_path / "recipes").mkdir()
-    for name, text in {
-        "lib.sh": "exit 1",
-        "pro_a.sh": "#!/bin/sh\ntest $SCALE = 135m && mkdir -p $OUT",
-        "pro_b.sh": "#!/bin/sh\necho no such thing; exit 3",
-        "rescue.sh": "#!/bin/sh\nexit 1",
-        "tuna.sh": "#!/bin/sh\nexit 1",
-    }.items():
-        (tmp_path / "recipes" / name).write_text(text)
+    (tmp_path / "recipes/pro_hh.sh").write_text("test $SCALE = 135m && mkdir -p $OUT")
+    (tmp_path / "recipes/pro_ablations.sh").write_text("echo no such thing; exit 3")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setenv("HH", "somewhere")
     monkeypatch.delenv("ALPACA", raising=False)
-    figures = gpu.recipes(60, "135m", gpu.DATA_135M)
-    assert set(figures) == {"passed", "pro_a", "pro_b", "rescue", "tuna"} and not figures["passed"]
-    assert figures["pro_a"].endswith(" s") and "exit code 3: no such thing" in figures["pro_b"]
-    assert figures["rescue"] == "has no SCALE=135m" and figures["tuna"] == "not run: set ALPACA"
+    figures = gpu.recipes(60)
+    assert not figures["passed"] and figures["tuna"] == "not run: set ALPACA" and (tmp_path / "runs/gpu").is_dir()
+    assert figures["pro_hh"].endswith(" s") and "exit code 3: no such thing" in figures["pro_ablations"]
+    for name, *_ in gpu.RECIPES_135M:
+        sourced = (ROOT / "recipes" / f"{name.partition('_')[0]}_common.sh").read_text()
+        assert (ROOT / "recipes" / f"{name}.sh").exists() and "135m)" in sourced
 
 
 def test_bench_shows_what_it_measured_before_it_failed(tmp_path, monkeypatch):
