@@ -26,6 +26,7 @@ the checks under pytest, in small sizes where there is no GPU:
 """
 
 import contextlib
+import gc
 import json
 import os
 import pathlib
@@ -240,6 +241,7 @@ def memory(device):
         name = "checkpointed" if every else "as it is"
         figures[f"GB, {tokens} tokens, {name}"] = {"computed": round(computed / 1e9, 2), "peak": round(peak / 1e9, 2)}
         del model, optimizer, logprobs, lengths
+        gc.collect()  # FSDP2's modules are cycles
         if cuda:
             torch.cuda.empty_cache()
     if cuda:
@@ -294,18 +296,25 @@ CHECKS = [kernel, packed, tolerance, recompiles, head, processes, memory, resume
 def run_command(command, limit, **env):
     """-> the end of what it printed; RuntimeError with it where it fails, or takes more than `limit` seconds: then
     nothing that it started goes on."""
+    outermost = "--check" not in sys.argv  # a check's commands are in the check's session: they end with it
     path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
     options = {"cwd": ROOT, "env": os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1"} | env, "text": True}
-    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": True}
+    options |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "start_new_session": outermost}
     with subprocess.Popen([*map(str, command)], **options) as process:
+
+        def end():
+            process.kill()  # nothing where it ended by itself
+            if outermost:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+
         try:
             printed, why = process.communicate(timeout=limit)[0], f"exit code {process.returncode}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
+            end()
             printed, why = process.communicate()[0], f"stopped after {limit:.0f} s"
         finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            end()  # also where this program was interrupted
     if process.returncode:
         raise RuntimeError(f"{' '.join(map(str, command[:4]))} ...: {why}: {printed[-3000:]}")
     return printed[-6000:]

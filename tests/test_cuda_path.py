@@ -1,12 +1,15 @@
 """What a GPU would show first, on stand-ins: waits for the device, the attention of each kind of work."""
 
 import collections
+import copy
 import importlib
 import types
 
 import pytest
 import torch
+from architectures import make_encoded
 from conftest import make_records, write_jsonl
+from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -136,3 +139,29 @@ def test_generation_in_training_is_sdpas_on_two_processes(tmp_path):
     for (answers, seen, after, sharded), (want, *_) in zip(found["flex_attention"], found["sdpa"]):
         assert answers == want and any(answers)
         assert seen == {"sdpa"} and after == "flex_attention" and sharded
+
+
+def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
+    """--compile with FlexAttention in rows of three lengths: ten layers have two graphs between them (a first length,
+    then any), which give what SDPA gives; past eight Dynamo would leave the others uncompiled."""
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch._dynamo.reset()
+    shapes = [((11, [5, 3, 7]), (6, [4, 9])), ((200, [5, 30]),), ((70, [90, 90, 90]),)]
+    model = make_model(layers=10, num_attention_heads=2).eval()
+    runtime.init_distributed()
+    runtime.compile_layers(compiled := copy.deepcopy(model), backend="aot_eager")
+    mesh = torch.distributed.init_device_mesh("cpu", (1,))
+    for layer in compiled.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(compiled, mesh=mesh)
+    compiled.set_attn_implementation("flex_attention")
+    with torch.no_grad():  # FlexAttention has no backward on CPU
+        for records in (make_encoded(*s) for s in shapes):
+            want, _ = common.candidate_logprobs(model, common.pack(records))
+            got, _ = common.candidate_logprobs(
+                compiled, runtime.pack_for("flex_attention", records, torch.device("cpu"))
+            )
+            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
+    graphs = torch._dynamo.eval_frame._debug_get_cache_entry_list(type(compiled.model.layers[0]).forward.__code__)
+    torch.distributed.destroy_process_group()
+    assert 1 <= len(graphs) <= 2
