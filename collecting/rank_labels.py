@@ -51,10 +51,13 @@ def rank_by_answer(record, count, where):
         count.update([(group, "total"), (group, "correct" if c["correct"] else "wrong")])
 
 
+OF_SAMPLE = ("logprob", "num_tokens", "teacher", "finished")  # said of the text as it was sampled
+
+
 def drop_malformed(records, min_candidates):
     """Yield the NLI records without the model responses that are not well-formed, except those that are left with
     fewer than min_candidates (RESCUE's released code: 5, the human response among them). The others get the human
-    responses' form, one line: explanation #### Label."""
+    responses' form, one line: explanation #### Label. They are whole, and their likelihood is no longer known."""
     total, malformed, left_out = Counter(), Counter(), 0
     for record in records:
         kept = []
@@ -62,7 +65,8 @@ def drop_malformed(records, min_candidates):
             label, well_formed = parse_nli(c["text"])
             if c["source"] not in HUMAN and well_formed:
                 explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
-                c = c | {"text": f"{explanation} #### {label.capitalize()}"}
+                c = {k: v for k, v in c.items() if k not in OF_SAMPLE}
+                c["text"] = f"{explanation} #### {label.capitalize()}"
             kept += [c] * (c["source"] in HUMAN or well_formed)
             if c["source"] not in HUMAN:
                 total[c["source"]] += 1

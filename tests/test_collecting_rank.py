@@ -150,6 +150,7 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
         nli(1, "h #### Neutral", "neutral it is", "b #### Neutral and so on", "no label"),
         nli(2, "h", "a\nand so\n#### Neutral", "b #### neutral", "```c #### Contradiction.```"),
     ]
+    records[0]["candidates"][1] |= {"logprob": -3.0, "num_tokens": 5, "teacher": "m", "finished": False}
     source = write_jsonl(tmp_path / "in.jsonl", records)
     flags = ("--drop_malformed", "--min_candidates", "3", "--output", tmp_path / "o.jsonl")
     run(monkeypatch, "rank", "--by", "label", "--input", source, *flags)
@@ -158,6 +159,7 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
         "r0": ["h #### Neutral", "a #### Neutral", "b #### Entailment"],
         "r2": ["h", "a and so #### Neutral", "b #### Neutral", "c #### Contradiction"],  # in the human responses' form
     }
+    assert rows[0]["candidates"][1].keys() == {"text", "source", "label", "correct"}  # whole, of unknown likelihood
     out = capsys.readouterr().out
     assert "malformed and left out: 4 of 9 by m\nleft out: 1 prompts with fewer than --min_candidates 3" in out
     assert "WARNING" not in out
