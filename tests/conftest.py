@@ -1,6 +1,8 @@
 """Fixtures: a tiny random Llama with a tokenizer trained on the spot, records, and the scripts called in this process
 or as commands."""
 
+import contextlib
+import functools
 import gzip
 import importlib
 import json
@@ -9,9 +11,11 @@ import pathlib
 import signal
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
+import warm
 from transformers import AutoModelForSequenceClassification
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -129,10 +133,32 @@ def refused(result, *words):
     return message
 
 
-def command(*args, check=True, **kwargs):
-    """Run a command line in the project's root, as a user does; torchrun and python are this environment's."""
+WARM = contextlib.ExitStack()
+
+
+@functools.cache
+def warm_environment():
+    folder = WARM.enter_context(tempfile.TemporaryDirectory(prefix="warm"))
+    return WARM.enter_context(warm.python(pathlib.Path(folder)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def close_warm_environment():
+    yield
+    WARM.close()
+
+
+def command(*args, check=True, cold=False, **kwargs):
+    """Run a command line in the project's root, as a user does; python and torchrun are warm.py's, which start at once,
+    or, cold, this environment's own."""
+    args = [*map(str, args)]
+    if args[0] == "torchrun" and "--standalone" not in args:
+        args.insert(1, "--standalone")  # a free port
     env = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run([*map(str, args)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
+    if not cold:
+        env = warm_environment()
+        args[0] = f"{env['PATH'].partition(':')[0]}/{'python' if args[0] == sys.executable else args[0]}"
+    done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
     if check:
         assert done.returncode == 0, done.stderr[-3000:]
     return done

@@ -146,11 +146,13 @@ def test_the_snippet_of_the_readme_runs(tiny, tmp_path):
 
 
 def test_importing_common_imports_no_transformers():
-    command(sys.executable, "-c", "import sys, common; assert 'transformers' not in sys.modules")
+    command(sys.executable, "-c", "import sys, common; assert 'transformers' not in sys.modules", cold=True)
 
 
 def test_an_error_is_one_line_and_exit_code_2():
-    done = command(sys.executable, "rescue.py", "--ordering", "label", "--data", "nowhere.jsonl", check=False)
+    done = command(
+        sys.executable, "rescue.py", "--ordering", "label", "--data", "nowhere.jsonl", check=False, cold=True
+    )
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.startswith("rescue.py: error: --data nowhere.jsonl is not there")
 

@@ -1,13 +1,14 @@
-"""The fault rig in its short form (make faults is the long one)."""
+"""The fault rig in its short form (make faults is the long one): two kills of each kind, a piece of each corpus."""
 
 import sys
 
 from conftest import command
 
+PARTS = "train1 collect calls changed processes signals full elsewhere hostile malformed"
+
 
 def test_short_rig():
-    done = command(
-        sys.executable, "-m", "tests.faults", "--kills", "2", "--verbs", "2", "--malformed", "0.02", check=False
-    )
+    flags = f"--kills 2 --verbs 12 --malformed 0.12 --piece 1/6 --parts {PARTS}"
+    done = command(sys.executable, "-m", "tests.faults", *flags.split(), check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert '"lost": 0' in done.stdout

@@ -8,18 +8,16 @@ import shutil
 import subprocess
 
 import pytest
-import warm
 from api_server import Server, chat
-from conftest import ROOT, read_jsonl
+from conftest import ROOT, read_jsonl, warm_environment
 from test_evaluating_tuna import make_lmentry
 
 from recipes import tiny as stand_in
 
 
 @pytest.fixture(scope="module")
-def env(tmp_path_factory):
-    with warm.python(tmp_path_factory.mktemp("warm")) as env:
-        yield env
+def env():
+    return warm_environment()
 
 
 def recipe(name, env, out, **more):

@@ -1,5 +1,5 @@
-"""A `python` that starts at once, for recipes of many short commands: one process imports torch, transformers and the
-project, and forks for each command that a small client on PATH hands to it.
+"""A `python` and a `torchrun` that start at once, for tests and recipes of many short commands: one process imports
+torch, transformers and the project, and forks for each command that a small client on PATH hands to it.
 
     with warm.python(folder) as env: subprocess.run(["bash", "recipes/x.sh"], env=env)
 """
@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 
@@ -23,7 +24,8 @@ CLIENT = """#!{python} -ES
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
-job = json.dumps([sys.argv[1:], os.getcwd(), dict(os.environ)]).encode()
+argv = [*{prefix!r}, *sys.argv[1 + (sys.argv[1] == "-u") :]]
+job = json.dumps([argv, os.getcwd(), dict(os.environ)]).encode()
 server.sendall(len(job).to_bytes(4, "big"))
 socket.send_fds(server, [job[:1]], [0, 1, 2])
 server.sendall(job[1:])
@@ -33,17 +35,19 @@ sys.exit((server.recv(1) or b"\\1")[0])
 
 @contextlib.contextmanager
 def python(folder):
-    """-> an environment in which `python` is the client."""
+    """-> an environment in which `python` and `torchrun`, with the processes it starts, are clients."""
     address, client = str(folder / "socket"), folder / "bin" / "python"
     client.parent.mkdir()
-    client.write_text(CLIENT.format(python=sys.executable, address=address))
-    client.chmod(0o755)
+    for name, prefix in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
+        client.with_name(name).write_text(CLIENT.format(python=sys.executable, address=address, prefix=prefix))
+        client.with_name(name).chmod(0o755)
     server = subprocess.Popen([sys.executable, __file__, address], cwd=ROOT)
     try:
         while not os.path.exists(address):
             assert server.poll() is None, "the server of warm.py ended"
             time.sleep(0.05)
-        yield os.environ | {"PATH": f"{client.parent}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+        path = f"{client.parent}:{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+        yield os.environ | {"PATH": path, "PYTHON_EXEC": str(client)}  # PYTHON_EXEC is torchrun's
     finally:
         server.terminate()
         server.wait()
@@ -56,10 +60,16 @@ def serve(address):
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
+    listener.settimeout(5)
+    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the system; the client is told by the child
-    while True:
-        connection, _ = listener.accept()
+    while os.getppid() == parent:
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
         if os.fork() == 0:
+            connection.setblocking(True)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             run(connection)
         connection.close()
@@ -75,10 +85,17 @@ def run(connection):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    threading.Thread(target=follow, args=[connection], daemon=True).start()
     code = 0
     try:
-        sys.argv, sys.path[0] = argv, str(pathlib.Path(argv[0]).resolve().parent)
-        runpy.run_path(argv[0], run_name="__main__")
+        if argv[0] == "-m":
+            sys.argv = argv[1:]
+            runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = argv, str(pathlib.Path(argv[0]).resolve().parent)
+            if sys.path[0] != str(ROOT):
+                forget_the_project()
+            runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
     except BaseException:
@@ -88,6 +105,24 @@ def run(connection):
     sys.stderr.flush()
     connection.sendall(bytes([code & 255]))
     os._exit(code & 255)
+
+
+def follow(connection):
+    """End with the client: torchrun, or a test, has killed it."""
+    if not connection.recv(1):
+        os._exit(1)
+
+
+def forget_the_project():
+    """A script elsewhere imports what lies beside it, as in a fresh python."""
+    sys.path[:] = [p for p in sys.path if p != str(ROOT)]
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}") and ".venv" not in module.__file__:
+            del sys.modules[name]
+    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
+        mapping._extra_content.clear()  # a class is registered once
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ class Child:
             sys.stderr.flush()
             os._exit(code)
 
-    def wait(self, seconds=120):
+    def wait(self, seconds=900):
         """-> the exit code, or None when it still runs after `seconds`."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
@@ -126,7 +126,7 @@ def start(script, args, folder, world=1, second=None, **kwargs):
     return [Child(script, of_rank[rank], folder / f"log{rank}", rank, world, port, **kwargs) for rank in range(world)]
 
 
-def finish(children, seconds=120):
+def finish(children, seconds=900):
     codes = [c.wait(seconds) for c in children]
     for c, code in zip(children, codes):
         if code is None:
@@ -420,7 +420,7 @@ class Rig:
             script, *verb = what.split()
             args = [*verb, *commands[what], "--output", folder / f"{k}" / ("out.jsonl" if verb else "run")]
             children = start(script, args, folder, 2, second=[*args, *change])
-            codes = [children[k].wait(60) for k in (1, 0)]
+            codes = [children[k].wait(300) for k in (1, 0)]
             for c in children:  # torchrun ends the others
                 c.kill()
             text = output(children)
@@ -568,7 +568,7 @@ class Rig:
             kept = {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and p.parts[-2:-1] != ("run",)}
             kept = {p: content for p, content in kept.items() if "checkpoints" not in p.parts}  # a resumed run's own
             child = Child(script, args(source, place), folder / f"{k}.log")
-            code = child.wait(60)
+            code = child.wait(600)
             if code is None:
                 child.kill()
                 child.wait()
@@ -590,7 +590,7 @@ def lines(path):
     return path.read_text().splitlines() if path.exists() else []
 
 
-def wait_for(condition, seconds=60):
+def wait_for(condition, seconds=600):
     end = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > end:
