@@ -156,7 +156,7 @@ def command(*args, check=True, cold=False, **kwargs):
         args.insert(1, "--standalone")  # a free port
     env = os.environ | {"PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
     if not cold:
-        env = warm_environment()
+        env |= {k: warm_environment()[k] for k in ("PATH", "PYTHON_EXEC")}
         args[0] = f"{env['PATH'].partition(':')[0]}/{'python' if args[0] == sys.executable else args[0]}"
     done = subprocess.run(args, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600, **kwargs)
     if check:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -207,3 +208,42 @@ def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
     monkeypatch.setattr(files.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
     with pytest.raises(UserError, match="process 1 sees another folder"):
         files.agree({}, tmp_path / "missing", "--output x")
+
+
+class TestSettings:
+    def test_a_chat_template_that_raises(self, cli, tiny, data, tmp_path):
+        own = shutil.copytree(tiny, tmp_path / "own")
+        config = json.loads((own / "tokenizer_config.json").read_text())
+        config["chat_template"] = "{{ raise_exception('not this way') }}"
+        (own / "tokenizer_config.json").write_text(json.dumps(config))
+        refused(cli("collect_candidates", "teacher", "--model", own, "--input", data, "--output", tmp_path / "o.jsonl"))
+
+    @pytest.mark.parametrize("url", ["http://h:99999/v1", "http://h:x/v1", "http://:80", "ftp://h/v1", "h", ""])
+    def test_a_port_or_server_that_is_none(self, cli, data, tmp_path, url):
+        flags = ["--model", "m", "--base_url", url, "--input", data, "--output", tmp_path / "o.jsonl"]
+        refused(cli("collect_candidates", "teacher", *flags, "--retries", 0))
+
+    @pytest.mark.parametrize("proxy", ["http://h:99999", "://", "nonsense://h"])
+    def test_a_proxy_that_is_none(self, cli, data, tmp_path, monkeypatch, proxy):
+        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+            monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv("no_proxy", "")
+        flags = ["--model", "m", "--base_url", "http://127.0.0.1:9/v1", "--retries", 0, "--timeout", 2]
+        done = cli("collect_candidates", "teacher", *flags, "--input", data, "--output", tmp_path / "o.jsonl")
+        assert done.code in (0, 2) and "Traceback" not in done.err  # 0: every prompt failed and is left
+
+    def test_an_argument_that_is_not_utf_8(self, cli, tiny, data, tmp_path):
+        for flag in ("--data", "--model", "--output"):
+            values = {"--data": data, "--model": tiny, "--output": tmp_path / "o"} | {flag: "\udcff.jsonl"}
+            done = cli("rescue", "--ordering", "label", *[x for pair in values.items() for x in pair])
+            assert done.code in (0, 2) and "Traceback" not in done.err
+            assert done.code == 2 or flag == "--output"  # a folder may be called so
+            shutil.rmtree("\udcff.jsonl", ignore_errors=True)
+
+    def test_rewards_that_no_sigmoid_holds(self, cli, data, tmp_path, monkeypatch):
+        monkeypatch.setattr(
+            "collecting.reward_models.reward_logits", lambda name, device, pairs, **k: [-1e4] * len(pairs)
+        )
+        flags = ["--source", "human", "--input", data, "--reward_model", "x", "--output", tmp_path / "o.jsonl"]
+        assert cli("evaluate", "hh", *flags).code == 0
+        assert json.loads((tmp_path / "o.metrics.json").read_text())["metrics"]["reward"] < 1e-100

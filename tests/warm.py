@@ -41,7 +41,7 @@ def python(folder):
     for name, prefix in (("python", []), ("torchrun", ["-m", "torch.distributed.run"])):
         client.with_name(name).write_text(CLIENT.format(python=sys.executable, address=address, prefix=prefix))
         client.with_name(name).chmod(0o755)
-    server = subprocess.Popen([sys.executable, __file__, address], cwd=ROOT)
+    server = subprocess.Popen([sys.executable, __file__, address, str(os.getpid())], cwd=ROOT)
     try:
         while not os.path.exists(address):
             assert server.poll() is None, "the server of warm.py ended"
@@ -53,7 +53,7 @@ def python(folder):
         server.wait()
 
 
-def serve(address):
+def serve(address, parent):
     sys.path.insert(0, str(ROOT))
     for script in SCRIPTS:
         importlib.import_module(script)
@@ -61,9 +61,8 @@ def serve(address):
     listener.bind(address)
     listener.listen()
     listener.settimeout(5)
-    parent = os.getppid()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the system; the client is told by the child
-    while os.getppid() == parent:
+    while os.getppid() == parent:  # which may be killed
         try:
             connection, _ = listener.accept()
         except TimeoutError:
@@ -126,4 +125,4 @@ def forget_the_project():
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], int(sys.argv[2]))
