@@ -28,7 +28,7 @@ class UserError(Exception):
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     def _get_help_string(self, action):
-        plain = action.default in (None, False) or "default" in action.help
+        plain = action.default in (None, []) or action.default is False or "default:" in action.help
         return action.help if plain else super()._get_help_string(action)
 
 
@@ -275,13 +275,12 @@ def check_packing(model, encoded_records, make_batch=pack, score=None):
     """Raise UserError for a model that misreads packed rows, before they spoil a run: what ignores their mask or their
     positions. Finds out for candidate_logprobs whether the logits are what the head gives.
 
-    score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree packed and padded, on a prompt of
-    up to 128 tokens and 16 responses of 8 cut out of the records' text. Rounding, in bf16 coarse, may take them apart a
-    quarter as far as the mask, or the positions, of plain text do.
+    score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree packed and padded. Rounding, in
+    bf16 coarse, may take them apart a quarter as far as the mask, or the positions, of plain text do.
     """
     plain, training = getattr(model, "module", model), model.training
     sequences = [e.prompt_ids + r for e in encoded_records for r in e.responses]
-    P = min(128, max(map(len, sequences)) // 2)
+    P = min(128, max(map(len, sequences)) // 2)  # a prompt of so many tokens, 16 responses of 8
     text = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
     some = [Encoded(None, text[:P], [text[i : i + 8] for i in range(P, len(text), 8)], 0, 0)]
     packed = make_batch(some)
@@ -338,7 +337,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")
     add("--attn", choices=["auto", "blocks", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
     add("--activation_checkpointing", nargs="?", const=1, default="auto", type=in_range(int, 0, also="auto"),
-        metavar="N", help="recompute every N-th layer (1: all, 0: none): less memory (default auto: all, if need be)")
+        metavar="N", help="recompute every N-th layer (1: all, 0: none): less memory (default: all, if need be)")
     add("--compile", action="store_true", help="torch.compile each layer: faster steps on CUDA, minutes at the start")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -118,28 +119,24 @@ RECORD_FIELDS = dict.fromkeys(TEXTS, TEXT) | {
 }
 
 
-def load_candidates(path, need=(), added_by=None, limit=None):
-    """Read a candidates file -> list of records, each validated; `need` names annotations every candidate must carry.
-
-    Raises UserError naming file, line, and field; for a missing annotation also `added_by`, the command that adds it.
-    """
-    records, seen = [], {}
+def read_records(path, bare=True):
+    """Yield the records of a JSONL file, each checked; with `bare` they may have no candidates yet. An id that comes
+    twice, or no record at all, is a UserError."""
+    seen = {}
     for where, record in read_rows(path):
-        check_record(record, where)
+        none_yet = bare and record.get("candidates", []) == []
+        check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
         if record["id"] in seen:
             raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
         seen[record["id"]] = where
-        for i, candidate in enumerate(record["candidates"]):
-            for field in need:
-                if field not in candidate:
-                    hint = f"; add it with: {added_by}" if added_by else ""
-                    raise UserError(f"{where}: candidates[{i}] has no field {field!r}{hint}")
-        records.append(record)
-        if limit and len(records) == limit:
-            break
-    if not records:
+        yield record
+    if not seen:
         raise UserError(f"{path}: holds no records")
-    return records
+
+
+def load_candidates(path, limit=None):
+    """A candidates file -> its records, all or the first `limit`, each checked."""
+    return list(itertools.islice(read_records(path, bare=False), limit))
 
 
 def check_record(record, where):

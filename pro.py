@@ -113,8 +113,7 @@ def parse_args():
     # fmt: on
     defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
     common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
-    parser.set_defaults(max_prompt_length=384)
-    parser.set_defaults(eval_every=600)  # as released
+    parser.set_defaults(max_prompt_length=384, eval_every=600)  # as released
     args = parser.parse_args()
     if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
         parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")

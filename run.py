@@ -26,19 +26,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from tqdm import tqdm
 
+import runtime
 from common import UserError
 from files import Claim, agree, as_dict, file_digest, provenance, read_json, remove, rename_synced, write_atomically
-from runtime import (
-    all_sum,
-    decoder_layers,
-    describe_plan,
-    make_batch,
-    on_process0,
-    plan_rows,
-    row_tokens,
-    say,
-    unique_tokens,
-)
+from runtime import all_sum, on_process0, plan_rows, say, unique_tokens
 
 FREE_ARGS = {"output", "resume", "overwrite", "allow_changed", "checkpoint_every", "keep_checkpoints"}
 FREE_ARGS |= {"log_every", "track"}
@@ -103,7 +94,9 @@ class Run:
         """What the steps train and on which encoded prompts (a list that may change between steps); restores the newest
         checkpoint and sets `start`, the first step to take."""
         self.model, self.optimizer, self.tokenizer, self.encoded = model, optimizer, tokenizer, encoded
-        self.row_budget = 1 if self.args.padded else row_tokens(self.args, self.device)  # padded: a prompt a row
+        self.row_budget = (
+            1 if self.args.padded else runtime.row_tokens(self.args, self.device)
+        )  # padded: a prompt a row
         self.start = self.restore(model, optimizer) if self.args.resume and not self.args.overwrite else 0
         self.evaluated = on_process0(self._evaluations)  # step -> what the best is chosen by
         if self.args.track and self.process == 0:
@@ -118,7 +111,7 @@ class Run:
         """Yield (step, the prompts of its global batch) from `start` on, its learning rate set; after each one save a
         checkpoint where it is due. Before a step that --eval_every divides and after the last one yield the held-out
         prompts, for which there are no gradients; `training` says which they are."""
-        rows = describe_plan(*self.plan(batches[0]), self.row_budget)
+        rows = runtime.describe_plan(*self.plan(batches[0]), self.row_budget)
         say(f"{len(batches)} steps of {self.args.batch_size} prompts on {self.world} processes; the first: {rows}")
         self.total, every = len(batches), self.args.checkpoint_every
         todo = range(self.start, self.total)
@@ -174,7 +167,7 @@ class Run:
 
         def make(row):
             values = [torch.cat([column[i] for i in row]) for column in columns]
-            batch = make_batch([self.encoded[i] for i in row], self.args, self.tokenizer, self.device)
+            batch = runtime.make_batch([self.encoded[i] for i in row], self.args, self.tokenizer, self.device)
             return batch, *(v.to(self.device, non_blocking=True) for v in values)
 
         with ThreadPoolExecutor(1) as thread:
@@ -475,7 +468,7 @@ def speed(model, tokens, seconds, device):
     """-> {"tok/s": unique tokens a second over all processes}, and on a known GPU "MFU": 6 FLOPs a token and parameter
     of the layers, against the dense bf16 peak; embedding and head, read at few positions, are not counted."""
     peak = peak_flops(torch.cuda.get_device_name()) if device.type == "cuda" else None
-    flops = 6 * sum(p.numel() for m in decoder_layers(model) for p in m.parameters()) * tokens / seconds
+    flops = 6 * sum(p.numel() for m in runtime.decoder_layers(model) for p in m.parameters()) * tokens / seconds
     return {"tok/s": tokens / seconds} | ({"MFU": flops / dist.get_world_size() / peak} if peak else {})
 
 

@@ -6,9 +6,10 @@ import random
 import runtime
 from collecting import generation
 from collecting.flags import generation_flags
-from collecting.journal import Journal, read_records, settings_of
+from collecting.journal import open_collected
 from collecting.prompts import QA_TEMPLATE, qa_prompt, read_template
 from common import UserError, in_range
+from files import read_records
 
 
 def anchor_flags(add):
@@ -27,14 +28,9 @@ def anchor_flags(add):
 def anchor(args):
     """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
     process, processes, device = runtime.init_distributed()
-    args.input = args.input or f"data/{args.task}/train.jsonl"
     args.source = args.source or pathlib.Path(args.model).name
-    records, template = list(read_records(args.input)), read_template(args, QA_TEMPLATE)
-    for r in records:
-        if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
-            raise UserError(f"{args.input}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
-    output = args.output or f"data/{args.task}/anchored.jsonl"
-    journal = Journal(output, [r["id"] for r in records], settings_of(args), process, processes)
+    template = read_template(args, QA_TEMPLATE)
+    records, journal = open_collected(args, "train", "anchored", with_documents, process, processes)
     batch_size = max(1, args.batch_size // (1 + args.num_distractors))
     batches = generation.seeded_batches(args, records, journal, batch_size, process, processes, device)
     for batch, model, tokenizer in batches:
@@ -47,6 +43,14 @@ def anchor(args):
             record.setdefault("candidates", []).append(response)
         journal.write(r for r in batch if r["id"] not in journal.done)
     journal.finish()
+
+
+def with_documents(path):
+    """Yield the records of a file; UserError for one without documents."""
+    for r in read_records(path):
+        if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
+            raise UserError(f"{path}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
+        yield r
 
 
 def anchors(record, num_distractors, seed):

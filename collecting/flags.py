@@ -1,17 +1,7 @@
 """A command of several verbs, and the flags that its verbs share."""
 
-import argparse
-
 import common
 from common import in_range
-
-
-class Help(argparse.RawDescriptionHelpFormatter):
-    """Help that names every default, unless the text does or there is none."""
-
-    def _get_help_string(self, action):
-        silent = action.default in (None, [], argparse.SUPPRESS) or action.default is False or "default:" in action.help
-        return action.help + ("" if silent else " (default: %(default)s)")
 
 
 def run_verb(verbs, description):
@@ -20,7 +10,6 @@ def run_verb(verbs, description):
     subparsers = parser.add_subparsers(dest="verb", required=True)
     for name, (flags, run) in verbs.items():
         verb = subparsers.add_parser(name, description=run.__doc__)
-        verb.formatter_class = Help
         flags(verb.add_argument)
         verb.set_defaults(run=run)
     args = parser.parse_args()

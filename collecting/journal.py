@@ -1,5 +1,5 @@
-"""Finished records, a line each, in a file from which a second run goes on; records in, and what a second run
-must share with the first."""
+"""Finished records, a line each, in a file from which a second run goes on; what a second run must
+share with the first."""
 
 import contextlib
 import json
@@ -12,7 +12,7 @@ import torch
 
 import runtime
 from common import UserError
-from files import MAX_LINE, Claim, agree, check_record, provenance, read_json, read_rows
+from files import MAX_LINE, Claim, agree, provenance, read_json, read_records
 from runtime import say
 
 
@@ -134,20 +134,6 @@ def settings_of(args):
     free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
     settings = {f"--{k}": v for k, v in vars(args).items() if k not in free}
     return settings | provenance(settings)
-
-
-def read_records(path):
-    """Yield records (id and prompt checked, candidates optional) from JSONL; duplicate ids are errors."""
-    seen = {}
-    for where, record in read_rows(path):
-        none_yet = record.get("candidates", []) == []
-        check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
-        if record["id"] in seen:
-            raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
-        seen[record["id"]] = where
-        yield record
-    if not seen:
-        raise UserError(f"{path}: holds no records")
 
 
 def open_collected(args, before, after, read=read_records, process=0, processes=1):

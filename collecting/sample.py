@@ -7,7 +7,7 @@ from collections import Counter
 import runtime
 from collecting import generation
 from collecting.flags import generation_flags, group, prompt_flags
-from collecting.journal import Journal, read_records, settings_of
+from collecting.journal import open_collected
 from collecting.prompts import shown_prompts
 from common import in_range
 from runtime import say
@@ -94,14 +94,11 @@ def similar_pairs(responses, limit):
 
 def sample(args):
     process, processes, device = runtime.init_distributed()
-    args.input = args.input or f"data/{args.task}/train.jsonl"
-    records = list(read_records(args.input))
     name = runtime.run_name(args.model)
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 128)
     of_run = f"-{name}" if runtime.run_settings(args.model) else ""  # the samples of two students never share a file
-    output = args.output or f"data/{args.task}/sampled{of_run}.jsonl"
-    journal = Journal(output, [r["id"] for r in records], settings_of(args), process, processes)
+    records, journal = open_collected(args, "train", f"sampled{of_run}", process=process, processes=processes)
     by = {"source": args.source, "teacher": name}
     options, count, diversity = generation.options_of(args), Counter(), Counter()
     batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)

@@ -2,10 +2,10 @@
 
 from collecting.answers import has_answer
 from collecting.flags import generation_flags
-from collecting.journal import read_records
 from common import UserError, in_range
 from evaluating.plots import plot_positions
 from evaluating.shared import answer, beside, mean, model_flags, write_metrics
+from files import read_records
 
 
 def multidoc_qa_flags(add):

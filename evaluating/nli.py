@@ -2,11 +2,11 @@
 
 from collecting.answers import NLI_LABELS, parse_nli
 from collecting.flags import generation_flags, prompt_flags
-from collecting.journal import read_records
 from collecting.prompts import shown_prompts
 from common import UserError, in_range
 from evaluating.plots import plot_nli
 from evaluating.shared import beside, generate_answers, mean, model_flags, predict, write_metrics
+from files import read_records
 from runtime import say
 
 

@@ -84,13 +84,11 @@ class TestReaders:
             files.load_candidates(path)
         assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
 
-    def test_duplicates_needs_and_limits(self, tmp_path):
+    def test_duplicates_and_limits(self, tmp_path):
         path = write_jsonl(tmp_path / "c.jsonl", make_records(2) + make_records(1))
         with pytest.raises(UserError, match=r"c.jsonl:3.*'r0'.*c.jsonl:1"):
             files.load_candidates(path)
         assert len(files.load_candidates(path, limit=2)) == 2
-        with pytest.raises(UserError, match=r"c.jsonl:1: candidates\[0\].*'reward'.*add it with: the command"):
-            files.load_candidates(path, need=["reward"], added_by="the command")
 
     def test_empty_file(self, tmp_path):
         (tmp_path / "c.jsonl").write_text("\n\n")
