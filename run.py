@@ -94,9 +94,7 @@ class Run:
         """What the steps train and on which encoded prompts (a list that may change between steps); restores the newest
         checkpoint and sets `start`, the first step to take."""
         self.model, self.optimizer, self.tokenizer, self.encoded = model, optimizer, tokenizer, encoded
-        self.row_budget = (
-            1 if self.args.padded else runtime.row_tokens(self.args, self.device)
-        )  # padded: a prompt a row
+        self.row_budget = 1 if self.args.padded else runtime.row_tokens(self.args, self.device)  # 1: a prompt a row
         self.start = self.restore(model, optimizer) if self.args.resume and not self.args.overwrite else 0
         self.evaluated = on_process0(self._evaluations)  # step -> what the best is chosen by
         if self.args.track and self.process == 0:
