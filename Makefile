@@ -23,7 +23,7 @@ test: .venv/installed  ## ruff, then every test
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-bench: .venv/installed  ## step time and memory beside the padded step and peers (PAGE=reading: scoring, generating); ARGS=--help
+bench: .venv/installed  ## step time and memory beside the padded step and peers (PAGE=reading: scoring, generating; PAGE=pipeline); ARGS=--help
 	$(BIN)/python benchmarks/$(or $(PAGE),bench).py $(ARGS)
 
 gpu: .venv/installed  ## one GPU, 40 minutes: is the CUDA path right, how fast; without CUDA it says so

@@ -10,6 +10,7 @@ from conftest import ROOT, make_model
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
+import pipeline  # noqa: E402
 import reading  # noqa: E402
 import scale  # noqa: E402
 
@@ -151,3 +152,21 @@ def test_tree_work_by_hand():
     model = make_model()
     encoded = bench.common.Encoded("a", [1, 2, 3], [[4, 5], [4, 6]], 0, 0)
     assert reading.tree_work(model, [encoded], 3).flops == bench.needed_flops(model, 6, 3, 20, 3)
+
+
+def test_pipeline(tiny, tokenizer, tmp_path, monkeypatch):
+    """Every step is timed both ways; the plain ones read and draw the same."""
+    output = tmp_path / "r.json"
+    argv = ["pipeline.py", "--model", str(tiny), "--prompts", "2", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", argv)
+    pipeline.main()
+    [turn] = json.loads(output.read_text())["turns"]
+    assert [*turn["ours"]] == [*turn["plain"]] == ["prepare", "sample", "rank", "score", "train", "evaluate", "report"]
+    model = bench.runtime.load_pretrained(bench.AutoModelForCausalLM, str(tiny))
+    drawn = []
+    for generate in (pipeline.generation.generate, pipeline.plain_generate):
+        torch.manual_seed(0)
+        drawn.append(
+            generate(model, tokenizer, ["A man", "Two girls sit"], num_samples=2, temperature=0.8, max_new_tokens=6)
+        )
+    assert [r["text"] for group in drawn[0] for r in group] == [r["text"] for group in drawn[1] for r in group]
