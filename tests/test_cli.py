@@ -38,6 +38,12 @@ def test_help_shows_the_contract(script):
     assert "--help" in out
 
 
+def test_the_tests_named_beside_the_attacks_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests/README.md").read_text()))
+    there = {name for p in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", p.read_text())}
+    assert len(named) > 40 and not named - there
+
+
 def flags_of(node):
     """The names that a module's add("--name", ...) and add_argument("--name", ...) declare."""
     for call in ast.walk(node):
