@@ -1,0 +1,105 @@
+"""collecting/flip.py: both halves' provenance, one budget, what is unusable."""
+
+import json
+import sys
+
+import pytest
+from api_server import Server
+from conftest import nli, read_jsonl, write_jsonl
+
+import collect_candidates
+from collecting.flip import clean_sentence
+from common import UserError
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
+    collect_candidates.main()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path, monkeypatch, capsys):
+    """Every model response, as Sec. 5.1; the human one stays as it is."""
+    records = [
+        nli(
+            0,
+            "Nobody flips me. #### Neutral",
+            "The man sleeps. #### Neutral",
+            "no mark in it",
+            "He dozes. #### Entailment",
+        ),
+        nli(1, "h #### Neutral", "Stubborn one. #### Neutral", "No label comes. #### Neutral", " #### Neutral"),
+        nli(2, "h #### Neutral", "Bad mark. #### yes"),
+        {k: v for k, v in nli(3, "x").items() if k != "candidates"},
+    ]
+    answers = {
+        "The man sleeps.": '"The man is awake."',
+        "He dozes.": "He is awake.",
+        "Stubborn one.": "Stubborn one.",
+        "No label comes.": "A label comes.",
+    }
+
+    def rewrite(prompt, nth, body):
+        text = next(v for k, v in answers.items() if prompt.endswith(f"Sentence: {k}"))
+        return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+    def label(prompt, nth, body):
+        assert prompt.startswith(
+            ("prompt 0\nThe man is awake. ####", "prompt 0\nHe is", "prompt 1\nA label comes. ####")
+        )
+        text = " Contradiction." if "awake" in prompt else "entailment or neutral"
+        return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+
+    source = write_jsonl(tmp_path / "in.jsonl", records)
+    with Server(rewrite) as one, Server(label) as two:
+        for name, more in (("o", ()), ("replaced", ("--replace",))):
+            call(monkeypatch, "flip", "--input", source, "--output", tmp_path / f"{name}.jsonl",
+                "--base_url", one.url, "--model", "org/writer", "--label_base_url", two.url,
+                "--label_model", "judge", *more)  # fmt: skip
+            out = capsys.readouterr().out
+            for words in (
+                "3 malformed response",
+                "1 unusable rewriting",
+                "1 unusable label",
+                "2 label differs",
+                "2 labelled",
+            ):
+                assert words in out
+    rows = read_jsonl(tmp_path / "o.jsonl")
+    assert [len(r.get("candidates", [])) for r in rows] == [6, 4, 2, 0]
+    assert rows[0]["candidates"][:4] == records[0]["candidates"]
+    assert rows[0]["candidates"][4] == {
+        "text": "The man is awake. #### Contradiction",
+        "source": "flip-writer-judge",
+        "label": "contradiction",
+        "explanation_by": "writer",
+        "label_by": "judge",
+        "flip_of": "m",
+    }
+    replaced = [[c["source"] for c in r.get("candidates", [])] for r in read_jsonl(tmp_path / "replaced.jsonl")]
+    assert replaced == [["human"] + ["flip-writer-judge"] * 2, ["human"], ["human"], []]
+    assert one.asked[next(p for p in one.asked if "Stubborn" in p)] == 6  # two re-asks, twice
+    assert two.bodies[0]["temperature"] == 0 and one.bodies[0]["temperature"] == 1
+
+
+def test_flip_of_the_human_responses_shares_one_budget(tmp_path, monkeypatch, capsys):
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, f"Sentence {i}. #### Neutral") for i in range(4)])
+    with pytest.raises(UserError):
+        call(monkeypatch, "flip", "--input", records, "--output", tmp_path / "none.jsonl", "--model", "m")
+    with Server(lambda *a: None) as server:
+        call(monkeypatch, "flip", "--of", "human", "--input", records, "--output", tmp_path / "o.jsonl",
+            "--base_url", server.url, "--model", "m", "--max_requests", "6")  # fmt: skip
+    assert sum(server.asked.values()) == 6
+    assert "missing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, want",
+    [("No.", "No."), ('"No."', "No."), ("", None), ("A b", None), ("a, B!", None), ("x\ny", None), ("x #### y", None)],
+)
+def test_clean_sentence(text, want):
+    assert clean_sentence(text, "a b") == want

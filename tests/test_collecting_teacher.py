@@ -1,0 +1,131 @@
+"""collecting/teacher.py: a hostile server, secrets, likelihoods, a local teacher."""
+
+import json
+import sys
+
+import pytest
+from api_server import Server
+from conftest import nli, read_jsonl, refused, write_jsonl
+
+import collect_candidates
+from collecting.server import read_reply
+
+
+def call(monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
+    collect_candidates.main()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys):
+    faults = [429, 500, b"<html>", "half", "silence"]
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "because #### Neutral") for i in range(12)])
+
+    def behave(prompt, nth, body):
+        i = int(prompt.split()[1])
+        return 500 if i == 7 else faults[i] if i < len(faults) and nth == 1 else None
+
+    with Server(behave) as server:
+        command = ["teacher", "--input", records, "--output", tmp_path / "out.jsonl", "--base_url", server.url]
+        command += ["--model", "gpt", "--retries", "2", "--timeout", "0.6"]
+        call(monkeypatch, *command)
+        out = capsys.readouterr().out
+        assert "r7 failed: HTTP 500" in out and "11 of 12 done, 1 missing" in out
+        assert len(read_jsonl(tmp_path / "out.jsonl")) == 11  # a usable file
+        server.asked.clear()
+        monkeypatch.setattr(server, "answer", lambda handler, fault, text: Server.answer(server, handler, None, text))
+        call(monkeypatch, *command)  # the same command does the rest and only that
+    assert dict(server.asked) == {"prompt 7": 1}
+    rows = read_jsonl(tmp_path / "out.jsonl")
+    assert [r["id"] for r in rows] == [f"r{i}" for i in range(12)]
+    for r in rows:
+        assert [c["source"] for c in r["candidates"]] == ["human", "gpt"]
+        assert r["candidates"][1]["text"] == f"echo {r['prompt']}"
+
+
+def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(0, "x #### Neutral")])
+    with Server(lambda *a: (400, {}, b'{"error": {"message": "sk-very-secret is no good"}}')) as server:
+        call(monkeypatch, "teacher", "--input", records, "--output", tmp_path / "o.jsonl", "--base_url", server.url,
+            "--model", "m")  # fmt: skip
+    told = capsys.readouterr()
+    for text in (told.out, told.err, *(p.read_text() for p in tmp_path.iterdir())):
+        assert "very-secret" not in text
+    assert "HTTP 400" in told.out
+
+
+def completion(*texts):
+    """What /completions answers where log-probabilities are asked for: three tokens a response."""
+    logprobs = {"tokens": ["a", "b", "c"], "token_logprobs": [-0.5, -0.25, -1.0]}
+    choices = [{"index": i, "text": t, "finish_reason": "stop", "logprobs": logprobs} for i, t in enumerate(texts)]
+    return json.dumps({"choices": choices, "usage": {"completion_tokens": 3 * len(texts)}}).encode()
+
+
+def test_teacher_keeps_likelihoods(tmp_path, cli):
+    write_jsonl(
+        tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n", "candidates": [{"text": "t", "source": "human"}]}]
+    )
+    flags = [
+        "teacher",
+        "--input",
+        tmp_path / "d.jsonl",
+        "--output",
+        tmp_path / "o.jsonl",
+        "--model",
+        "m",
+        "--num_samples",
+        2,
+    ]
+    with Server(lambda prompt, times, body: completion(" one", " two")) as server:
+        result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs", "--completions")
+    assert result.code == 0, result.err
+    [body] = server.bodies
+    assert body["prompt"] == "Task: x\n" and body["logprobs"] == 1 and body["n"] == 2 and "messages" not in body
+    [record] = read_jsonl(tmp_path / "o.jsonl")
+    likelihood = {"logprob": -1.75, "num_tokens": 3, "finished": True, "source": "m", "teacher": "m"}
+    assert record["candidates"][1:] == [{"text": "one"} | likelihood, {"text": "two"} | likelihood]
+
+
+@pytest.mark.parametrize(
+    "text, tokens, kept",
+    [
+        ("one two", ["one", " two"], 2),  # llama-cpp-python leaves EOS out
+        ("one two", ["one", " two", "</s>"], 2),  # others report it
+        ("one two", ["one", " two", ""], 2),  # as nothing
+        ("one </s", ["one", " </s"], 2),  # the text's own end stays
+        ("", ["</s>"], 1),  # an empty response is its EOS
+        ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9"], 3),
+    ],
+)
+def test_eos_counts_in_no_log_probability(text, tokens, kept):
+    values = [-0.5 - i for i in range(len(tokens))]
+    old = {"text": text, "finish_reason": "stop", "logprobs": {"tokens": tokens, "token_logprobs": values}}
+    content = [{"token": t, "logprob": v} for t, v in zip(tokens, values)]
+    new = {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": content}}
+    for choice in (old, new):
+        [response], _ = read_reply(json.dumps({"choices": [choice]}))
+        assert (response["num_tokens"], response["logprob"]) == (kept, sum(values[:kept]))
+
+
+def test_a_server_that_ignores_logprobs_is_named(tmp_path, cli):
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n"}])
+    flags = ["teacher", "--input", tmp_path / "d.jsonl", "--output", tmp_path / "o.jsonl", "--model", "m"]
+    with Server(lambda prompt, times, body: None) as server:
+        result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs")
+    refused(result, server.url, "ignores `logprobs`", "rank --by logprob")
+    assert server.bodies[0]["logprobs"] is True
+
+
+def test_a_local_teacher_continues_the_prompt(tmp_path, tiny, cli):
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n"}])
+    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny, "--temperature", 0, "--max_new_tokens", 6]
+    teacher = ["teacher", *flags, "--output", tmp_path / "t.jsonl", "--completions", "--logprobs"]
+    assert cli("collect_candidates", *teacher).code == 0
+    assert cli("collect_candidates", "sample", *flags, "--num_samples", 1, "--output", tmp_path / "s.jsonl").code == 0
+    [one], [other] = (read_jsonl(tmp_path / f"{k}.jsonl")[0]["candidates"] for k in "ts")
+    assert one["text"] == other["text"] and one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
