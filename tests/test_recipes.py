@@ -148,7 +148,7 @@ def test_tuna_prm(env, tuna_folder):
     out = recipe("tuna_prm", env, tuna_folder).stdout
     rows = [line for line in out.splitlines() if line.startswith("| Tuna_c (PRM-3B-")]
     rows += [line for line in out.splitlines() if line.startswith(("| Tuna_p |", "| Tuna |"))]  # tuna.sh's
-    assert len(rows) == 2 + 2 * before and all(len(re.findall(r"\d\]? \(", line)) == 4 for line in rows)  # ours and the paper's
+    assert len(rows) == 2 + 2 * before and all(len(re.findall(r"\d\]? \(", line)) == 4 for line in rows)  # both
     assert "mean words: 0: " in out and "16 prompts" in out  # Table 4; mix-Tuna-104K: 8 and 8
     assert "changed" not in out  # of what tuna.sh has made
 
