@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 from conftest import make_records, refused, write_jsonl
-from test_evaluating_tuna import make_lmentry, make_superni
+from test_evaluating_lmentry import make_lmentry
+from test_evaluating_superni import make_superni
 
 
 class TestFigures:

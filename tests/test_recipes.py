@@ -10,7 +10,7 @@ import subprocess
 import pytest
 from api_server import Server, chat
 from conftest import ROOT, read_jsonl, warm_environment
-from test_evaluating_tuna import make_lmentry
+from test_evaluating_lmentry import make_lmentry
 
 from recipes import tiny as stand_in
 

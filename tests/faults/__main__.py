@@ -35,7 +35,8 @@ from api_server import Server  # noqa: E402
 from conftest import make_model, make_records, make_tokenizer, read_jsonl, write_jsonl  # noqa: E402
 from faults.malformed import corpus  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_evaluating_tuna import make_lmentry, make_superni  # noqa: E402
+from test_evaluating_lmentry import make_lmentry  # noqa: E402
+from test_evaluating_superni import make_superni  # noqa: E402
 
 import runtime  # noqa: E402
 from recipes.tiny import make_reward_model  # noqa: E402

@@ -1,0 +1,169 @@
+"""evaluating/vicuna.py and judge.py: verdicts, both orders, shares and their items."""
+
+import json
+import re
+
+import pytest
+from conftest import read_jsonl, refused, write_jsonl
+
+from evaluating import judge
+
+
+def metrics_of(folder, verb, name="tiny"):
+    return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def make_superni(folder):
+    (folder / "splits/default").mkdir(parents=True)
+    (folder / "tasks").mkdir()
+    (folder / "splits/default/test_tasks.txt").write_text("task1_add\ntask2_say\n")
+    for name in ("task1_add", "task2_say"):
+        task = {
+            "Definition": ["Do the thing"],
+            "Positive Examples": [{"input": f"in {k}", "output": f"out {k}!", "explanation": "-"} for k in range(3)],
+            "Negative Examples": [],
+            "Instances": [{"id": f"{name}-x{i}", "input": f"case {i}?", "output": ["one", "two"]} for i in range(5)],
+        }
+        (folder / f"tasks/{name}.json").write_text(json.dumps(task))
+    return folder
+
+
+SCORERS = """
+class Contains:
+    def score_prediction(self, prediction, example, truncate_prediction=False):
+        return int(example["metadata"]["answer"] in prediction), 1
+"""
+
+
+def make_lmentry(folder):
+    """A clone's layout with two core tasks, one of them with two further files, and a scorer of our own."""
+    (folder / "data").mkdir(parents=True)
+    (folder / "lmentry/scorers").mkdir(parents=True)
+    for file in ("lmentry/__init__.py", "lmentry/scorers/__init__.py"):
+        (folder / file).write_text("")
+    mapping = SCORERS + "task_name_to_scorer = {'more_letters': Contains, 'word_after': Contains}\n"
+    (folder / "lmentry/scorers/scorer_mapping.py").write_text(mapping)
+    for name in ("more_letters", "more_letters_length_diff_1", "more_letters_length_diff_3plus", "word_after"):
+        examples = {}
+        for i in range(6):
+            metadata = {"template_id": i // 2, "answer": "e", "answer_index": i % 2}
+            examples[str(i + 1)] = {"input": f"Q {i}:", "metadata": metadata}
+        (folder / f"data/{name}.json").write_text(json.dumps({"settings": {}, "examples": examples}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("A is right. [[A]]", "A"),
+        ("[[C]] both. So: [[C]]", "C"),
+        ("A is better.", None),
+        ("[[A]] or [[B]]", None),
+        ("[[D]] [A]", None),
+    ],
+)
+def test_verdict(text, expected):
+    assert judge.verdict(text) == expected
+
+
+def test_judge_metrics_by_hand():
+    pairs = [
+        ("A", "B"),  # system 1 wins in both orders
+        ("B", "A"),  # loses in both
+        ("A", "A"),  # the first place wins: a tie, flipped
+        ("C", "B"),  # a tie, then system 1: a tie, flipped
+        ("C", "C"),
+        ("A", None),
+        ("A", "B"),
+        ("B", "B"),  # the second place: a tie, flipped
+    ]
+    got = judge.judge_metrics(pairs, "agree")
+    assert (got["win"], got["lose"], got["tie"], got["unparsed"]) == (2 / 8, 1 / 8, 4 / 8, 1 / 8)
+    assert got["flip_rate"] == pytest.approx(3 / 7)
+    assert got["first_place_preferred"] == pytest.approx(6 / 12)  # A: 1, 1, 2, 0, 0, 1, 1, 0
+    mean = judge.judge_metrics(pairs, "average")  # system 1 wins 2, 0, 1, 1, 0, 1, 2, 1 of 16 verdicts
+    assert (mean["win"], mean["lose"], mean["tie"], mean["unparsed"]) == (8 / 16, 4 / 16, 3 / 16, 1 / 16)
+    assert {k: mean[k] for k in ("flip_rate", "first_place_preferred")} == {
+        k: got[k] for k in ("flip_rate", "first_place_preferred")
+    }
+
+
+def test_judges_items_are_what_its_shares_are_the_mean_of():
+    pairs = [("A", "B"), ("B", "A"), ("A", "A"), ("C", "B"), ("A", None)]
+    for verdicts in ("agree", "average"):
+        items = judge.judge_items("abcde", pairs, verdicts)
+        got = judge.judge_metrics(pairs, verdicts)
+        for figure in ("win", "lose"):
+            assert sum(items[figure].values()) / 5 == pytest.approx(got[figure])
+        assert items["win"]["a"] == 1 and items["win"]["d"] == (0 if verdicts == "agree" else 0.5)
+
+
+@pytest.mark.parametrize(
+    "pairs, average, agree",  # verdicts with system 1 as A, then as B; win, tie, lose
+    [
+        ([("A", "B"), ("A", "A"), ("B", "B"), ("C", "A")], (4 / 8, 1 / 8, 3 / 8), (1 / 4, 3 / 4, 0)),
+        ([("A", "B")] * 2, (1, 0, 0), (1, 0, 0)),
+        ([("A", "A")] * 2, (1 / 2, 0, 1 / 2), (0, 1, 0)),  # always the first place
+        ([("C", "C"), ("B", "A")], (0, 1 / 2, 1 / 2), (0, 1 / 2, 1 / 2)),
+        ([("A", None), ("B", "A")], (1 / 4, 0, 2 / 4), (0, 0, 1 / 2)),  # one order unparsed
+    ],
+)
+def test_both_readings_of_two_orders(pairs, average, agree):
+    for name, want in (("average", average), ("agree", agree)):
+        got = judge.judge_metrics(pairs, name)
+        assert (got["win"], got["tie"], got["lose"]) == want
+
+
+QUESTIONS = [{"question_id": k, "category": "generic", "turns": [f"What {{is}} {k}?"]} for k in range(3)]
+
+
+def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
+    write_jsonl(here / "q.jsonl", QUESTIONS)
+    for name, tokens in (("long", 12), ("short", 3)):
+        flags = ["--model", tiny, "--name", name, "--input", "q.jsonl", "--max_new_tokens", tokens]
+        assert cli("evaluate", "vicuna", *flags).code == 0
+    rows = read_jsonl(here / "runs/eval/long/vicuna.jsonl")
+    assert [r["id"] for r in rows] == ["0", "1", "2"] and "What {is} 0?" in rows[0]["prompt"]
+    assert rows[0]["question"] == "What {is} 0?" and metrics_of(here, "vicuna", "long")["prompts"] == 3
+
+    answers = ["--answers", "runs/eval/long/vicuna.jsonl", "runs/eval/short/vicuna.jsonl", "--max_new_tokens", 8]
+    assert cli("evaluate", "judge", *answers, "--model", tiny, "--name", "noise", "--limit", 2).code == 0
+    got = metrics_of(here, "judge", "noise")  # a random model gives no verdicts: counted, and kept for a look
+    assert got["unparsed"] == 1 and got["questions"] == 2 and got["win"] + got["lose"] + got["tie"] == 0
+    assert all(r["verdict"] is None and "text" in r for r in read_jsonl(here / "runs/eval/noise/judge.jsonl"))
+
+    asked = []
+
+    def longest(args, prompts, done=(), **options):  # prefers the longer answer, and A among equals; fails once
+        for i, prompt in enumerate(prompts):
+            if i in done:
+                continue
+            asked.append(prompt)
+            if len(asked) == 2:
+                yield i, None, "HTTP 500"
+                continue
+            a = prompt.partition("[A's answer]\n")[2].partition("\n[End of A")[0]
+            b = prompt.partition("[B's answer]\n")[2].partition("\n[End of B")[0]
+            yield i, [{"text": f"So [[{'A' if len(a) >= len(b) else 'B'}]]"}], None
+
+    monkeypatch.setattr("collecting.asking.complete", longest)
+    result = cli("evaluate", "judge", *answers, "--model", "x")
+    assert "question 0/21: HTTP 500" in result.out and "1 missing" in result.out
+    assert not (here / "runs/eval/long-vs-short/judge.metrics.json").exists()
+    assert cli("evaluate", "judge", *answers, "--model", "x").code == 0
+    assert len(asked) == 7  # only the one that failed was asked again
+    got = metrics_of(here, "judge", "long-vs-short")
+    lengths = [
+        [len(r["text"]) for r in read_jsonl(here / f"runs/eval/{name}/vicuna.jsonl")] for name in ("long", "short")
+    ]
+    wins = sum(a > b for a, b in zip(*lengths))
+    out = cli("evaluate", "report", "long-vs-short", "noise", "--paired").out
+    assert re.search(rf"\| long-vs-short - noise, win \| {min(a > b for a, b in zip(*lengths)):d}.* \| 2 \|", out)
+    assert got["win"] == pytest.approx(wins / 3) and got["unparsed"] == 0 and got["mean_words_1"] >= 1
+    refused(cli("evaluate", "judge", *answers[:2], "d.jsonl", "--model", "x"), "d.jsonl: no such file")
