@@ -33,16 +33,14 @@ def read_template(args, default):
         raise UserError(f"--prompt_file {path}: cannot be read ({e})") from e
 
 
-NLI_TEMPLATE = """Does the premise make the hypothesis true (entailment), false (contradiction), or neither (neutral)?
-Explain in one sentence, then write #### and the label.
-
-Premise: {premise}
+NLI_TEMPLATE = """Premise: {premise}
 Hypothesis: {hypothesis}
-Answer:
+A reason, then #### and contradiction, neutral or entailment:
 """
-# Two lines and labels in lower case: a small model ends an answer at its first full stop unless a new line begins with
-# the mark, and misspells labels of several tokens. rank --drop_malformed gives answers the human responses' form.
-NLI_SHOTS_TEMPLATE = """Premise: A cook stirs soup in a large pot.
+# The same behind examples, as in the released code. Two lines and labels in lower case: a small model ends an answer
+# at its first full stop unless a new line begins with the mark, and misspells labels of several tokens. rank
+# --drop_malformed gives answers the human responses' form.
+NLI_EXAMPLES = """Premise: A cook stirs soup in a large pot.
 Hypothesis: The kitchen is empty.
 A reason, then #### and contradiction, neutral or entailment:
 A kitchen with a cook in it has somebody in it.
@@ -60,10 +58,8 @@ A reason, then #### and contradiction, neutral or entailment:
 Jumping over a puddle is jumping.
 #### entailment
 
-Premise: {premise}
-Hypothesis: {hypothesis}
-A reason, then #### and contradiction, neutral or entailment:
 """
+NLI_SHOTS_TEMPLATE = NLI_EXAMPLES + NLI_TEMPLATE
 ALPACA_TEMPLATE = """Carry out the task below, with the input that follows it. Write the response and nothing else.
 
 Task:
