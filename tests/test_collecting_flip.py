@@ -23,7 +23,7 @@ def quick(monkeypatch):
 
 
 def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path, monkeypatch, capsys):
-    """Every model response, as Sec. 5.1; the human one stays as it is."""
+    """Every model response, as RESCUE Sec. 5.1; the human one stays as it is."""
     records = [
         nli(
             0,
