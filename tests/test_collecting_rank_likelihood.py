@@ -53,7 +53,7 @@ def test_spearman_by_hand():
 
 
 def test_rank_by_probabilistic(tmp_path, monkeypatch, capsys):
-    """Eq. 3 as in tuna.py: beta decides; the original response, whose likelihood is not known, is not ranked."""
+    """Tuna Eq. 3, as in tuna.py: beta decides; the original response, whose likelihood is not known, is not ranked."""
     candidates = [{"text": "the original one", "source": "reference"}]
     candidates += [
         {"text": t, "source": "t", "logprob": p, "num_tokens": n} for t, p, n in (("s", -4, 2), ("l l", -15, 9))
