@@ -1,41 +1,17 @@
 """collecting/anchor.py: answers from one passage alone."""
 
-import sys
-
 import pytest
 import torch
 from conftest import read_jsonl, write_jsonl
+from test_collecting_prepare import call, questions
 
-import collect_candidates
 import rescue
 from collecting import generation
-
-
-def call(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
-    collect_candidates.main()
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
-def passage(title, text, gold=False):
-    return {"title": title, "text": text, "hasanswer": gold, "isgold": gold}
-
-
-def questions():
-    return [
-        {"question": "who wrote hamlet", "answers": ["William Shakespeare"],
-         "ctxs": [passage("Hamlet", "Hamlet is a play by William Shakespeare.", True)]},
-        {"question": "who wrote faust", "answers": ["Goethe"],
-         "ctxs": [passage("Faust", "Faust is a play by Goethe.", True)]},
-        {"question": "where is oslo", "answers": ["Norway"],
-         "ctxs": [passage("Oslo", "Oslo is a city of Norway.", True)]},
-        {"question": "who else wrote a faust", "answers": ["Thomas Mann", "the Mann"],
-         "ctxs": [passage("Doktor Faustus", "A novel; the play of Goethe came before Mann.", True)]},
-    ]  # fmt: skip
 
 
 def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, monkeypatch, tiny):

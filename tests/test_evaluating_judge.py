@@ -19,45 +19,6 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
-def make_superni(folder):
-    (folder / "splits/default").mkdir(parents=True)
-    (folder / "tasks").mkdir()
-    (folder / "splits/default/test_tasks.txt").write_text("task1_add\ntask2_say\n")
-    for name in ("task1_add", "task2_say"):
-        task = {
-            "Definition": ["Do the thing"],
-            "Positive Examples": [{"input": f"in {k}", "output": f"out {k}!", "explanation": "-"} for k in range(3)],
-            "Negative Examples": [],
-            "Instances": [{"id": f"{name}-x{i}", "input": f"case {i}?", "output": ["one", "two"]} for i in range(5)],
-        }
-        (folder / f"tasks/{name}.json").write_text(json.dumps(task))
-    return folder
-
-
-SCORERS = """
-class Contains:
-    def score_prediction(self, prediction, example, truncate_prediction=False):
-        return int(example["metadata"]["answer"] in prediction), 1
-"""
-
-
-def make_lmentry(folder):
-    """A clone's layout with two core tasks, one of them with two further files, and a scorer of our own."""
-    (folder / "data").mkdir(parents=True)
-    (folder / "lmentry/scorers").mkdir(parents=True)
-    for file in ("lmentry/__init__.py", "lmentry/scorers/__init__.py"):
-        (folder / file).write_text("")
-    mapping = SCORERS + "task_name_to_scorer = {'more_letters': Contains, 'word_after': Contains}\n"
-    (folder / "lmentry/scorers/scorer_mapping.py").write_text(mapping)
-    for name in ("more_letters", "more_letters_length_diff_1", "more_letters_length_diff_3plus", "word_after"):
-        examples = {}
-        for i in range(6):
-            metadata = {"template_id": i // 2, "answer": "e", "answer_index": i % 2}
-            examples[str(i + 1)] = {"input": f"Q {i}:", "metadata": metadata}
-        (folder / f"data/{name}.json").write_text(json.dumps({"settings": {}, "examples": examples}))
-    return folder
-
-
 @pytest.mark.parametrize(
     "text, expected",
     [
