@@ -287,9 +287,7 @@ def measure(bench, shape, args, device):
         for name in bench.names:
             if "failed" in result[name]:
                 continue
-            ours_attention = "blocks" if device.type == "cpu" else "flex_attention"
-            bench.model.set_attn_implementation(ATTENTION.get(name, ours_attention))
-            set_compiled(bench.model, name == "ours_compiled")
+            set_up(bench.model, name)
             step = bench.contenders[name], bench.model, bench.optimizer, encoded, device
             try:
                 seconds, peak, scores[name] = timed_step(*step)
@@ -311,6 +309,7 @@ def measure(bench, shape, args, device):
             raise SystemExit(f"{shape}: the contenders do not score alike: {scores}")
     reached = of_products(step_flops(bench.model, shape, args.prompts)[0], rates, result.get("ours", {}))
     if device.type == "cpu" and reached and reached < 0.75:
+        set_up(bench.model, "ours")
         result["ours"]["profile"] = profile(bench.contenders["ours"], bench.model, bench.optimizer, encoded, device)
     return result, rates
 
@@ -321,22 +320,21 @@ class Products:
 
     def __init__(self, model, rows, head_rows, passes=3, every=4):
         self.device, self.passes = model.device, passes
-        options = {"device": model.device, "dtype": torch.bfloat16 if model.device.type == "cuda" else torch.float32}
         layers = runtime.decoder_layers(model)[::every]
-        shapes = [(rows, m.weight.shape) for x in layers for m in x.modules() if isinstance(m, torch.nn.Linear)]
+        self.shapes = [(rows, *m.weight.shape) for x in layers for m in x.modules() if isinstance(m, torch.nn.Linear)]
         if (head := model.get_output_embeddings()) is not None:
-            shapes += [(max(1, head_rows // every), head.weight.shape)]
-        self.weights = [torch.randn(shape, **options) for _, shape in shapes]
-        self.inputs = {(rows, shape[1]): torch.randn(rows, shape[1], **options) for rows, shape in shapes}
-        self.inputs = [self.inputs[rows, shape[1]] for rows, shape in shapes]
-        self.flops = sum(2 * passes * rows * shape.numel() for rows, shape in shapes)
+            self.shapes += [(max(1, head_rows // every), *head.weight.shape)]
+        self.flops = sum(2 * passes * rows * out * of for rows, out, of in self.shapes)
 
     @torch.no_grad()
     def rate(self):
-        """-> FLOP/s."""
+        """-> FLOP/s. What it multiplies is made anew and freed: it is in no contender's memory."""
+        options = {"device": self.device, "dtype": torch.bfloat16 if self.device.type == "cuda" else torch.float32}
+        inputs = {(rows, of): torch.randn(rows, of, **options) for rows, _, of in self.shapes}
+        factors = [(inputs[rows, of], torch.randn(out, of, **options)) for rows, out, of in self.shapes]
         synchronize(self.device)
         began = clock(self.device)
-        for weight, x in zip(self.weights, self.inputs):
+        for x, weight in factors:
             y = x @ weight.T
             if self.passes == 3:
                 y @ weight, y.T @ x
@@ -372,8 +370,11 @@ ATTENTION = {"padded": "sdpa", "trl": "sdpa", "prefix_grouper": "prefix_grouper"
 PEERS = {"trl": "trl", "prefix_grouper": "prefix-grouper", "flash_pref": "flash-pref"}  # contender: its package
 
 
-def set_compiled(model, on):
-    """--compile for the steps that follow, or not; each layer is compiled once."""
+def set_up(model, name):
+    """The attention of a contender for the steps that follow, and --compile or not; each layer is compiled once."""
+    ours_attention = "blocks" if model.device.type == "cpu" else "flex_attention"
+    model.set_attn_implementation(ATTENTION.get(name, ours_attention))
+    on = name == "ours_compiled"
     for layer in runtime.decoder_layers(model):
         if on and not hasattr(layer, "compiled_call"):
             layer.compile(dynamic=True)

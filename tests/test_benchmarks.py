@@ -62,7 +62,8 @@ def test_command(tiny, tmp_path, monkeypatch):
         finally:
             torch.distributed.destroy_process_group()
 
-    run("--workloads", "Alpaca")
+    peers = ["prefix_grouper"] * bool(bench.installed("prefix-grouper"))
+    run("--workloads", "Alpaca", "--contenders", "ours", "padded", *peers)
     run("--workloads", "HH", "Alpaca")
     report = json.loads(output.read_text())
     assert sorted(r["workload"] for r in report["rows"]) == ["Alpaca", "HH"] and "torch" in report["versions"]
