@@ -13,7 +13,8 @@ tiny) # random model and a stand-in server, seconds
   : "${ESNLI_TRAIN:=$DATA/tiny/esnli.csv}" "${ESNLI_TEST:=$DATA/tiny/esnli.csv}" "${TEST:=3}" "${MODEL:=$DATA/tiny/model}"
   : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${DROP=}" "${MIN_CANDIDATES:=1}"
   : "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" "${SAMPLES:=2}" ;;
-cpu) # demo/model, one core, hours. One file of e-SNLI, as JSONL, gives all prompts: the last 1,001 rows are the test's
+cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, as JSONL, gives all prompts: its last 1,001
+  # rows are the test's
   : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
   head -n -1001 "$ESNLI" > "$DATA/rows.jsonl"
   tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"

@@ -16,7 +16,7 @@ tiny) # random model, seconds
   tiny
   : "${QUESTIONS:=$DATA/tiny/nq.jsonl.gz}" "${MODEL:=$DATA/tiny/model}" "${TRAIN:=4}" "${TEST:=2}" "${TRAIN_DOCUMENTS:=5}"
   : "${PLACES:=5:1,5}" "${BEAMS:=2}" "${TOKENS:=4}" "${BATCH:=2}" "${LR:=1e-3}" ;;
-cpu) # demo/model, 2 cores: short passages, 5 documents, greedy
+cpu | 135m) # demo/model on 2 cores, or a GPU: short passages, 5 documents, greedy
   : "${MODEL:=demo/model}" "${TRAIN:=340}" "${TEST:=150}" "${TRAIN_DOCUMENTS:=5}" "${MAX_WORDS:=55}"
   : "${PLACES:=5:1,3,5}" "${BEAMS:=1}" "${TOKENS:=16}" "${BATCH:=8}" "${LR:=1e-4}" "${SEEDS:=0 1 2}" ;;
 esac
