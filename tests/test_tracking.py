@@ -1,10 +1,11 @@
 """--track: the figures of log.jsonl in TensorBoard and in Weights & Biases, each step once."""
 
+import subprocess
 import sys
 import types
 
 import pytest
-from conftest import command, read_jsonl, refused
+from conftest import ROOT, command, read_jsonl, refused
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_run import stop_after, train
 
@@ -81,4 +82,4 @@ def test_wandb_goes_on_with_the_same_run(cli, tiny, data, tmp_path, monkeypatch)
 def test_nothing_is_imported_unasked(tiny, data, tmp_path):
     code = "import sys, rescue; rescue.main(); assert not {'tensorboard', 'wandb'} & sys.modules.keys()"
     flags = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "run", "--batch_size", 8]
-    command(sys.executable, "-c", code, *flags)
+    subprocess.run([sys.executable, "-c", code, *map(str, flags)], cwd=ROOT, check=True)
