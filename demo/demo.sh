@@ -29,13 +29,13 @@ for name in base rescue; do
   run torchrun --nproc_per_node 2 evaluate.py multidoc-qa --model $model --name demo-$name $TEST_FILES --max_new_tokens 6 --stop "\n"
   run torchrun --nproc_per_node 2 evaluate.py ranking --model $model --name demo-$name --input data/demo/test_ranked.jsonl --by label --length_scaling 0.85
 done
-run python evaluate.py report demo-base demo-rescue --columns accuracy accuracy_at_{1..4} pair_accuracy --plot gold_position training
+run python evaluate.py report demo-base demo-rescue --columns accuracy accuracy_at_{1..4} pair_accuracy --plot gold_position
 
 cat <<END
 
 Accuracy by the gold passage's place     runs/eval/gold_position.png
-Loss and pair accuracy                   runs/eval/training-demo-rescue.png
-The trained model (from_pretrained, vLLM)   runs/demo-rescue/model
+Loss and pair accuracy, a line a step    runs/demo-rescue/log.jsonl
+The model (from_pretrained, vLLM)        runs/demo-rescue/model
 In brackets: 95% intervals. Training and test share no town and no kind of fact.
 
 Next: more of the demo data  make clean demo TRAIN=104 TEST=160
