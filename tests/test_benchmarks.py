@@ -91,7 +91,7 @@ def test_a_contender_that_fails_on_a_gpu_leaves_the_others(monkeypatch):
         return 0.5, peak, torch.zeros(2)
 
     monkeypatch.setattr(bench, "timed_step", step)
-    monkeypatch.setattr(bench, "set_compiled", lambda model, on: None)
+    monkeypatch.setattr(bench, "set_up", lambda model, name: None)
     result, _ = bench.measure(here, (6, 2, 3), args, torch.device("cuda"))
     assert result["padded"] == {"failed": "out of memory"} and "compile" in result["ours_compiled"]["failed"]
     assert result["ours"]["seconds"] == [0.5, 0.5] and len(renewed) == 2
