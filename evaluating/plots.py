@@ -22,7 +22,10 @@ def new_figure(width=6.4, height=4.0, columns=1):
 
 
 def save_figure(figure, path):
+    import matplotlib.pyplot as plt
+
     figure.savefig(path, dpi=150)
+    plt.close(figure)
     say(f"plot: {path}")
 
 
