@@ -160,10 +160,8 @@ def generate(
             cache.batch_repeat_interleave(num_samples)
         input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
     own = model.generation_config  # its min_p, suppress_tokens, ... would shape the candidates: only its EOS ids count
-    more = (
-        own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
-    )  # Llama-3 and Qwen list several
-    ends = sorted({pad, *more} - {None})
+    listed = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    ends = sorted({pad, *listed} - {None})  # Llama-3 and Qwen list several
     model.generation_config = GenerationConfig()  # generate() would fill in from the model's what is not said here
     # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
     options = {"pad_token_id": pad, "eos_token_id": ends, "synced_gpus": False}

@@ -2,11 +2,10 @@
 
 import math
 import pathlib
-import re
 
 from common import UserError
 from evaluating.shared import mean, paired_bootstrap
-from evaluating.tables import beside_paper, read_document, t_half_width, table, tables_of
+from evaluating.tables import beside_paper, items_of, read_document, t_half_width, table, tables_of, without_seed
 
 FOUND = {1: "**seen**", 0: "**too small to tell**", -1: "**not seen: the other way round**"}
 
@@ -36,9 +35,7 @@ def claims_page(path):
         if "table" in claim:
             parts.append(beside_paper(claim["table"], tables, claim.get("columns")))
         lines = [comparison(systems, **wanted) for wanted in claim["comparisons"]]
-        parts.append(
-            table(["difference", "over items", "over seeds", "items, seeds", ""], lines).replace("|  |", "| |", 1)
-        )
+        parts.append(table(["difference", "over items", "over seeds", "items, seeds", ""], lines))
         parts += [f"![{claim['title']}]({claim['folder']}/{plot})" for plot in claim.get("plots", ())]
     return "\n\n".join(parts)
 
@@ -81,13 +78,11 @@ def runs_of(systems, name, figure, at_equal):
     """The seeds of a system -> [({id: figure}, {id: at_equal}), ...]."""
     runs = []
     for system in sorted(systems):
-        if re.sub(r"-seed\d+$", "", system) == name:
-            files = {document["folder"] for document in systems[system].values()}
-            items = {}
-            for file in sorted(f for folder in files for f in folder.glob("*.items.json")):
-                items |= read_document(file)
+        if without_seed(system) == name:
+            folders = {document["folder"] for document in systems[system].values()}
+            items = items_of(folders)
             if figure not in items or at_equal and at_equal not in items:
-                raise UserError(f"{system}: no items of {figure} in {', '.join(map(str, files))}; evaluate it again")
+                raise UserError(f"{system}: no items of {figure} in {', '.join(map(str, folders))}; evaluate it again")
             runs.append((items[figure], items.get(at_equal)))
     return runs
 

@@ -1,5 +1,6 @@
 """The verb hh: BLEU and reward of answers to HH-RLHF's dialogues (PRO, Table 2)."""
 
+import functools
 import itertools
 import math
 import pathlib
@@ -115,6 +116,7 @@ def hh_metrics(rows):
     return metrics | length_figures(rows)
 
 
+@functools.cache  # of all samples, of each subset and of each item
 def char_bleu(text, reference):
     """What PRO's code calls BLEU: NLTK's sentence BLEU of two raw strings, so over characters; up to 4-grams,
     unsmoothed."""

@@ -1,13 +1,13 @@
 """All figures as PNG: what a verb draws of one system, and RESCUE's figures of several."""
 
 import pathlib
-import re
 from statistics import fmean
 
 import runtime
 from collecting.answers import NLI_LABELS
 from common import UserError
 from evaluating.shared import wilson
+from evaluating.tables import without_seed
 from files import read_rows
 from runtime import say
 
@@ -72,7 +72,7 @@ def plot_positions(systems, path):
     figure, axes = new_figure()
     seeds = {}
     for name, metrics in systems.items():
-        seeds.setdefault(re.sub(r"-seed\d+$", "", name), []).append(metrics)
+        seeds.setdefault(without_seed(name), []).append(metrics)
     systems = {}
     for name, runs in seeds.items():
         means = {k: fmean(r[k] for r in runs) for k in runs[0] if "_at_" in k}

@@ -7,7 +7,7 @@ from common import UserError
 from evaluating.claims import claims_page
 from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, paired_bootstrap
-from evaluating.tables import beside_paper, markdown, read_document, tables_of, with_intervals
+from evaluating.tables import beside_paper, items_of, markdown, tables_of, with_intervals
 from files import write_atomically
 from runtime import say
 
@@ -87,10 +87,7 @@ def folder_of(name):
 def paired(folders):
     """{system: its folder} -> Markdown: the first system minus each other one, on the items of every figure that both
     have in a VERB.items.json, with the 95% interval and p of a paired bootstrap."""
-    items = {
-        name: {k: v for file in sorted(folder.glob("*.items.json")) for k, v in read_document(file).items()}
-        for name, folder in folders.items()
-    }
+    items = {name: items_of([folder]) for name, folder in folders.items()}
     first, *others = items
     rows = {}
     for other in others:

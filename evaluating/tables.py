@@ -38,6 +38,17 @@ def tables_of(folders):
     return tables, systems
 
 
+def items_of(folders):
+    """Folders of *.items.json -> {figure: {id: value}}."""
+    files = sorted(file for folder in folders for file in folder.glob("*.items.json"))
+    return {figure: values for file in files for figure, values in read_document(file).items()}
+
+
+def without_seed(name):
+    """NAME of NAME-seed0, NAME-seed1, ...: runs that are one system."""
+    return re.sub(r"-seed\d+$", "", name)
+
+
 def beside_paper(path, tables, wanted=None):
     """A paper's table and our figures -> Markdown. tables: {verb: {system: {figure: number}}}.
 
@@ -53,7 +64,7 @@ def beside_paper(path, tables, wanted=None):
     runs = {}  # row -> column -> [(value, interval)], a pair for each seed
     for rows in tables.values():
         for name, figures in rows.items():
-            name = re.sub(r"-seed\d+$", "", name)
+            name = without_seed(name)
             row, _, column = name.partition("@") if cell else (name, "", "")
             for figure in [cell] if cell else columns:
                 if figure in figures:
