@@ -164,10 +164,44 @@ def command(*args, check=True, cold=False, **kwargs):
     return done
 
 
-def run(monkeypatch, *argv):
-    """collect_candidates.py with these arguments, in this process; what it prints goes to the caller's capture."""
+def call(monkeypatch, *argv):
+    """collect_candidates.py with these arguments, in this process; what it raises goes to the caller."""
     monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, argv)])
-    importlib.import_module("runtime").run_cli(importlib.import_module("collect_candidates").main)
+    importlib.import_module("collect_candidates").main()
+
+
+def run(monkeypatch, *argv):
+    """The same as a command: an error is a sentence and an exit code."""
+    importlib.import_module("runtime").run_cli(lambda: call(monkeypatch, *argv))
+
+
+def metrics_of(folder, verb, name="tiny"):
+    return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
+
+
+@pytest.fixture(autouse=True)
+def no_key(monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+RANKABLE = {
+    "id": "q",
+    "prompt": "Task: name the capital. Response:",
+    "instruction": "name the capital {city}",
+    "candidates": [
+        {"text": "The original", "source": "reference"},
+        {"text": "bb", "source": "m"},
+        {"text": "bb ", "source": "m"},
+        {"text": "a", "source": "m"},
+        {"text": "cccc", "source": "m"},
+    ],
+}
 
 
 def pair(chosen, rejected):

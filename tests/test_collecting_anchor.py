@@ -1,17 +1,11 @@
 """collecting/anchor.py: answers from one passage alone."""
 
-import pytest
 import torch
-from conftest import read_jsonl, write_jsonl
-from test_collecting_prepare import call, questions
+from conftest import call, read_jsonl, write_jsonl
+from test_collecting_prepare import questions
 
 import rescue
 from collecting import generation
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, monkeypatch, tiny):

@@ -1,25 +1,13 @@
 """collecting/flip.py: both halves' provenance, one budget, what is unusable."""
 
 import json
-import sys
 
 import pytest
 from api_server import Server
-from conftest import nli, read_jsonl, write_jsonl
+from conftest import call, nli, read_jsonl, write_jsonl
 
-import collect_candidates
 from collecting.flip import clean_sentence
 from common import UserError
-
-
-def call(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
-    collect_candidates.main()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path, monkeypatch, capsys):

@@ -3,12 +3,10 @@
 import csv
 import gzip
 import json
-import sys
 
 import pytest
-from conftest import read_jsonl, refused, run, write_jsonl
+from conftest import call, read_jsonl, refused, run, write_jsonl
 
-import collect_candidates
 import rescue
 from collecting import prompts
 from collecting.answers import parse_nli
@@ -114,16 +112,6 @@ class TestPrepareESNLI:
             ),
             "colour",
         )
-
-
-def call(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
-    collect_candidates.main()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def passage(title, text, gold=False):

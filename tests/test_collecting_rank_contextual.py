@@ -4,7 +4,7 @@ import re
 
 import pytest
 from api_server import Server, chat
-from conftest import read_jsonl, run, write_jsonl
+from conftest import RANKABLE, read_jsonl, run, write_jsonl
 
 import common
 from collecting.rank_contextual import contextual_prompt, parse_contextual
@@ -110,20 +110,6 @@ def test_there_are_25_of_them():
 def test_replies_that_do_not_parse(reply, reason):
     with pytest.raises(ValueError, match=reason):
         parse_contextual(reply, 3)
-
-
-RANKABLE = {
-    "id": "q",
-    "prompt": "Task: name the capital. Response:",
-    "instruction": "name the capital {city}",
-    "candidates": [
-        {"text": "The original", "source": "reference"},
-        {"text": "bb", "source": "m"},
-        {"text": "bb ", "source": "m"},
-        {"text": "a", "source": "m"},
-        {"text": "cccc", "source": "m"},
-    ],
-}
 
 
 def fake_complete(replies):

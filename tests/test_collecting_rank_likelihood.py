@@ -1,26 +1,13 @@
 """collecting/rank_likelihood.py: by a teacher's log-probabilities, and a proxy ranking model."""
 
 import pytest
-from conftest import make_model, make_tokenizer, read_jsonl, run, write_jsonl
+from conftest import RANKABLE, make_model, make_tokenizer, read_jsonl, run, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
 import runtime
 from collecting.rank_likelihood import spearman
 from collecting.scoring import score_candidates
-
-RANKABLE = {
-    "id": "q",
-    "prompt": "Task: name the capital. Response:",
-    "instruction": "name the capital {city}",
-    "candidates": [
-        {"text": "The original", "source": "reference"},
-        {"text": "bb", "source": "m"},
-        {"text": "bb ", "source": "m"},
-        {"text": "a", "source": "m"},
-        {"text": "cccc", "source": "m"},
-    ],
-}
 
 
 def rank(monkeypatch, tmp_path, records, *flags, output="o.jsonl"):

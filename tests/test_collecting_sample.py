@@ -103,11 +103,6 @@ class TestSample:
         assert (tmp_path / "s.jsonl").read_bytes() == before
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-
-
 def test_shown_prompts(tmp_path):
     record = {"prompt": "P", "premise": "A {man} sits.", "hypothesis": "He sleeps.", "candidates": []}
     args = types.SimpleNamespace(shots=0, prompt_file=None)

@@ -1,24 +1,12 @@
 """collecting/teacher.py: a hostile server, secrets, likelihoods, a local teacher."""
 
 import json
-import sys
 
 import pytest
 from api_server import Server
-from conftest import nli, read_jsonl, refused, write_jsonl
+from conftest import call, nli, read_jsonl, refused, write_jsonl
 
-import collect_candidates
 from collecting.server import read_reply
-
-
-def call(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["collect_candidates.py", *map(str, words)])
-    collect_candidates.main()
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
 def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys):

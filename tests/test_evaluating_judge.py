@@ -1,22 +1,11 @@
 """evaluating/vicuna.py and judge.py: verdicts, both orders, shares and their items."""
 
-import json
 import re
 
 import pytest
-from conftest import read_jsonl, refused, write_jsonl
+from conftest import metrics_of, read_jsonl, refused, write_jsonl
 
 from evaluating import judge
-
-
-def metrics_of(folder, verb, name="tiny"):
-    return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 @pytest.mark.parametrize(

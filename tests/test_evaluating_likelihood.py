@@ -1,24 +1,12 @@
 """evaluating/likelihood.py: nll against one by one, pairs by a teacher's score."""
 
-import json
-
 import pytest
 import torch
-from conftest import make_records, refused, write_jsonl
+from conftest import make_records, metrics_of, refused, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
 import runtime
-
-
-def metrics_of(folder, verb, name="tiny"):
-    return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def test_nll_against_one_by_one(cli, tiny, here):

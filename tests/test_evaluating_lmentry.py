@@ -3,20 +3,9 @@
 import json
 
 import pytest
-from conftest import read_jsonl, refused
+from conftest import metrics_of, read_jsonl, refused
 
 from evaluating import lmentry
-
-
-def metrics_of(folder, verb, name="tiny"):
-    return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
 
 SCORERS = """
 class Contains:

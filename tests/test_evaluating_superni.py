@@ -4,20 +4,10 @@ import json
 
 import pytest
 import torch
-from conftest import make_tokenizer, read_jsonl, refused
+from conftest import make_tokenizer, metrics_of, read_jsonl, refused
 
 import common
 from evaluating import superni
-
-
-def metrics_of(folder, verb, name="tiny"):
-    return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
 
 
 def make_superni(folder):
