@@ -276,8 +276,7 @@ def check_packing(model, encoded_records, make_batch=pack, score=None):
     positions. Finds out for candidate_logprobs whether the logits are what the head gives.
 
     score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree packed and padded. Rounding, in
-    bf16 coarse, may take them apart a quarter as far as the mask, or the positions, of plain text do.
-    """
+    bf16 coarse, may take them apart a quarter as far as the mask, or the positions, of plain text do."""
     plain, training = getattr(model, "module", model), model.training
     sequences = [e.prompt_ids + r for e in encoded_records for r in e.responses]
     P = min(128, max(map(len, sequences)) // 2)  # a prompt of so many tokens, 16 responses of 8
@@ -338,6 +337,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--attn", choices=["auto", "blocks", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
     add("--activation_checkpointing", nargs="?", const=1, default="auto", type=in_range(int, 0, also="auto"),
         metavar="N", help="recompute every N-th layer (1: all, 0: none): less memory (default: all, if need be)")
+    add("--bf16", action="store_true", help="compute in bf16 on CPU too: faster if lscpu shows avx512_bf16 or amx_bf16")
     add("--compile", action="store_true", help="torch.compile each layer: faster steps on CUDA, minutes at the start")
     add = parser.add_argument_group("the run's folder").add_argument
     add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")

@@ -410,7 +410,7 @@ class Run:
         """Gather the weights and write a folder: safetensors in the computing dtype, tokenizer, generation config."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on process 0 alone, one tensor at a time
         state = get_model_state_dict(self.model, options=options)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = runtime.computing_dtype(self.device, self.args.bf16)
         state = {k: v.to(dtype) for k, v in state.items()}
         try:
             on_process0(lambda: save_model(self.model, state, self.tokenizer, folder, dtype))

@@ -20,6 +20,7 @@ from jinja2 import TemplateError
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.flex_attention import BlockMask
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -32,7 +33,6 @@ from files import read_json
 
 CPU_BLOCK = 64  # queries that attend_blocks takes at a time
 FLEX_BLOCK = 128  # FlexAttention's block: packed rows are filled up to whole ones
-BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 # what a file, a folder, a flag or the machine may be at fault for; any other error is a mistake of this program
 OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, zlib.error)
 OUTSIDE += (csv.Error, SafetensorError, TemplateError)
@@ -62,8 +62,7 @@ def run_cli(main):
             leave(f"error: out of GPU memory: {help} ({said[:160]})", 2)
         if isinstance(e, OUTSIDE):
             leave(f"error: {type(e).__name__}: {said} (a file or a flag is not as expected; --debug shows where)", 2)
-        report = "a mistake of this program: please report it with what --debug prints"
-        leave(f"error: {type(e).__name__}: {said} ({report})", 1)
+        leave(f"error: {type(e).__name__}: {said} (this program's mistake: please report what --debug prints)", 1)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,8 +118,6 @@ def key_blocks(end, device="cpu"):
 
 def block_mask(end, device):
     """FlexAttention's mask on `device`, from end [T] of a row of whole blocks: nothing of size T x T."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     ends = end.view(-1, FLEX_BLOCK)
     first = torch.arange(0, len(end), FLEX_BLOCK)[:, None]  # the first query of each block
     seen = (ends.amax(1) > first).tril()  # [blocks of queries, blocks of keys]: some pair is visible
@@ -279,12 +276,11 @@ def run_settings(model):
 
 
 def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
-    """-> (model, tokenizer). fp32 master weights, computing in bf16 on CUDA; FSDP2-sharded over all processes, layer by
-    layer, then the root. Process 0 alone reads the checkpoint and gives the others their shards."""
+    """-> (model, tokenizer). fp32 master weights, computing_dtype; FSDP2-sharded over all processes, layer by layer,
+    then the root. Process 0 alone reads the checkpoint and gives the others their shards."""
     tokenizer = load_tokenizer(args.model)
-    attn = args.attn
-    if attn == "auto":
-        attn = "sdpa" if args.padded else "flex" if device.type == "cuda" else "blocks"
+    auto = "sdpa" if args.padded else "flex" if device.type == "cuda" else "blocks"
+    attn = auto if args.attn == "auto" else args.attn
     loaded = []
 
     def load():
@@ -308,7 +304,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     weights = model.state_dict() if loaded else {}
     if args.compile:
         compile_layers(model)
-    model = shard(model.train(), device)
+    model = shard(model.train(), device, args.bf16)
     if dist.get_world_size() > 1:
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
         for buffer in model.buffers():  # rotary frequencies and their like are in no state dict
@@ -396,15 +392,19 @@ def unfilled(auto_class, config, generation_config):
     return model
 
 
-def shard(model, device, policy=None):
-    """FSDP2 over all processes, layer by layer, then the root, with mixed precision `policy` (BF16 on CUDA); alone on a
-    CPU the model stays as it is."""
-    if dist.get_world_size() > 1 or device.type == "cuda":
-        policy = policy or (BF16 if device.type == "cuda" else MixedPrecisionPolicy())
+def computing_dtype(device, bf16=False):
+    """bf16 on CUDA and under --bf16, else fp32."""
+    return torch.bfloat16 if bf16 or device.type == "cuda" else torch.float32
+
+
+def shard(model, device, bf16=False):
+    """FSDP2 over all processes, layer by layer, then the root; gradients are summed in fp32. Alone in fp32: no FSDP."""
+    dtype = computing_dtype(device, bf16)
+    if dist.get_world_size() > 1 or dtype is torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)  # embedding and head stay with the root: they may be tied
+        for part in (*decoder_layers(model), model):  # embedding and head stay with the root: they may be tied
+            fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
 

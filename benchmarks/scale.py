@@ -122,7 +122,7 @@ def torch_reports(shape, world):
             return function(*args, **(kwargs or {}))
 
     try:
-        model = runtime.shard(build(shape, "cpu").train(), torch.device("cpu"), runtime.BF16)
+        model = runtime.shard(build(shape, "cpu").train(), torch.device("cpu"), bf16=True)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.zeros(1, 16, dtype=torch.long)
         with Counted():

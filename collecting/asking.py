@@ -56,7 +56,7 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
 def ask_local(args, dialogues, count, *, completions, **options):
     """One batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = generation.load_generator(args.model, device)
+    model, tokenizer = generation.load_generator(args.model, device, args.bf16)
     prompts = {
         i: dialogue[0]["content"]
         if completions

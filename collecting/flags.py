@@ -40,6 +40,7 @@ def generation_flags(add, max_new_tokens, alpaca=None):
     add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
     add("--stop", nargs="*", default=[], help="a response ends before any of these strings, newline written \\n")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
+    add("--bf16", action="store_true", help="compute in bf16 on CPU too: faster if lscpu shows avx512_bf16 or amx_bf16")
 
 
 def alpaca_flags(add, fields="{instruction} and {input}"):

@@ -17,15 +17,14 @@ TURNS = ("Human:", "human:", "Assistant:", "assistant:")  # a response to a dial
 
 
 @functools.cache
-def load_generator(name, device, flag="--model", auto_class=AutoModelForCausalLM):
-    """-> (model, tokenizer) for inference on `device`, bf16 on CUDA, fp32 on CPU.
+def load_generator(name, device, bf16=False):
+    """-> (model, tokenizer) for inference on `device`, in runtime.computing_dtype.
 
     Loaded at the first call: what is all done loads none.
     """
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    model = runtime.load_pretrained(auto_class, name, flag, dtype=dtype)
-    tokenizer = runtime.load_tokenizer(name, flag)
-    runtime.check_vocabulary(model, tokenizer, f"{flag} {name}")
+    model = runtime.load_pretrained(AutoModelForCausalLM, name, dtype=runtime.computing_dtype(device, bf16))
+    tokenizer = runtime.load_tokenizer(name)
+    runtime.check_vocabulary(model, tokenizer, f"--model {name}")
     return model.to(device).eval(), tokenizer
 
 
@@ -221,6 +220,6 @@ def seeded_batches(args, records, journal, batch_size, process, processes, devic
     batch's own content and planned over all prompts: a restart, or another number of processes, samples the same."""
     for batch in tqdm(batches_by_length(records, batch_size)[process::processes], desc=args.verb, disable=process != 0):
         if not all(r["id"] in journal.done for r in batch):
-            model, tokenizer = load_generator(args.model, device)
+            model, tokenizer = load_generator(args.model, device, args.bf16)
             torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
             yield batch, model, tokenizer

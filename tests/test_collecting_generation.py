@@ -148,3 +148,13 @@ class TestGenerate:
         options = {"max_new_tokens": 5, "temperature": 0.0}
         long = generation.generate(model, tokenizer, ["one two three four"], max_prompt_length=5, **options)
         assert long[0][0]["text"] == generation.generate(model, tokenizer, [tail], **options)[0][0]["text"]
+
+
+def test_bf16_on_a_cpu(tiny):
+    """The log-probabilities of --bf16's answers are those of fp32's, to a bf16's precision."""
+    found = {}
+    for bf16 in (False, True):
+        model, tokenizer = generation.load_generator(str(tiny), torch.device("cpu"), bf16)
+        [[found[bf16]]] = generation.generate(model, tokenizer, ["the cat sat"], max_new_tokens=1)
+    assert model.dtype == torch.bfloat16 and found[True]["logprob"] != found[False]["logprob"]
+    assert found[True]["logprob"] == pytest.approx(found[False]["logprob"], rel=0.02)

@@ -238,3 +238,17 @@ def test_learning_rate():
     assert 0 < rates[-1] < 0.05
     args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
     assert [learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+
+
+def test_bf16_on_a_cpu(cli, tiny, data, tmp_path):
+    """--bf16 computes otherwise than fp32, to a bf16's precision alike, keeps fp32 masters and resumes bit by bit."""
+    for name, flags in {"fp32": [], "bf16": ["--bf16"], "half": ["--bf16"]}.items():
+        with_stop = stop_after(3 if name == "half" else 10**6)
+        assert train(cli, tiny, data, tmp_path / name, *flags).code == 0
+        with_stop.undo()
+    assert train(cli, tiny, data, tmp_path / "half", "--bf16", "--resume").code == 0
+    full, coarse = ([x["loss"] for x in read_jsonl(tmp_path / name / "log.jsonl")] for name in ("fp32", "bf16"))
+    assert full != coarse and coarse == pytest.approx(full, rel=0.02)
+    assert equal(weights(tmp_path / "bf16"), weights(tmp_path / "half"))
+    dtypes = [{str(w.dtype) for w in weights(tmp_path / name).values()} for name in ("fp32", "bf16")]
+    assert dtypes == [{"torch.float32"}, {"torch.bfloat16"}]
