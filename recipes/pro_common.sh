@@ -12,10 +12,11 @@ tiny) # random models, seconds
 cpu) # demo/model on one core, harmless-base alone, two reward models of its own, answers of its own (own3). TRAIN_FILES
   # and TEST_FILES may be one file, such as 1,800 rows: 320 train the methods, 750 each a reward model, 150 are the test
   : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}"
-  : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=2e-5}"
+  : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=5e-5}"
   : "${TEST_ROWS:=--shuffle 0 --skip 1500 --limit 150}" "${RM_ROWS:=--shuffle 0 --limit 750}" "${BLOCKS:=raw own3}"
-  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 750 --limit 750}" "${LR:=2e-5}" "${BATCH:=16}" "${TOKENS:=64}"
-  : "${MAX_LENGTH:=192}" "${MAX_PROMPT:=128}" "${VALIDATION:=48}" "${EVAL_EVERY:=10}" "${SEEDS:=0 1 2}" ;;
+  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 750 --limit 750}" "${LR:=5e-5}" "${BATCH:=8}" "${TOKENS:=48}"
+  : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=20}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
+  : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
   : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"
   : "${RM_ROWS:=--shuffle 0 --limit 16000}" "${RM_EVAL_ROWS:=--shuffle 0 --skip 16000 --limit 16000}"
@@ -52,7 +53,7 @@ rank() { # rank FROM TO FLAGS...
   collect rank --by reward --reward_model "$RM_TRAIN" --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" "${@:3}"
 }
 server=(${BASE_URL:+--base_url "$BASE_URL"})
-answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Human: human: Assistant: assistant:)
+answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Human: human: Assistant: assistant: ${BF16:=})
 add() { # add FROM TO SOURCE N: N responses of a source to each prompt, from this machine or from a server
   local io=(--task hh --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --source "$3" --num_samples "$4")
   case $3 in
@@ -72,7 +73,7 @@ block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one m
 }
 train() { # train NAME SCRIPT FLAGS...
   run $TORCHRUN "$2" --model "$MODEL" --lr "$LR" --epochs "$EPOCHS" --batch_size "$BATCH" --max_length "$MAX_LENGTH" \
-    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume --output "$RUNS/$1" "${@:3}"
+    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume $BF16 --output "$RUNS/$1" "${@:3}"
 }
 measure() { # measure NAME FLAGS...: answers to the test set, or with --source answers that are there
   names+=("$RESULTS/$1")
@@ -102,7 +103,7 @@ if [ -n "$RM_ROWS" ]; then
   prepare train "$TRAIN_FILES" $RM_EVAL_ROWS --output "$DATA/reward-eval.jsonl"
   for rm in reward-train reward-eval; do
     run $TORCHRUN reward_model.py --model "$MODEL" --data "$DATA/$rm.jsonl" --output "$RUNS/$rm" --lr "$RM_LR" --resume \
-      --batch_size "$BATCH" --max_length "$MAX_LENGTH"
+      --batch_size "$BATCH" --max_length "$MAX_LENGTH" $BF16
   done
   RM_TRAIN=$RUNS/reward-train/model RM_EVAL=$RUNS/reward-eval/model
 fi

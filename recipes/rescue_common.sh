@@ -21,7 +21,8 @@ cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, a
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
   : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
   : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
-  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}" ;;
+  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}"
+  : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 esac
 ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
@@ -44,11 +45,11 @@ largest() { printf '%s\n' "$@" | sort -n | tail -1; }
 pool=$(largest $SIZES)
 [ "$MIN_CANDIDATES" = 1 ] || pool=$((pool * 3 / 2)) # prompts that lose a candidate are left out
 pool=${POOL:-$pool}
-answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"})
+answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} ${BF16:=})
 train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$MODEL" --output "$1" --max_train_samples "$4" --seed "$5" \
     --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume \
-    "${@:6}"
+    $BF16 "${@:6}"
 }
 names=()
 measure() { # measure NAME MODEL, and flags that name another prompt
@@ -80,7 +81,7 @@ collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --limit "$pool" --outpu
 sampler=$MODEL
 if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
   collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
-  train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0
+  [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0
   sampler=$RUNS/sampler/model
   measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
 fi

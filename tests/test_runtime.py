@@ -101,7 +101,7 @@ def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkey
     monkeypatch.setattr(runtime, "load_tokenizer", lambda name: types.SimpleNamespace(get_vocab=lambda: {"a": 0}))
     runtime.init_distributed()
     args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
-    args.compile = False
+    args.compile = args.bf16 = False
     found = []
     for args.activation_checkpointing in ("auto", every):  # auto: none on a CPU
         model, _ = runtime.load_for_training(args, torch.device("cpu"))
