@@ -12,7 +12,7 @@ from common import Encoded, UserError
 from runtime import say
 
 ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row, or three times the longest sequence: most of it is shared
-CHUNK_ROWS = 8  # records of about that many rows are planned, and then written, at once
+CHUNK_ROWS = 4  # records of about that many rows are planned, shared out over processes, and then written, at once
 MAX_LOGITS = 2**24  # at a time
 
 
