@@ -21,7 +21,7 @@ cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, a
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
   : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
   : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
-  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}"
+  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}" "${EVAL_BATCH:=64}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 esac
 ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
@@ -39,7 +39,7 @@ ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the pa
 ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
+TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }
 pool=$(largest $SIZES)
@@ -58,7 +58,7 @@ measure() { # measure NAME MODEL, and flags that name another prompt
   local asked=("${@:3}")
   [ $# -gt 2 ] || asked=(--shots "$EVAL_SHOTS")
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
-    "${asked[@]}" "${answers[@]}"
+    "${asked[@]}" "${answers[@]}" --batch_size "$EVAL_BATCH"
   keep "$1" "$RUNS/eval/$1" "$(dirname "$2")"
 }
 collect() { run python collect_candidates.py "$@"; }
