@@ -21,7 +21,8 @@ cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, a
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
   : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
   : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
-  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=3e-4}" "${EVAL_BATCH:=64}"
+  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=1e-4}" "${EVAL_BATCH:=64}"
+  : "${SAMPLER_LR:=3e-4}" "${FROM_SAMPLER=1}" # the base model answers at chance, and after 500 prompts still does
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 esac
 ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
@@ -39,7 +40,8 @@ ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the pa
 ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
+TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16}
+SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }
 pool=$(largest $SIZES)
@@ -47,11 +49,11 @@ pool=$(largest $SIZES)
 pool=${POOL:-$pool}
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} ${BF16:=})
 train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
-  run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$MODEL" --output "$1" --max_train_samples "$4" --seed "$5" \
+  run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$start" --output "$1" --max_train_samples "$4" --seed "$5" \
     --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume \
     $BF16 "${@:6}"
 }
-names=()
+start=$MODEL names=()
 measure() { # measure NAME MODEL, and flags that name another prompt
   names+=("$RESULTS/$1")
   ! kept "$1" || return 0
@@ -81,9 +83,11 @@ collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --limit "$pool" --outpu
 sampler=$MODEL
 if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
   collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
-  [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0
+  [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
+    ${SAMPLER_LR:+--lr "$SAMPLER_LR"}
   sampler=$RUNS/sampler/model
   measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
+  [ -z "$FROM_SAMPLER" ] || start=$sampler
 fi
 # Candidates (Sec. 5.1): three samples, a stronger model's, the human one
 run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \
