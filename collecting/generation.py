@@ -152,10 +152,11 @@ def generate(
         cache = model(input_ids[:1, :S], use_cache=True, logits_to_keep=1).past_key_values
         cache.batch_repeat_interleave(len(ids))
     if num_samples > 1 and num_beams == 1:
-        if L > 1:
+        if L > 1 + S:
             positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, S:-1]
             inputs = {"input_ids": input_ids[:, S:-1], "attention_mask": mask[:, :-1], "position_ids": positions}
             cache = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        if L > 1:
             cache.batch_repeat_interleave(num_samples)
         input_ids, mask = input_ids.repeat_interleave(num_samples, 0), mask.repeat_interleave(num_samples, 0)
     own = model.generation_config  # its min_p, suppress_tokens, ... would shape the candidates: only its EOS ids count

@@ -60,6 +60,17 @@ class TestGenerate:
             assert [a["text"] for a in answers] == [a["text"] for a in alone]
             assert [a["logprob"] for a in answers] == pytest.approx([a["logprob"] for a in alone], abs=1e-4)
 
+    @pytest.mark.parametrize("ends", ["xx", "xy"])
+    def test_prompts_that_differ_in_their_last_token_or_not_at_all(self, tiny, tokenizer, ends):
+        """All before it is the shared start: nothing is left of them to read."""
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        few = "Two men carry a sofa up the stairs: the men are brothers? Neutral. "
+        options = {"max_new_tokens": 8, "num_samples": 3}
+        for x, answers in zip(ends, generation.generate(model, tokenizer, [few + x for x in ends], **options)):
+            [alone] = generation.generate(model, tokenizer, [few + x], **options)
+            assert [a["text"] for a in answers] == [a["text"] for a in alone]
+            assert [a["logprob"] for a in answers] == pytest.approx([a["logprob"] for a in alone], abs=1e-4)
+
     def test_every_eos_of_the_folder_ends_a_response(self, tiny, tokenizer, monkeypatch):
         """With several EOS ids, as of Llama-3, tokens and log-probabilities stop at the first of them; what else the
         folder's generation_config asks for shapes nothing."""

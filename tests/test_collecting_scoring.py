@@ -2,6 +2,7 @@
 
 import json
 
+import architectures
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,16 @@ def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, capsys):
         inputs = [torch.tensor([ids]) for ids in dialogues]
         want = torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind, attention", [("gpt2", "blocks"), ("llama", "flex_attention")])
+def test_on_cuda_a_model_without_flex_attention_reads_blocks(kind, attention, monkeypatch):
+    """GPT-2 has none: it must not end the run."""
+    model = architectures.make(kind, num_attention_heads=2)
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    with pytest.raises(KeyError):  # as soon as the rows are checked
+        scoring.score_rows(model, [common.Encoded(None, [5, 6], [[7]], 0, 0)], None, lambda some: {}["here"])
+    assert model.config._attn_implementation == attention
 
 
 def test_two_processes_score_what_one_does(monkeypatch, capsys, tiny, reward_folder, tmp_path):
