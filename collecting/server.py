@@ -151,17 +151,16 @@ def read_reply(text):
         responses = []
         for choice in reply["choices"]:
             content = choice["message"]["content"] if "message" in choice else choice["text"]
-            responses.append(
-                {"text": hide_key(content or "").strip(), "finished": choice.get("finish_reason") == "stop"}
-            )
-            responses[-1]["text"].encode()  # a lone surrogate cannot be written to a file
+            response = {"text": hide_key(content or "").strip(), "finished": choice.get("finish_reason") == "stop"}
+            response["text"].encode()  # a lone surrogate cannot be written to a file
             logprobs = choice.get("logprobs") or {}
             tokens = [(t["token"], t["logprob"]) for t in logprobs.get("content") or ()]
             if logprobs.get("token_logprobs"):
                 tokens = list(zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True))
             values = [value for _, value in without_eos(tokens, content or "")]
             if values:
-                responses[-1] |= {"logprob": math.fsum(values), "num_tokens": len(values)}
+                response |= {"logprob": math.fsum(values), "num_tokens": len(values)}
+            responses.append(response)
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
     if not responses or not all(is_number(r.get("logprob", 0)) for r in responses):

@@ -149,13 +149,7 @@ def plot_sources(systems, path):
         labels = ("log p / |y|", r"log p / |y|$^\lambda$", "|y|, tokens")
         for column, (ax, label) in enumerate(zip(axes, labels)):
             drawn = [v[column] for rows in values.values() for v in rows]
-            style = {
-                "bins": 16,
-                "range": (min(drawn), max(drawn)),
-                "density": True,
-                "histtype": "step",
-                "linewidth": 1.5,
-            }
+            style = {"bins": 16, "range": (min(drawn), max(drawn)), "density": True, "histtype": "step", "lw": 1.5}
             for source, rows in sorted(values.items()):
                 ax.hist([v[column] for v in rows], label=f"{source} ({len(rows)})", **style)
             ax.set(xlabel=label, yticks=[])
@@ -179,9 +173,7 @@ def plot_training(systems, path):
         for ax, key in zip(axes if len(figures) > 1 else [axes], figures):
             for column, style in ((key, "-"), (f"eval_{key}", "o--")):
                 points = [(row["step"], row[column]) for row in rows if column in row]
-                if (
-                    len(points) >= 40 and column == key
-                ):  # a batch's figure leaps about: its mean over a tenth of the run
+                if len(points) >= 40 and column == key:  # batches leap about: the mean over a tenth of the run
                     ax.plot(*zip(*points), color="C0", alpha=0.25)
                     n = len(points) // 20
                     some = range(n, len(points) - n)

@@ -20,7 +20,7 @@ REFERENCE = re.compile(
 )
 NAME = re.compile(rf"\b({'|'.join(PAPERS + OTHERS)})")
 SOURCES = [p for pattern in ("*.py", "*/*.py", "recipes/*.sh") for p in sorted(ROOT.glob(pattern))]
-PAGES = [p for pattern in ("*.md", "*/*.md") for p in sorted(ROOT.glob(pattern))]
+PAGES = [p for pattern in ("*.md", "[!.]*/*.md") for p in sorted(ROOT.glob(pattern))]
 TEXTS = [p for p in SOURCES + PAGES if p != pathlib.Path(__file__) and not p.is_relative_to(ROOT / ".venv")]
 
 
