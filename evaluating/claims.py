@@ -71,7 +71,8 @@ def comparison(systems, higher, lower, figure, at_equal=None):
         low, high = min(low, mean(values) - half), max(high, mean(values) + half)
         over_seeds = f"[{mean(values) - half:+.3g}, {mean(values) + half:+.3g}]"
     over_items = f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
-    return [name, f"{middle:+.3g}", over_items, over_seeds, f"{len(ids)}, {seeds}", FOUND[(low > 0) - (high < 0)]]
+    found = FOUND[(low > 0) - (high < 0)] + (", in one seed" if seeds == 1 else "")
+    return [name, f"{middle:+.3g}", over_items, over_seeds, f"{len(ids)}, {seeds}", found]
 
 
 def runs_of(systems, name, figure, at_equal):

@@ -73,7 +73,7 @@ def test_at_equal_lengths(page, tmp_path):
         keep(tmp_path / "x-cpu", name, [-math.log(1 + w) for w in words], words)
     wanted = {"higher": "label", "lower": "none", "figure": "accuracy"}
     out = page(comparisons=[wanted, wanted | {"at_equal": "words"}]).out.splitlines()
-    assert out[-2].endswith("**seen** |") and "accuracy at equal words | " in out[-1]
+    assert out[-2].endswith("| 40, 1 | **seen**, in one seed |") and "accuracy at equal words | " in out[-1]
     middle, (low, high) = claims.intercept([1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 7.0, 9.1])
     assert middle == pytest.approx(0.95) and low < 0.95 < high  # slope 2.03, mean (2.5, 6.025)
 
