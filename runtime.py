@@ -3,6 +3,7 @@
 import bisect
 import contextlib
 import csv
+import datetime
 import errno
 import math
 import os
@@ -172,9 +173,7 @@ def plan_rows(encoded_records, max_tokens, world):
     rows, loads = cut(budget)
     rows = [sorted(row) for _, row in sorted(zip(loads, rows), reverse=True)]  # equally long ones side by side
     plan = [[(row, 1.0) for row in rows[process::world]] for process in range(world)]
-    for process in range(world):
-        plan[process] += [(rows[-1], 0.0)] * (len(plan[0]) - len(plan[process]))
-    return plan
+    return [mine + [(rows[-1], 0.0)] * (len(plan[0]) - len(mine)) for mine in plan]
 
 
 def describe_plan(plan, encoded_records, max_tokens):
@@ -196,8 +195,9 @@ def init_distributed():
         torch.cuda.set_device(device)
     transformers_logging.disable_progress_bar()  # a bar a process for loading and saving weights says nothing
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # gloo also on CUDA: flags and objects travel without a GPU sync
-    alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    dist.init_process_group(backend, **alone)
+    options = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    options["timeout"] = datetime.timedelta(days=7)  # one that has collected its share waits for the slowest
+    dist.init_process_group(backend, **options)
     return dist.get_rank(), dist.get_world_size(), device
 
 

@@ -18,8 +18,8 @@ def log_likelihoods(records, args, eos):
     """Yield (record, logprobs [n], token counts [n]) under --model; prints how much --max_length cut."""
     cut = Counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = generation.load_generator(args.model, device, args.bf16)
     for chunk in scoring.chunks(records):
+        model, tokenizer = generation.load_generator(args.model, device, args.bf16)  # once
         scored = scoring.score_candidates(model, tokenizer, chunk, args.max_length, eos=eos, cut=cut)
         yield from ((record, *pair) for record, pair in zip(chunk, scored))
     prompts, responses = runtime.all_sum([cut["prompts"], cut["responses"]])
