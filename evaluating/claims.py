@@ -44,47 +44,48 @@ def comparison(systems, higher, lower, figure, at_equal=None):
     """The line of a table: whether `higher` has the higher figure, on the items that both have.
 
     The difference is the mean over items of the mean over seeds. It counts as seen where two intervals lie above 0: a
-    paired bootstrap over items, and, with several seeds, Student's t over the seeds' differences (a system without
-    seeds stands against each). at_equal: the items' differences are regressed on those of log(1 + at_equal); the
-    intercept is the difference where both are equal.
+    paired bootstrap over items, and Student's t over the differences of the seeds that both have (a system without
+    seeds stands against each); of one seed the second is missing, and the line says so. at_equal: the items'
+    differences are regressed on those of log(1 + at_equal); the intercept is the difference where both are equal.
     """
     name = f"{higher} > {lower}, {figure}" + (f" at equal {at_equal}" if at_equal else "")
     runs = [runs_of(systems, system, figure, at_equal) for system in (higher, lower)]
-    if not all(runs):
+    seeds = [s for s in runs[0] | runs[1] if all(s in run or "" in run for run in runs)]
+    if not seeds:
         return [name, "not run", "", "", "", ""]
-    ours, theirs = runs
-    ids = sorted(set.intersection(*(set(items) for run in runs for items, _ in run)))
+    pairs = [[run.get(s, run.get("")) for run in runs] for s in seeds]
+    ids = sorted(set.intersection(*(set(items) for pair in pairs for items, _ in pair)))
     if not ids:
         raise UserError(f"{higher} and {lower} have no items in common: they were measured on different records")
-    differences = [mean(items[i] for items, _ in ours) - mean(items[i] for items, _ in theirs) for i in ids]
-    if at_equal:
-        sizes = [[mean(math.log(1 + other[i]) for _, other in run) for i in ids] for run in runs]
-        middle, interval = intercept([a - b for a, b in zip(*sizes)], differences)
-    else:
-        middle, interval, _ = paired_bootstrap(differences)
-    seeds, over_seeds = max(map(len, runs)), ""
-    low, high = interval
-    if seeds > 1 and not at_equal:
-        pairs = zip(ours * (seeds // len(ours)), theirs * (seeds // len(theirs)))
-        values = [mean(a[i] for i in ids) - mean(b[i] for i in ids) for (a, _), (b, _) in pairs]
+
+    def difference(some):  # of these pairs of runs -> the mean and its interval over items
+        differences = [mean(a[i] - b[i] for (a, _), (b, _) in some) for i in ids]
+        if not at_equal:
+            return paired_bootstrap(differences)[:2]
+        sizes = [mean(math.log1p(a[i]) - math.log1p(b[i]) for (_, a), (_, b) in some) for i in ids]
+        return intercept(sizes, differences)
+
+    middle, (low, high) = difference(pairs)
+    over_items, over_seeds = f"[{low:+.3g}, {high:+.3g}]", ""
+    if len(pairs) > 1:
+        values = [difference([pair])[0] for pair in pairs]
         half = t_half_width(values)
         low, high = min(low, mean(values) - half), max(high, mean(values) + half)
         over_seeds = f"[{mean(values) - half:+.3g}, {mean(values) + half:+.3g}]"
-    over_items = f"[{interval[0]:+.3g}, {interval[1]:+.3g}]"
-    found = FOUND[(low > 0) - (high < 0)] + (", in one seed" if seeds == 1 else "")
-    return [name, f"{middle:+.3g}", over_items, over_seeds, f"{len(ids)}, {seeds}", found]
+    found = FOUND[(low > 0) - (high < 0)] + ("" if over_seeds else ", in one seed")
+    return [name, f"{middle:+.3g}", over_items, over_seeds, f"{len(ids)}, {len(pairs)}", found]
 
 
 def runs_of(systems, name, figure, at_equal):
-    """The seeds of a system -> [({id: figure}, {id: at_equal}), ...]."""
-    runs = []
+    """The runs of a system -> {"-seedN", or "" without a seed: ({id: figure}, {id: at_equal})}."""
+    runs = {}
     for system in sorted(systems):
         if without_seed(system) == name:
             folders = {document["folder"] for document in systems[system].values()}
             items = items_of(folders)
             if figure not in items or at_equal and at_equal not in items:
                 raise UserError(f"{system}: no items of {figure} in {', '.join(map(str, folders))}; evaluate it again")
-            runs.append((items[figure], items.get(at_equal)))
+            runs[system.removeprefix(name)] = items[figure], items.get(at_equal)
     return runs
 
 

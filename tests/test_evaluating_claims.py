@@ -64,6 +64,15 @@ def test_a_system_without_seeds_stands_against_each(page, tmp_path):
     assert "| +0.512 | " in line and line.endswith("| 40, 2 | **seen** |")
 
 
+def test_only_the_seeds_that_both_have_are_compared(page, tmp_path):
+    for seed in range(3):
+        keep(tmp_path / "x-cpu", f"label-seed{seed}", [1.0] * (30 + seed) + [0.0] * (10 - seed))
+    keep(tmp_path / "x-cpu", "none-seed1", [0.0] * 40)
+    assert page().out.splitlines()[-1].endswith("|  | 40, 1 | **seen**, in one seed |")
+    keep(tmp_path / "x-cpu", "none-seed2", [0.0] * 40)
+    assert "| +0.787 | " in page().out and "| 40, 2 | **seen** |" in page().out
+
+
 def test_at_equal_lengths(page, tmp_path):
     """A reward that falls with length alone is no difference where lengths are equal."""
     import math
