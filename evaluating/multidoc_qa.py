@@ -44,6 +44,7 @@ def multidoc_qa_metrics(rows):
     """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
     positions = {p: [r for r in rows if r["gold_position"] == p] for p in sorted({r["gold_position"] for r in rows})}
     metrics = {"prompts": len(rows), "unfinished": mean(not row["finished"] for row in rows)}
+    metrics["empty"] = mean(not row["text"].strip() for row in rows)
     for kind, lines in (("accuracy", None), ("first_line", 1)):
         at = {}
         for p, some in positions.items():

@@ -83,7 +83,8 @@ collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --limit "$pool" --outpu
 sampler=$MODEL
 if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
   collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
-  [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
+  # In fp32, as the one behind the kept figures
+  [ -d "$RUNS/sampler/model" ] || BF16='' train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
     ${SAMPLER_LR:+--lr "$SAMPLER_LR"}
   sampler=$RUNS/sampler/model
   measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
