@@ -18,7 +18,7 @@ cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, a
   : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
   head -n -1001 "$ESNLI" > "$DATA/rows.jsonl"
   tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"
-  : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
+  : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${POOL:=1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
   : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
   : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
   : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=1e-4}" "${EVAL_BATCH:=64}"
