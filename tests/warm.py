@@ -18,6 +18,8 @@ import threading
 import time
 import traceback
 
+from tqdm import tqdm
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SCRIPTS = ("rescue", "pro", "tuna", "reward_model", "collect_candidates", "evaluate")
 CLIENT = """#!{python} -ES
@@ -84,6 +86,7 @@ def run(connection):
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(env)
+    tqdm.set_lock(threading.RLock())  # that of all forks stays with one that is killed while it holds it
     threading.Thread(target=follow, args=[connection], daemon=True).start()
     code = 0
     try:
