@@ -296,7 +296,7 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     if window and getattr(model.config, "use_sliding_window", True) and window < args.max_length and not args.padded:
         raise UserError(f"--model {args.model}: its sliding window of {window} is below --max_length; add --padded")
     model.config.use_cache = False
-    set_attention(model, attn, args)
+    args.attn = set_attention(model, attn, args.attn)
     every = args.activation_checkpointing
     every = decide_checkpointing(model, args, device) if every == "auto" else every
     if every:
@@ -312,9 +312,9 @@ def load_for_training(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     return model, tokenizer
 
 
-def set_attention(model, attn, args):
-    """Give the model the attention `attn`: flex, blocks, or sdpa; args.attn, which make_batch's masks are for, becomes
-    its name in the config. A model that FlexAttention is not for gets blocks, under --attn flex a UserError."""
+def set_attention(model, attn, asked="auto"):
+    """Give the model the attention `attn`: flex, blocks, or sdpa -> its name in the config, which pack_for's masks are
+    for. A model that FlexAttention is not for gets blocks; where --attn `asked` for flex, a UserError."""
     text, why = model.config.get_text_config(), None
     if attn == "flex":
         if not model._supports_flex_attn:
@@ -323,13 +323,13 @@ def set_attention(model, attn, args):
             why = f"has attention_dropout {dropout}, which FlexAttention lacks"
         elif head_size(text) < 16:
             why = f"has heads of {head_size(text)}, where FlexAttention on CUDA wants 16 or more"
-        if why and args.attn == "flex":
+        if why and asked == "flex":
             raise UserError(f"--attn flex: {type(model).__name__} {why}; leave the flag out, or take --attn blocks")
     if attn == "flex" and not why:
         model.set_attn_implementation("flex_attention")
     elif attn in ("blocks", "flex") and model.config._attn_implementation == "sdpa":  # some models need their own
         model.set_attn_implementation("blocks")
-    args.attn = model.config._attn_implementation
+    return model.config._attn_implementation
 
 
 def head_size(config):

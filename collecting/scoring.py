@@ -2,8 +2,6 @@
 that begin alike stand in one packed row, which reads the start once. So a prompt of any number of candidates takes no
 more memory than a row."""
 
-import argparse
-
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -47,8 +45,7 @@ def score_rows(model, sequences, values_of, check):
     """
     device = model.device
     if model.config._attn_implementation == "sdpa":
-        own = argparse.Namespace(attn="auto")  # not every model has FlexAttention
-        runtime.set_attention(model, "flex" if device.type == "cuda" else "blocks", own)
+        runtime.set_attention(model, "flex" if device.type == "cuda" else "blocks")
     budget = max(ROW_TOKENS[device.type], 3 * max(s.num_tokens for s in sequences))
     values, plan = [None] * len(sequences), runtime.plan_rows(sequences, budget, 1)[0]
     rows = [[sequences[i] for i in row] for row, _ in plan]

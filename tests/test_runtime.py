@@ -147,9 +147,6 @@ def test_prompts_that_share_a_start_are_planned_into_one_row():
 class TestAttention:
     """What --attn gives a model, and what becomes of it."""
 
-    def args(self, attn):
-        return types.SimpleNamespace(attn=attn)
-
     @pytest.mark.parametrize(
         "kind, more, why",
         [
@@ -159,16 +156,13 @@ class TestAttention:
         ],
     )
     def test_models_that_flex_is_not_for(self, kind, more, why):
-        model, args = make(kind, **more), self.args("auto")
-        runtime.set_attention(model, "flex", args)
-        assert args.attn == "blocks" == model.config._attn_implementation
+        model = make(kind, **more)
+        assert runtime.set_attention(model, "flex") == "blocks" == model.config._attn_implementation
         with pytest.raises(common.UserError, match=why):
-            runtime.set_attention(model, "flex", self.args("flex"))
+            runtime.set_attention(model, "flex", asked="flex")
 
     def test_models_that_flex_is_for(self):
-        args = self.args("auto")
-        runtime.set_attention(make("llama", num_attention_heads=2), "flex", args)
-        assert args.attn == "flex_attention"
+        assert runtime.set_attention(make("llama", num_attention_heads=2), "flex") == "flex_attention"
 
     def test_blocks_survive_the_way_to_the_device(self, monkeypatch):
         """Pinning returns another tensor, without the attribute: a stand-in for CUDA does as much."""
