@@ -41,6 +41,7 @@ MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} # as released, as th
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
 SPLITS=${SPLITS:-4}                        # K of Algorithm 1: silent
 SEEDS=${SEEDS:-0}                          # silent: one run each, as far as the paper says
+BF16=${BF16:-}                             # --bf16: on a CPU that has it
 COLUMNS_SHOWN=${COLUMNS_SHOWN:-}           # of the paper's tables, a ; between them: all
 
 collect() { run python collect_candidates.py "$@"; }
@@ -53,7 +54,7 @@ rank() { # rank FROM TO FLAGS...
   collect rank --by reward --reward_model "$RM_TRAIN" --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" "${@:3}"
 }
 server=(${BASE_URL:+--base_url "$BASE_URL"})
-answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Human: human: Assistant: assistant: ${BF16:=})
+answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Human: human: Assistant: assistant: $BF16)
 add() { # add FROM TO SOURCE N: N responses of a source to each prompt, from this machine or from a server
   local io=(--task hh --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --source "$3" --num_samples "$4")
   case $3 in

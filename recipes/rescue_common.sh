@@ -41,13 +41,13 @@ ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Se
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
 TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16}
-SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
+BF16=${BF16:-} SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }
 pool=$(largest $SIZES)
 [ "$MIN_CANDIDATES" = 1 ] || pool=$((pool * 3 / 2)) # prompts that lose a candidate are left out
 pool=${POOL:-$pool}
-answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} ${BF16:=})
+answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$start" --output "$1" --max_train_samples "$4" --seed "$5" \
     --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume \
