@@ -100,7 +100,8 @@ def ranking(args):
             }
 
     if rows := predict(args, "ranking", records, compute, chunks):
-        write_metrics(args, "ranking", ranking_metrics(rows, args.margin))
+        taus = kendall_taus(rows)
+        write_metrics(args, "ranking", ranking_metrics(rows, args.margin, taus), {"kendall_tau": taus})
 
 
 def annotated(record, field, args):
@@ -118,25 +119,28 @@ def annotated(record, field, args):
     return record | {"candidates": candidates}
 
 
-def ranking_metrics(rows, margin):
-    """-> pair accuracy, margin violations, mean margin over all ordered pairs, Kendall's tau-b averaged over prompts
-    with pairs (0 where the scores are all the same)."""
+def kendall_taus(rows):
+    """{id: Kendall's tau-b of scores and levels} of the prompts with pairs; 0 where the scores are all the same."""
     from scipy.stats import kendalltau
 
-    gaps, taus = [], []
+    compared = [row for row in rows if len(set(row["levels"])) > 1]
+    taus = {row["id"]: float(kendalltau(row["scores"], row["levels"]).statistic) for row in compared}
+    return {i: 0.0 if math.isnan(tau) else tau for i, tau in taus.items()}
+
+
+def ranking_metrics(rows, margin, taus):
+    """-> pair accuracy, margin violations, mean margin over all ordered pairs, the mean of the prompts' `taus`."""
+    gaps = []
     for row in rows:
         both = list(zip(row["scores"], row["levels"]))
         gaps += [better - worse for better, high in both for worse, low in both if high > low]
-        if len(set(row["levels"])) > 1:
-            tau = kendalltau(row["scores"], row["levels"]).statistic
-            taus.append(0.0 if math.isnan(tau) else float(tau))
     if not gaps:
         raise UserError("no record has two candidates of different preference: nothing to compare")
     return {
         "pair_accuracy": mean(g > 0 for g in gaps),
         "margin_violations": mean(g < margin for g in gaps),
         "mean_margin": mean(gaps),
-        "kendall_tau": mean(taus),
+        "kendall_tau": mean(taus.values()),
         "pairs": len(gaps),
         "prompts": len(taus),
     }

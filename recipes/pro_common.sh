@@ -10,12 +10,13 @@ tiny) # random models, seconds
   : "${HH:=$DATA/tiny/hh}" "${ALPACA:=$MODEL}" "${CHATGPT:=$MODEL}" "${CURIE:=$MODEL}" "${BASE_URL=}" "${BLOCKS:=raw alpaca3}"
   : "${LR:=1e-3}" "${BATCH:=8}" "${EPOCHS:=1}" "${MAX_LENGTH:=160}" "${MAX_PROMPT:=96}" "${TOKENS:=4}" "${VALIDATION:=3}" ;;
 cpu) # demo/model on one core, harmless-base alone, two reward models of its own, answers of its own (own3). TRAIN_FILES
-  # and TEST_FILES may be one file, such as 1,800 rows: 320 train the methods, 750 each a reward model, 150 are the test
+  # and TEST_FILES may be one file, such as harmless-base/test.jsonl.gz of 2,312 rows: 320 train the methods, 1,000 each a
+  # reward model, 200 are the test
   : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}"
-  : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=5e-5}"
-  : "${TEST_ROWS:=--shuffle 0 --skip 1500 --limit 150}" "${RM_ROWS:=--shuffle 0 --limit 750}" "${BLOCKS:=raw own3}"
-  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 750 --limit 750}" "${LR:=5e-5}" "${BATCH:=8}" "${TOKENS:=48}"
-  : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=20}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
+  : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=1e-4}"
+  : "${TEST_ROWS:=--shuffle 0 --skip 2000 --limit 200}" "${RM_ROWS:=--shuffle 0 --limit 1000}" "${BLOCKS:=raw own3}"
+  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 1000 --limit 1000}" "${LR:=5e-5}" "${BATCH:=8}" "${TOKENS:=48}"
+  : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=40}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
   : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"

@@ -12,18 +12,18 @@ tiny) # random model and a stand-in server, seconds
   tiny && tiny_server
   : "${ESNLI_TRAIN:=$DATA/tiny/esnli.csv}" "${ESNLI_TEST:=$DATA/tiny/esnli.csv}" "${TEST:=3}" "${MODEL:=$DATA/tiny/model}"
   : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${DROP=}" "${MIN_CANDIDATES:=1}"
-  : "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" "${SAMPLES:=2}" ;;
+  : "${RANKED:=3}" "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" "${SAMPLES:=2}" ;;
 cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, as JSONL, gives all prompts: its last 1,001
   # rows are the test's
   : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
   head -n -1001 "$ESNLI" > "$DATA/rows.jsonl"
   tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${POOL:=1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
-  : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}"
+  : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}" "${RANKED:=200}"
   : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
   : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=1e-4}" "${EVAL_BATCH:=64}"
   : "${SAMPLER_LR:=3e-4}" "${FROM_SAMPLER=1}" # the base model answers at chance, and after 500 prompts still does
-  : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
+  : "${BF16=--bf16}" "${ROW_TOKENS:=2560}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 esac
 ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
@@ -40,8 +40,8 @@ ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the pa
 ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16}
-BF16=${BF16:-} SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
+TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} RANKED=${RANKED:-1000} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16}
+BF16=${BF16:-} ROW_TOKENS=${ROW_TOKENS:-} SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }
 pool=$(largest $SIZES)
@@ -51,7 +51,7 @@ answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$start" --output "$1" --max_train_samples "$4" --seed "$5" \
     --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume \
-    $BF16 "${@:6}"
+    ${ROW_TOKENS:+--max_tokens_per_row "$ROW_TOKENS"} $BF16 "${@:6}"
 }
 start=$MODEL names=()
 measure() { # measure NAME MODEL, and flags that name another prompt
@@ -61,6 +61,8 @@ measure() { # measure NAME MODEL, and flags that name another prompt
   [ $# -gt 2 ] || asked=(--shots "$EVAL_SHOTS")
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
     "${asked[@]}" "${answers[@]}" --batch_size "$EVAL_BATCH"
+  [ ! -e "$DATA/test-ranked.jsonl" ] || run $TORCHRUN evaluate.py ranking --by label --model "$2" --name "$1" \
+    --input "$DATA/test-ranked.jsonl" --output "$RUNS/eval/$1/ranking.jsonl"
   keep "$1" "$RUNS/eval/$1" "$(dirname "$2")"
 }
 collect() { run python collect_candidates.py "$@"; }
@@ -83,16 +85,18 @@ collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --limit "$pool" --outpu
 sampler=$MODEL
 if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
   collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
-  # In fp32, as the one behind the kept figures
-  [ -d "$RUNS/sampler/model" ] || BF16='' train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
+  [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
     ${SAMPLER_LR:+--lr "$SAMPLER_LR"}
   sampler=$RUNS/sampler/model
   measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
   [ -z "$FROM_SAMPLER" ] || start=$sampler
 fi
 # Candidates (Sec. 5.1): three samples, a stronger model's, the human one
-run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \
-  --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/train.jsonl" --output "$DATA/sampled.jsonl"
+sample() { # sample FROM TO
+  run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \
+    --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl"
+}
+sample train sampled
 mix=$DATA/sampled
 if [ -n "$TEACHER" ]; then
   mix=$DATA/mixed
@@ -106,3 +110,7 @@ if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as rele
     ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} --input "$DATA/to_flip.jsonl" --output "$DATA/flipped.jsonl"
   annotate "$DATA/flipped" "$FLIP_SIZES"
 fi
+# Fig. 5: the same kind of candidates of the test's first RANKED prompts, which every model then scores
+head -n "$RANKED" "$DATA/test.jsonl" > "$DATA/test-first.jsonl"
+sample test-first test-sampled
+collect rank --by label $DROP --input "$DATA/test-sampled.jsonl" --output "$DATA/test-ranked.jsonl"

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from conftest import make_records, read_jsonl, refused, write_jsonl
+from conftest import make_records, metrics_of, read_jsonl, refused, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import runtime
@@ -14,11 +14,11 @@ from evaluating import likelihood, nli
 class TestMetrics:
     def test_ranking_by_hand(self):
         rows = [
-            {"scores": [-1.0, -2.0, -1.05], "levels": [2, 1, 0]},  # gaps 1.0, 0.05, -0.95
-            {"scores": [-3.0, -1.0], "levels": [1, 1]},  # a tie: no pair
-            {"scores": [-3.0, -1.0], "levels": [1, 0]},  # gap -2.0
+            {"id": "a", "scores": [-1.0, -2.0, -1.05], "levels": [2, 1, 0]},  # gaps 1.0, 0.05, -0.95
+            {"id": "b", "scores": [-3.0, -1.0], "levels": [1, 1]},  # a tie: no pair
+            {"id": "c", "scores": [-3.0, -1.0], "levels": [1, 0]},  # gap -2.0
         ]
-        got = likelihood.ranking_metrics(rows, margin=0.1)
+        got = likelihood.ranking_metrics(rows, 0.1, likelihood.kendall_taus(rows))
         assert got["pairs"] == 4 and got["prompts"] == 2
         assert got["pair_accuracy"] == 0.5 and got["margin_violations"] == 0.75
         assert got["mean_margin"] == pytest.approx((1.0 + 0.05 - 0.95 - 2.0) / 4)
@@ -34,7 +34,7 @@ class TestMetrics:
         ],
     )
     def test_kendall_tau_b(self, a, b, tau):
-        assert likelihood.ranking_metrics([{"scores": a, "levels": b}], 0.1)["kendall_tau"] == pytest.approx(tau)
+        assert likelihood.kendall_taus([{"id": "x", "scores": a, "levels": b}]) == {"x": pytest.approx(tau)}
 
     def test_nli_by_hand(self):
         def row(gold, predicted, text="a b"):
@@ -177,6 +177,8 @@ def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
             logp, n = common.candidate_logprobs(model, common.pack_padded([common.encode(tokenizer, record)]))
         want = [(x / k ** (1.0 if i == 0 else 0.85)).item() for i, (x, k) in enumerate(zip(logp, n))]
         assert row["scores"] == pytest.approx(want, rel=1e-4)
+    items = json.loads((here / "runs/eval/a/ranking.items.json").read_text())["kendall_tau"]
+    assert sum(items.values()) / len(items) == metrics_of(here, "ranking", "a")["kendall_tau"]
 
 
 def test_refusals(cli, tiny, here):
