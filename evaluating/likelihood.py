@@ -101,7 +101,7 @@ def ranking(args):
 
     if rows := predict(args, "ranking", records, compute, chunks):
         taus = kendall_taus(rows)
-        write_metrics(args, "ranking", ranking_metrics(rows, args.margin, taus), {"kendall_tau": taus})
+        write_metrics(args, "ranking", ranking_metrics(rows, args.margin, taus), {f"kendall_tau by {args.by}": taus})
 
 
 def annotated(record, field, args):

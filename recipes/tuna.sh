@@ -9,12 +9,13 @@ cd "$(dirname "$0")/.."
 . recipes/tuna_common.sh
 
 [ "$SCALE" = tiny ] && : "${SYSTEMS:=llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K}"
+[ "$SCALE" = paper ] || : "${SYSTEMS:=llama alpaca_mul tuna_p tuna_c tuna}"
 SYSTEMS=${SYSTEMS:-llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K}
 
 instructions
 alpaca
-measure alpaca
 teacher
+measure alpaca
 for system in $SYSTEMS; do
   case $system in
   alpaca_mul) sft alpaca_mul teacher --all_candidates ;;
@@ -25,7 +26,7 @@ for system in $SYSTEMS; do
       collect prepare --task alpaca --from_release --input "$GPT4" --references "$ALPACA" "${template[@]}" --output "$DATA/ranked-tuna_p.jsonl"
     else
       sample tuna_p "$FIRST"
-      contextual tuna_p
+      contextual sampled-tuna_p ranked-tuna_p
     fi
     by_rank tuna tuna_p ranked-tuna_p --lr "$LR_SECOND" ;;
   tuna_cp-13K) by_rank "$system" tuna_c teacher-ranked-first --lr "$LR_SECOND" ;;
@@ -38,12 +39,14 @@ for system in $SYSTEMS; do
   measure "$system"
 done
 
-people=() # Table 2's systems, without PPO-sim
-for system in alpaca tuna_p tuna_c tuna; do
-  [[ " alpaca $SYSTEMS " != *" $system "* ]] || people+=("$RUNS/eval/$system/vicuna.jsonl")
-done
-anew "$RESULTS/sheet.html" "${people[@]}"
-[ -e "$RESULTS/sheet.html" ] || run python evaluate.py sheet --systems "${people[@]}" --input "${people[0]}" --output "$RESULTS/sheet.html"
+if [ -n "$VICUNA" ]; then
+  people=() # Table 2's systems, without PPO-sim
+  for system in alpaca tuna_p tuna_c tuna; do
+    [[ " alpaca $SYSTEMS " != *" $system "* ]] || people+=("$RUNS/eval/$system/vicuna.jsonl")
+  done
+  anew "$RESULTS/sheet.html" "${people[@]}"
+  [ -e "$RESULTS/sheet.html" ] || run python evaluate.py sheet --systems "${people[@]}" --input "${people[0]}" --output "$RESULTS/sheet.html"
+fi
 main=()
 for system in llama alpaca tuna_p tuna_c tuna_c-prm-3B-52K tuna; do
   [ ! -d "$RESULTS/$system" ] || main+=("$RESULTS/$system")

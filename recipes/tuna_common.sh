@@ -4,7 +4,9 @@
 # ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their
 # log-probabilities, the only way to the paper's retired teacher; without it TEACHER answers, a model at TEACHER_URL or a
 # folder. GPT4: their released rankings of Tuna_p's responses, for Tuna. RANKER at RANKER_URL ranks and judges (below paper
-# scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; empty: left out.
+# scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; VICUNA: its questions; empty: left out.
+# HELD_OUT of the instructions after the first N: the references' NLL, and how a system ranks the teacher's responses to
+# them, beside the teacher's likelihoods and beside the ranker.
 # MAX_REQUESTS stops the ranking early: training takes what is there, the next start goes on, and what rests on a file
 # that grew is made and trained anew; files that it makes anew are first set aside, in $DATA/outdated-*.
 NAME=tuna
@@ -15,9 +17,10 @@ tiny) # random models, seconds
   tiny
   : "${ALPACA:=$DATA/tiny/alpaca_data.json}" "${BASE:=$DATA/tiny/model}" "${TEACHER:=$BASE}" "${N:=8}" "${FIRST:=4}"
   : "${SUPERNI=$DATA/tiny/superni}" "${LMENTRY=}" "${VICUNA:=$DATA/tiny/question.jsonl}" "${LIMA:=$DATA/tiny/lima.jsonl}"
-  : "${TOKENS:=8}" "${EVAL_TOKENS:=4}" "${SHOTS:=2}" "${BATCH:=4}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
-cpu | 135m) # demo/model
-  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=400}" "${FIRST:=100}" "${TOKENS:=64}" "${EVAL_TOKENS:=64}" "${BATCH:=16}"
+  : "${HELD_OUT:=3}" "${TOKENS:=8}" "${EVAL_TOKENS:=4}" "${SHOTS:=2}" "${BATCH:=4}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
+cpu | 135m) # demo/model; ALPACA may be any JSON or JSONL of instruction, input, output, such as self-instruct's 175 seed tasks
+  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=125}" "${FIRST:=$N}" "${TOKENS:=64}" "${EVAL_TOKENS:=64}" "${BATCH:=8}"
+  : "${HELD_OUT:=50}" "${SUPERNI=}" "${LMENTRY=}" "${VICUNA=}" "${BF16=--bf16}" # without avx512_bf16, amx_bf16: BF16=
   : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
 esac
 if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then # without a ranker: one that prefers the longer response
@@ -25,11 +28,12 @@ if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then # without a ranker: o
   tiny_server
   RANKER_URL=$BASE_URL RANKER=${RANKER:-stand-in}
 fi
-ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} GPT4=${GPT4:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA:-question.jsonl}
+ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} GPT4=${GPT4:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA-question.jsonl}
 BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-text-davinci-003} TEACHER_URL=${TEACHER_URL:-}
 RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} MAX_REQUESTS=${MAX_REQUESTS:-}
 SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} SHOTS=${SHOTS:-0 2}
 N=${N:-52002} FIRST=${FIRST:-13000}                         # Alpaca's instructions; "the first 13K", Sec. 3.1
+HELD_OUT=${HELD_OUT:-0} BF16=${BF16:-}                      # not the paper's
 LR_SFT=${LR_SFT:-2e-5}                                      # Sec. 3.1
 SFT_EPOCHS=${SFT_EPOCHS:-3} SFT_BATCH=${SFT_BATCH:-${BATCH:-512}} # not printed; the recipe it cites: 3, 64 a GPU on 8
 LR=${LR:-1e-5} LR_SECOND=${LR_SECOND:-1e-6} LR_104K=${LR_104K:-5e-6} # Table 7; LR_SECOND: on Tuna_c or Tuna_p
@@ -58,7 +62,14 @@ anew() { # anew FILE INPUTS...: where INPUTS are not those that FILE was made fr
 }
 
 instructions() { # Alpaca's, with the original response
-  collect prepare --task alpaca --input "$ALPACA" --limit "$N" "${template[@]}" --output "$DATA/train.jsonl"
+  local from=(prepare --task alpaca --input "$ALPACA" "${template[@]}")
+  collect "${from[@]}" --limit "$N" --output "$DATA/train.jsonl"
+  [ "$HELD_OUT" = 0 ] || collect "${from[@]}" --skip "$N" --limit "$HELD_OUT" --output "$DATA/held-out.jsonl"
+}
+
+teach() { # teach FROM TO: a folder's responses
+  run $TORCHRUN collect_candidates.py sample --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --model "$TEACHER" $BF16 \
+    --source teacher --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
 }
 
 teacher() { # N responses of the teacher with its log-probabilities, and as ranks (Eq. 3)
@@ -68,24 +79,27 @@ teacher() { # N responses of the teacher with its log-probabilities, and as rank
     collect teacher --input "$DATA/train.jsonl" --output "$DATA/teacher.jsonl" --model "$TEACHER" --base_url "$TEACHER_URL" \
       --completions --logprobs --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
   else
-    run $TORCHRUN collect_candidates.py sample --input "$DATA/train.jsonl" --output "$DATA/teacher.jsonl" --model "$TEACHER" \
-      --source teacher --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
+    teach train teacher
   fi
   anew "$DATA/teacher-ranked.jsonl" "$DATA/teacher.jsonl"
   collect rank --by probabilistic --input "$DATA/teacher.jsonl" --output "$DATA/teacher-ranked.jsonl" --length_penalty "$BETA"
   split teacher-ranked
+  if [ "$HELD_OUT" != 0 ]; then # TEACHER is a folder then
+    teach held-out held-out-teacher
+    MAX_REQUESTS='' contextual held-out-teacher held-out-ranked
+  fi
 }
 
 sample() { # sample STUDENT LIMIT: its own diverse responses (Sec. 2.3); LIMIT of the instructions
   head -n "$2" "$DATA/train.jsonl" > "$DATA/train-$2.jsonl"
   anew "$DATA/sampled-$1.jsonl" "$DATA/train-$2.jsonl" "$RUNS/$1.data"
   run $TORCHRUN collect_candidates.py sample --input "$DATA/train-$2.jsonl" --output "$DATA/sampled-$1.jsonl" \
-    --model "$RUNS/$1/model" --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS"
+    --model "$RUNS/$1/model" --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS" $BF16
 }
 
-contextual() { # contextual STUDENT: the ranker on the first of its responses (Table 9)
-  anew "$DATA/ranked-$1.jsonl" "$DATA/sampled-$1.jsonl"
-  collect rank --by contextual --input "$DATA/sampled-$1.jsonl" --limit "$FIRST" --output "$DATA/ranked-$1.jsonl" \
+contextual() { # contextual FROM TO: the ranker on the first of the responses (Table 9)
+  anew "$DATA/$2.jsonl" "$DATA/$1.jsonl"
+  collect rank --by contextual --input "$DATA/$1.jsonl" --limit "$FIRST" --output "$DATA/$2.jsonl" \
     --model "$RANKER" --base_url "$RANKER_URL" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
 }
 
@@ -106,7 +120,7 @@ train() { # train RUN FROM DATA FLAGS...: tuna.py (or $SCRIPT) from the run FROM
   echo "$digest" > "$RUNS/$name.data"
   echo "data of $name: ${digest:0:16} $data"
   run $TORCHRUN "${SCRIPT:-tuna.py}" --model "$model" --data "$data" --output "$RUNS/$name" --batch_size "$BATCH" \
-    --warmup "$WARMUP" --epochs "$EPOCHS" --resume "${@:4}"
+    --warmup "$WARMUP" --epochs "$EPOCHS" --resume $BF16 "${@:4}"
 }
 
 probabilistic() { train "$1" "$2" "$3" --stage probabilistic --length_penalty "$BETA" "${ranking[@]}" "${@:4}"; }
@@ -121,7 +135,7 @@ tuna_p() { probabilistic tuna_p alpaca teacher --lr "$LR"; }
 
 tuna_c() { # Alpaca's responses to all instructions (the PRM ranks the rest), the ranker on the first
   sample alpaca "$N"
-  contextual alpaca
+  contextual sampled-alpaca ranked-alpaca
   by_rank tuna_c alpaca ranked-alpaca --lr "$LR"
 }
 
@@ -138,9 +152,18 @@ measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca
   fi
   [ -z "$LMENTRY" ] || run $TORCHRUN evaluate.py lmentry "${eval[@]}" --lmentry_dir "$LMENTRY" "${form[@]}" "${tokens[@]}" \
     --output "$out/lmentry.jsonl"
-  run $TORCHRUN evaluate.py vicuna "${eval[@]}" --input "$VICUNA" "${template[@]}" "${tokens[@]}" --output "$out/vicuna.jsonl"
-  [ "$1" = alpaca ] || run python evaluate.py judge --answers "$out/vicuna.jsonl" "$RUNS/eval/alpaca/vicuna.jsonl" --name "$1" \
-    --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL"
+  if [ "$HELD_OUT" != 0 ]; then
+    run $TORCHRUN evaluate.py nll "${eval[@]}" --input "$DATA/held-out.jsonl" --max_length 1024 --output "$out/nll.jsonl"
+    for by in logprob rank; do # beside the teacher's order, beside the ranker's
+      run $TORCHRUN evaluate.py ranking "${eval[@]}" --by $by --input "$DATA/held-out-ranked.jsonl" --max_length 1024 \
+        --margin 0 --length_penalty "$BETA" --output "$out/ranking-$by.jsonl"
+    done
+  fi
+  if [ -n "$VICUNA" ]; then
+    run $TORCHRUN evaluate.py vicuna "${eval[@]}" --input "$VICUNA" "${template[@]}" "${tokens[@]}" --output "$out/vicuna.jsonl"
+    [ "$1" = alpaca ] || run python evaluate.py judge --answers "$out/vicuna.jsonl" "$RUNS/eval/alpaca/vicuna.jsonl" \
+      --name "$1" --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL"
+  fi
   keep "$1" "$out" "$RUNS/$1"
   [ "$1" = llama ] || names+=("$RESULTS/$1")
 }

@@ -13,8 +13,8 @@ declare -A prm=([3B]=$PRM_3B [7B]=$PRM_7B)
 
 instructions
 alpaca
-measure alpaca
 teacher
+measure alpaca
 tuna_c
 measure tuna_c
 for size in $SIZES; do

@@ -14,10 +14,10 @@ BETAS=${BETAS:-0.9 1.0 1.1 1.2 1.3 1.4}               # Table 5
 
 instructions
 alpaca
-measure alpaca
 teacher
+measure alpaca
 sample alpaca "$N"
-contextual alpaca
+contextual sampled-alpaca ranked-alpaca
 for LAMBDA in $LAMBDAS; do
   ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
   by_rank "lambda-$LAMBDA" alpaca ranked-alpaca --lr "$LR"

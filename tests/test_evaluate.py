@@ -177,7 +177,7 @@ def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
             logp, n = common.candidate_logprobs(model, common.pack_padded([common.encode(tokenizer, record)]))
         want = [(x / k ** (1.0 if i == 0 else 0.85)).item() for i, (x, k) in enumerate(zip(logp, n))]
         assert row["scores"] == pytest.approx(want, rel=1e-4)
-    items = json.loads((here / "runs/eval/a/ranking.items.json").read_text())["kendall_tau"]
+    items = json.loads((here / "runs/eval/a/ranking.items.json").read_text())["kendall_tau by label"]
     assert sum(items.values()) / len(items) == metrics_of(here, "ranking", "a")["kendall_tau"]
 
 
