@@ -16,7 +16,7 @@ cpu) # demo/model on one core, harmless-base alone, two reward models of its own
   : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=1e-4}"
   : "${TEST_ROWS:=--shuffle 0 --skip 2000 --limit 200}" "${RM_ROWS:=--shuffle 0 --limit 1000}" "${BLOCKS:=raw own3}"
   : "${RM_EVAL_ROWS:=--shuffle 0 --skip 1000 --limit 1000}" "${LR:=5e-5}" "${BATCH:=8}" "${TOKENS:=48}"
-  : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=40}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
+  : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=0}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
   : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"
@@ -84,11 +84,16 @@ measure() { # measure NAME FLAGS...: answers to the test set, or with --source a
     --reward_model "$RM_EVAL" "${answers[@]}" "${@:2}"
   keep "$1" "$RUNS/eval/$1" "$RUNS/$1"
 }
-pro() { # pro NAME DATA FLAGS...: PRO or an ablation, measured at its best step by the reward of the validation answers
-  local name=$1-seed$seed
-  kept "$name" || train "$name" pro.py --data "$DATA/$2.jsonl" --eval_data "$DATA/validation-ranked.jsonl" \
-    --eval_every "$EVAL_EVERY" --reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS" "${@:3}"
-  measure "$name" --model "$RUNS/$name/best"
+pro() { # pro NAME DATA FLAGS...: PRO or an ablation, at its best step by the reward of the validation answers; EVAL_EVERY=0: the last
+  local name=$1-seed$seed best=best answered=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")
+  if [ "$EVAL_EVERY" = 0 ]; then
+    best=model
+    [[ "$*" = *--bootstrap_splits* ]] || answered=()
+  else
+    answered+=(--eval_data "$DATA/validation-ranked.jsonl" --eval_every "$EVAL_EVERY")
+  fi
+  kept "$name" || train "$name" pro.py --data "$DATA/$2.jsonl" "${answered[@]}" "${@:3}"
+  measure "$name" --model "$RUNS/$name/$best"
 }
 report() { # report PAPER'S-TABLE SYSTEMS...
   local shown
