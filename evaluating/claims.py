@@ -5,7 +5,17 @@ import pathlib
 
 from common import UserError
 from evaluating.shared import mean, paired_bootstrap
-from evaluating.tables import beside_paper, items_of, read_document, t_half_width, table, tables_of, without_seed
+from evaluating.tables import (
+    beside_paper,
+    items_of,
+    paper_cell,
+    read_document,
+    t_half_width,
+    table,
+    tables_of,
+    with_interval,
+    without_seed,
+)
 
 FOUND = {1: "**seen**", 0: "**too small to tell**", -1: "**not seen: the other way round**"}
 
@@ -15,7 +25,8 @@ def claims_page(path):
     comparisons that decide it.
 
     The JSON: intro, claims, conclusions (a list of sentences). A claim: title, says (the paper's finding), command,
-    folder (of results, beside the file), setting, table (a JSON of the paper's, optional, with columns), comparisons
+    folder (of results, beside the file), setting, table (a JSON of the paper's, optional, with columns; without it
+    columns are figures of ours, a verb before each: "nll response_nll"), comparisons
     [{higher, lower, figure}, ...] of systems without their -seedN, plots. `higher` is the system that should have the
     higher figure; `at_equal` names another figure at whose equal values the first one is compared.
     """
@@ -34,10 +45,24 @@ def claims_page(path):
         tables, systems = tables_of(folders)
         if "table" in claim:
             parts.append(beside_paper(claim["table"], tables, claim.get("columns")))
+        elif "columns" in claim:
+            parts.append(own_figures(tables, claim["columns"]))
         lines = [comparison(systems, **wanted) for wanted in claim["comparisons"]]
         parts.append(table(["difference", "over items", "over seeds", "items, seeds", ""], lines))
         parts += [f"![{claim['title']}]({claim['folder']}/{plot})" for plot in claim.get("plots", ())]
     return "\n\n".join(parts)
+
+
+def own_figures(tables, columns):
+    """Our systems, a row each, seeds together; "VERB FIGURE" columns -> Markdown."""
+    runs = {}
+    for column in columns:
+        verb, figure = column.split(" ", 1)
+        for name, figures in tables.get(verb, {}).items():
+            if figure in figures:
+                row = runs.setdefault(without_seed(name), {})
+                row.setdefault(column, []).append(with_interval(figures, figure, percent=False))
+    return table(columns, [[name, *(paper_cell(row.get(c), None) for c in columns)] for name, row in runs.items()])
 
 
 def comparison(systems, higher, lower, figure, at_equal=None):
