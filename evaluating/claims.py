@@ -5,17 +5,7 @@ import pathlib
 
 from common import UserError
 from evaluating.shared import mean, paired_bootstrap
-from evaluating.tables import (
-    beside_paper,
-    items_of,
-    paper_cell,
-    read_document,
-    t_half_width,
-    table,
-    tables_of,
-    with_interval,
-    without_seed,
-)
+from evaluating.tables import beside_paper, items_of, read_document, t_half_width, table, tables_of, without_seed
 
 FOUND = {1: "**seen**", 0: "**too small to tell**", -1: "**not seen: the other way round**"}
 
@@ -25,10 +15,10 @@ def claims_page(path):
     comparisons that decide it.
 
     The JSON: intro, claims, conclusions (a list of sentences). A claim: title, says (the paper's finding), command,
-    folder (of results, beside the file), setting, table (a JSON of the paper's, optional, with columns; without it
-    columns are figures of ours, a verb before each: "nll response_nll"), comparisons
-    [{higher, lower, figure}, ...] of systems without their -seedN, plots. `higher` is the system that should have the
-    higher figure; `at_equal` names another figure at whose equal values the first one is compared.
+    folder (of results, beside the file), setting, table (a JSON of the paper's, optional, with columns) or figures of
+    ours alone, a verb before each ("nll response_nll"), comparisons [{higher, lower, figure}, ...] of systems without
+    their -seedN, plots. `higher` is the system that should have the higher figure; `at_equal` names another figure at
+    whose equal values the first one is compared.
     """
     path = pathlib.Path(path)
     page = read_document(path, intro=str, claims=list, conclusions=list)
@@ -45,8 +35,8 @@ def claims_page(path):
         tables, systems = tables_of(folders)
         if "table" in claim:
             parts.append(beside_paper(claim["table"], tables, claim.get("columns")))
-        elif "columns" in claim:
-            parts.append(own_figures(tables, claim["columns"]))
+        elif "figures" in claim:
+            parts.append(own_figures(tables, claim["figures"]))
         lines = [comparison(systems, **wanted) for wanted in claim["comparisons"]]
         parts.append(table(["difference", "over items", "over seeds", "items, seeds", ""], lines))
         parts += [f"![{claim['title']}]({claim['folder']}/{plot})" for plot in claim.get("plots", ())]
@@ -54,15 +44,21 @@ def claims_page(path):
 
 
 def own_figures(tables, columns):
-    """Our systems, a row each, seeds together; "VERB FIGURE" columns -> Markdown."""
+    """Our systems, a row each, seeds together; columns "VERB FIGURE" -> Markdown."""
     runs = {}
     for column in columns:
-        verb, figure = column.split(" ", 1)
-        for name, figures in tables.get(verb, {}).items():
-            if figure in figures:
-                row = runs.setdefault(without_seed(name), {})
-                row.setdefault(column, []).append(with_interval(figures, figure, percent=False))
-    return table(columns, [[name, *(paper_cell(row.get(c), None) for c in columns)] for name, row in runs.items()])
+        verb, _, figure = column.partition(" ")
+        found = {name: row[figure] for name, row in tables.get(verb, {}).items() if figure in row}
+        if not found:
+            raise UserError(f"figures: {column!r} is no verb and a figure of it that a system here has")
+        for name, value in found.items():
+            runs.setdefault(without_seed(name), {}).setdefault(column, []).append(value)
+
+    def cell(values):
+        text = f"{mean(values):.3g}" if values else ""
+        return text + (f" ±{t_half_width(values):.2g}" if len(values) > 1 else "")
+
+    return table(columns, [[name, *(cell(row.get(c, ())) for c in columns)] for name, row in runs.items()])
 
 
 def comparison(systems, higher, lower, figure, at_equal=None):

@@ -114,6 +114,8 @@ def annotated(record, field, args):
     ranked = [c.get(field) is not None for c in record["candidates"]]  # rank null: not ranked
     candidates = [c for c, r in zip(record["candidates"], ranked) if r or args.by == "hybrid"]
     if field == "logprob":
+        texts = [c["text"].strip() for c in candidates]  # as in training a repeated text is neither better nor worse
+        candidates = [c for i, c in enumerate(candidates) if texts[i] not in texts[:i]]
         scores = (common.length_normalized(c["logprob"], c["num_tokens"], args.length_penalty) for c in candidates)
         candidates = [c | {"teacher_score": s} for c, s in zip(candidates, scores)]
     return record | {"candidates": candidates}

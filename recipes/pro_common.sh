@@ -84,15 +84,13 @@ measure() { # measure NAME FLAGS...: answers to the test set, or with --source a
     --reward_model "$RM_EVAL" "${answers[@]}" "${@:2}"
   keep "$1" "$RUNS/eval/$1" "$RUNS/$1"
 }
-pro() { # pro NAME DATA FLAGS...: PRO or an ablation, at its best step by the reward of the validation answers; EVAL_EVERY=0: the last
-  local name=$1-seed$seed best=best answered=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")
-  if [ "$EVAL_EVERY" = 0 ]; then
-    best=model
-    [[ "$*" = *--bootstrap_splits* ]] || answered=()
-  else
-    answered+=(--eval_data "$DATA/validation-ranked.jsonl" --eval_every "$EVAL_EVERY")
+pro() { # pro NAME DATA FLAGS...: PRO or an ablation, at its best step by the reward of the validation answers; with
+  # EVAL_EVERY=0 at its last
+  local name=$1-seed$seed best=model chosen=()
+  if [ "$EVAL_EVERY" != 0 ]; then
+    best=best chosen=(--eval_data "$DATA/validation-ranked.jsonl" --eval_every "$EVAL_EVERY" "${answering[@]}")
   fi
-  kept "$name" || train "$name" pro.py --data "$DATA/$2.jsonl" "${answered[@]}" "${@:3}"
+  kept "$name" || train "$name" pro.py --data "$DATA/$2.jsonl" "${chosen[@]}" "${@:3}"
   measure "$name" --model "$RUNS/$name/$best"
 }
 report() { # report PAPER'S-TABLE SYSTEMS...
@@ -115,3 +113,4 @@ if [ -n "$RM_ROWS" ]; then
   RM_TRAIN=$RUNS/reward-train/model RM_EVAL=$RUNS/reward-eval/model
 fi
 rank validation validation-ranked
+answering=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")

@@ -17,7 +17,7 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
   local name=$1-$2-seed$seed data=$DATA/$2.jsonl
   case $1 in
   pro) pro "pro-$2" "$2" ;;
-  pro_s) pro "pro_s-$2" "$2" --bootstrap_splits "$SPLITS" ;;
+  pro_s) pro "pro_s-$2" "$2" --bootstrap_splits "$SPLITS" "${answering[@]}" ;;
   bon) pro "bon-$2" "$2" --no_ranking ;;
   sft) pro "sft-$2" train --no_ranking ;; # the response that people chose
   rrhf)

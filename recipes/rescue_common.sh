@@ -23,7 +23,8 @@ cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, a
   : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
   : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=1e-4}" "${EVAL_BATCH:=64}"
   : "${SAMPLER_LR:=3e-4}" "${FROM_SAMPLER=1}" # the base model answers at chance, and after 500 prompts still does
-  : "${BF16=--bf16}" "${ROW_TOKENS:=2560}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
+  : "${BF16=--bf16}" # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
+  [ "$SCALE" = 135m ] || : "${ROW_TOKENS=2560}" ;; # a step in one row: a tenth faster than in two
 esac
 ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
@@ -62,7 +63,7 @@ measure() { # measure NAME MODEL, and flags that name another prompt
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
     "${asked[@]}" "${answers[@]}" --batch_size "$EVAL_BATCH"
   [ ! -e "$DATA/test-ranked.jsonl" ] || run $TORCHRUN evaluate.py ranking --by label --model "$2" --name "$1" \
-    --input "$DATA/test-ranked.jsonl" --output "$RUNS/eval/$1/ranking.jsonl"
+    --length_scaling "$LENGTH_SCALING" --input "$DATA/test-ranked.jsonl" --output "$RUNS/eval/$1/ranking.jsonl"
   keep "$1" "$RUNS/eval/$1" "$(dirname "$2")"
 }
 collect() { run python collect_candidates.py "$@"; }
@@ -88,20 +89,18 @@ if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
   [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
     ${SAMPLER_LR:+--lr "$SAMPLER_LR"}
   sampler=$RUNS/sampler/model
-  measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
   [ -z "$FROM_SAMPLER" ] || start=$sampler
 fi
 # Candidates (Sec. 5.1): three samples, a stronger model's, the human one
-sample() { # sample FROM TO
+candidates() { # candidates OF PREFIX: of OF.jsonl, PREFIXsampled.jsonl, and with a TEACHER PREFIXmixed.jsonl
   run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \
-    --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl"
+    --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/$1.jsonl" --output "$DATA/$2sampled.jsonl"
+  [ -z "$TEACHER" ] || collect teacher --model "$TEACHER" --base_url "$BASE_URL" --shots "$SHOTS" \
+    --input "$DATA/$2sampled.jsonl" --output "$DATA/$2mixed.jsonl"
 }
-sample train sampled
-mix=$DATA/sampled
-if [ -n "$TEACHER" ]; then
-  mix=$DATA/mixed
-  collect teacher --model "$TEACHER" --base_url "$BASE_URL" --shots "$SHOTS" --input "$DATA/sampled.jsonl" --output "$mix.jsonl"
-fi
+of=$([ -n "$TEACHER" ] && echo mixed || echo sampled)
+candidates train ""
+mix=$DATA/$of
 annotate "$mix" "$SIZES"
 if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as released; of no more prompts than are needed
   wanted=$(largest $FLIP_SIZES)
@@ -110,7 +109,8 @@ if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as rele
     ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} --input "$DATA/to_flip.jsonl" --output "$DATA/flipped.jsonl"
   annotate "$DATA/flipped" "$FLIP_SIZES"
 fi
-# Fig. 5: the same kind of candidates of the test's first RANKED prompts, which every model then scores
+# Fig. 5 and 6: such candidates of the test's first RANKED prompts (how many: silent), which every model then scores
 head -n "$RANKED" "$DATA/test.jsonl" > "$DATA/test-first.jsonl"
-sample test-first test-sampled
-collect rank --by label $DROP --input "$DATA/test-sampled.jsonl" --output "$DATA/test-ranked.jsonl"
+candidates test-first test-
+collect rank --by label $DROP --input "$DATA/test-$of.jsonl" --output "$DATA/test-ranked.jsonl"
+[ "$sampler" = "$MODEL" ] || measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"

@@ -27,7 +27,7 @@ done
 trained=("${names[@]:untrained}")
 run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_table1.json --output "$RESULTS/table1.md"
 run python evaluate.py report "${trained[@]}" --columns accuracy --plot train_size --output "$RESULTS/train_size.md" > "$RESULTS/plot.log"
-# Fig. 6, the base model's confusion matrix, and Fig. 5, of the last model; only where they were measured on this machine
-last=$RUNS/eval/${names[-1]##*/}
-[ ! -e "$last/ranking.jsonl" ] || run python evaluate.py report "$last" --plot sources > "$RESULTS/plot.log"
-for plot in "$RUNS/eval/base@0/nli.png" "$last/sources.png"; do [ ! -e "$plot" ] || cp "$plot" "$RESULTS/"; done
+# Fig. 6, the base model's confusion matrix, and Fig. 5, of label at the largest size; where they were measured here
+shown=$RUNS/eval/label@$(largest $SIZES)-seed${SEEDS%% *}
+[ ! -e "$shown/ranking.jsonl" ] || run python evaluate.py report "$shown" --plot sources >> "$RESULTS/plot.log"
+for plot in "$RUNS/eval/base@0/nli.png" "$shown/sources.png"; do [ ! -e "$plot" ] || cp "$plot" "$RESULTS/"; done

@@ -5,9 +5,9 @@
 # log-probabilities, the only way to the paper's retired teacher; without it TEACHER answers, a model at TEACHER_URL or a
 # folder. GPT4: their released rankings of Tuna_p's responses, for Tuna. RANKER at RANKER_URL ranks and judges (below paper
 # scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; VICUNA: its questions; empty: left out.
-# HELD_OUT of the instructions after the first N: the references' NLL, and how a system ranks the teacher's responses to
-# them, beside the teacher's likelihoods and beside the ranker.
-# MAX_REQUESTS stops the ranking early: training takes what is there, the next start goes on, and what rests on a file
+# HELD_OUT: so many instructions after the first N, on which is measured what the papers' benchmarks do not say: the NLL of
+# the references, and how a system ranks the teacher's responses, beside the teacher's order (Eq. 3) and the ranker's.
+# MAX_REQUESTS stops the ranking of training data early: training takes what is there, the next start goes on, and what rests on a file
 # that grew is made and trained anew; files that it makes anew are first set aside, in $DATA/outdated-*.
 NAME=tuna
 . recipes/lib.sh
@@ -18,9 +18,13 @@ tiny) # random models, seconds
   : "${ALPACA:=$DATA/tiny/alpaca_data.json}" "${BASE:=$DATA/tiny/model}" "${TEACHER:=$BASE}" "${N:=8}" "${FIRST:=4}"
   : "${SUPERNI=$DATA/tiny/superni}" "${LMENTRY=}" "${VICUNA:=$DATA/tiny/question.jsonl}" "${LIMA:=$DATA/tiny/lima.jsonl}"
   : "${HELD_OUT:=3}" "${TOKENS:=8}" "${EVAL_TOKENS:=4}" "${SHOTS:=2}" "${BATCH:=4}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
-cpu | 135m) # demo/model; ALPACA may be any JSON or JSONL of instruction, input, output, such as self-instruct's 175 seed tasks
-  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=125}" "${FIRST:=$N}" "${TOKENS:=64}" "${EVAL_TOKENS:=64}" "${BATCH:=8}"
-  : "${HELD_OUT:=50}" "${SUPERNI=}" "${LMENTRY=}" "${VICUNA=}" "${BF16=--bf16}" # without avx512_bf16, amx_bf16: BF16=
+cpu) # demo/model, a core, half an hour; ALPACA: a JSONL of instruction, input, output, as self-instruct's 175 seed tasks flattened
+  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=125}" "${FIRST:=100}" "${HELD_OUT:=50}" "${TOKENS:=64}" "${BATCH:=8}"
+  : "${SUPERNI=}" "${LMENTRY=}" "${VICUNA=}" "${EVAL_TOKENS:=64}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}"
+  : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}"
+  : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
+135m) # demo/model, a GPU
+  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=400}" "${FIRST:=100}" "${TOKENS:=64}" "${EVAL_TOKENS:=64}" "${BATCH:=16}"
   : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
 esac
 if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then # without a ranker: one that prefers the longer response
@@ -47,11 +51,16 @@ PRM_3B=${PRM_3B:-stabilityai/stablelm-base-alpha-3b} PRM_7B=${PRM_7B:-$BASE} # S
 template=(--template "$TEMPLATE") # what the models learn is how the benchmarks ask them
 tokens=(${EVAL_TOKENS:+--max_new_tokens "$EVAL_TOKENS"})
 names=()
+if [ "$HELD_OUT" != 0 ] && [ -n "$DAVINCI" ]; then
+  echo "HELD_OUT wants the teacher's own responses to instructions that it has not seen: leave DAVINCI empty, or HELD_OUT" >&2
+  exit 2
+fi
 
 collect() { run python collect_candidates.py "$@"; }
 
 anew() { # anew FILE INPUTS...: where INPUTS are not those that FILE was made from, set it aside, so that it is made again
   local now aside
+  mkdir -p "${1%/*}"
   now=$(cat "${@:2}" | sha256sum | cut -c1-16)
   if [ -e "$1.from" ] && [ "$(cat "$1.from")" != "$now" ]; then
     aside=$(mktemp -d "$DATA/outdated-XXXX")
@@ -67,26 +76,28 @@ instructions() { # Alpaca's, with the original response
   [ "$HELD_OUT" = 0 ] || collect "${from[@]}" --skip "$N" --limit "$HELD_OUT" --output "$DATA/held-out.jsonl"
 }
 
-teach() { # teach FROM TO: a folder's responses
-  run $TORCHRUN collect_candidates.py sample --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --model "$TEACHER" $BF16 \
-    --source teacher --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
+teach() { # teach FROM TO: TEACHER's responses with their log-probabilities
+  local io=(--input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --model "$TEACHER" --num_samples "$RESPONSES"
+    --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS")
+  if [ -n "$TEACHER_URL" ]; then
+    collect teacher "${io[@]}" --base_url "$TEACHER_URL" --completions --logprobs
+  else
+    run $TORCHRUN collect_candidates.py sample "${io[@]}" --source teacher $BF16
+  fi
 }
 
 teacher() { # N responses of the teacher with its log-probabilities, and as ranks (Eq. 3)
   if [ -n "$DAVINCI" ]; then
     collect prepare --task alpaca --from_release --input "$DAVINCI" --limit "$N" "${template[@]}" --output "$DATA/teacher.jsonl"
-  elif [ -n "$TEACHER_URL" ]; then
-    collect teacher --input "$DATA/train.jsonl" --output "$DATA/teacher.jsonl" --model "$TEACHER" --base_url "$TEACHER_URL" \
-      --completions --logprobs --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS"
   else
     teach train teacher
   fi
   anew "$DATA/teacher-ranked.jsonl" "$DATA/teacher.jsonl"
   collect rank --by probabilistic --input "$DATA/teacher.jsonl" --output "$DATA/teacher-ranked.jsonl" --length_penalty "$BETA"
   split teacher-ranked
-  if [ "$HELD_OUT" != 0 ]; then # TEACHER is a folder then
+  if [ "$HELD_OUT" != 0 ]; then
     teach held-out held-out-teacher
-    MAX_REQUESTS='' contextual held-out-teacher held-out-ranked
+    MAX_REQUESTS='' contextual held-out-teacher held-out-ranked "$HELD_OUT"
   fi
 }
 
@@ -97,9 +108,9 @@ sample() { # sample STUDENT LIMIT: its own diverse responses (Sec. 2.3); LIMIT o
     --model "$RUNS/$1/model" --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS" $BF16
 }
 
-contextual() { # contextual FROM TO: the ranker on the first of the responses (Table 9)
+contextual() { # contextual FROM TO LIMIT: the ranker on the responses to the first LIMIT instructions (Table 9)
   anew "$DATA/$2.jsonl" "$DATA/$1.jsonl"
-  collect rank --by contextual --input "$DATA/$1.jsonl" --limit "$FIRST" --output "$DATA/$2.jsonl" \
+  collect rank --by contextual --input "$DATA/$1.jsonl" --limit "$3" --output "$DATA/$2.jsonl" \
     --model "$RANKER" --base_url "$RANKER_URL" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
 }
 
@@ -135,12 +146,12 @@ tuna_p() { probabilistic tuna_p alpaca teacher --lr "$LR"; }
 
 tuna_c() { # Alpaca's responses to all instructions (the PRM ranks the rest), the ranker on the first
   sample alpaca "$N"
-  contextual sampled-alpaca ranked-alpaca
+  contextual sampled-alpaca ranked-alpaca "$FIRST"
   by_rank tuna_c alpaca ranked-alpaca --lr "$LR"
 }
 
-measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers. llama: BASE, which has
-  # learnt no template, so in the benchmarks' own form
+measure() { # measure RUN: held out, Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers. llama: BASE, which
+  # has learnt no template, so in the benchmarks' own form; of what is held out it is the teacher itself, where TEACHER is BASE
   local model=$RUNS/$1/model out=$RUNS/eval/$1 form=("${template[@]}")
   [ "$1" != llama ] || model=$BASE form=()
   local eval=(--model "$model" --name "$1")
@@ -155,8 +166,9 @@ measure() { # measure RUN: Super-NI, LMentry, Vicuna QA, the last against Alpaca
   if [ "$HELD_OUT" != 0 ]; then
     run $TORCHRUN evaluate.py nll "${eval[@]}" --input "$DATA/held-out.jsonl" --max_length 1024 --output "$out/nll.jsonl"
     for by in logprob rank; do # beside the teacher's order, beside the ranker's
+      anew "$out/ranking-$by.jsonl" "$DATA/held-out-ranked.jsonl"
       run $TORCHRUN evaluate.py ranking "${eval[@]}" --by $by --input "$DATA/held-out-ranked.jsonl" --max_length 1024 \
-        --margin 0 --length_penalty "$BETA" --output "$out/ranking-$by.jsonl"
+        --margin "$MARGIN" --length_penalty "$BETA" --output "$out/ranking-$by.jsonl"
     done
   fi
   if [ -n "$VICUNA" ]; then

@@ -17,7 +17,7 @@ alpaca
 teacher
 measure alpaca
 sample alpaca "$N"
-contextual sampled-alpaca ranked-alpaca
+contextual sampled-alpaca ranked-alpaca "$FIRST"
 for LAMBDA in $LAMBDAS; do
   ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
   by_rank "lambda-$LAMBDA" alpaca ranked-alpaca --lr "$LR"

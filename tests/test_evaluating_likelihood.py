@@ -50,6 +50,10 @@ def test_ranking_by_the_teachers_score(cli, tiny, here):
         assert got["pairs"] == 1
         accuracy.append(got["pair_accuracy"])
     assert sorted(accuracy) == [0, 1]
+    record["candidates"].append({"text": "short ", "source": "t", "logprob": -9.0, "num_tokens": 2})  # said already
+    write_jsonl(here / "f.jsonl", [record])
+    assert cli("evaluate", "ranking", "--model", tiny, "--input", "f.jsonl", "--by", "logprob", "--name", "f").code == 0
+    assert metrics_of(here, "ranking", "f")["pairs"] == 1
     del record["candidates"][1]["logprob"]
     write_jsonl(here / "e.jsonl", [record])
     result = cli("evaluate", "ranking", "--model", tiny, "--input", "e.jsonl", "--by", "logprob")

@@ -88,7 +88,7 @@ def test_pro_ablations(env, pro_folder):
 
 
 def test_pro_rankings(env, pro_folder):
-    lines = recipe("pro_rankings", env, pro_folder).stdout.splitlines()
+    lines = recipe("pro_rankings", env, pro_folder, EVAL_EVERY="0").stdout.splitlines()
     assert "|  | 2 | 3 | 5 |" in lines
     assert any(line.startswith("| HH-RLHF raw | ") and line.endswith(" (55.35) |  |  |") for line in lines)
     assert any(line.startswith("| Random |  | ") for line in lines)
@@ -103,8 +103,10 @@ def test_rescue_esnli_and_sweeps(env, tmp_path):
     assert sorted(c["rank"] for c in records[0]["candidates"]) == [0, 1, 2, 3]
     flipped = read_jsonl(tmp_path / "data/rescue_esnli-tiny/flipped.jsonl")
     assert flipped[0]["candidates"][1]["flip_of"] == "gpt-3.5-turbo"  # the random model's have no label to flip
+    assert len(read_jsonl(tmp_path / "data/rescue_esnli-tiny/test-ranked.jsonl")[0]["candidates"]) == 4
     runs = {p.name for p in (tmp_path / "results/rescue_esnli-tiny").iterdir()}
     assert {"base@0", "none@4-seed0", "hybrid@4-seed0", "label-flip@4-seed0", "table1.md", "train_size.png"} <= runs
+    assert {"nli.png", "sources.png"} <= runs
     out = recipe("rescue_sweeps", env, tmp_path, ALPHAS="0.01 1").stdout
     assert "|  | 0.01 | 1 |" in out and "|  | 2 | 3 | 4 |" in out and "prints no value" in out
     assert "sampled 0 responses" in out  # what the other recipe collected is used
@@ -133,7 +135,9 @@ def test_tuna(env, tuna_folder):
         assert any(len(re.findall(r"\d\]? \(", line)) == 4 for line in lines), row  # ours, and the paper's
     table1 = out.partition("Tuna, arXiv 2310.13385, Table 1")[2].partition("Table 3")[0]
     assert len(re.findall(r"\d\]? \(", table1)) == 4 * 4 + 1  # LLaMA, Tuna_p, Tuna_c, Tuna; Alpaca's Super-NI
-    assert {p.name for p in (tuna_folder / "results/tuna-tiny/tuna").glob("*.items.json")} >= {"judge.items.json"}
+    items = {p.name.removesuffix(".items.json") for p in (tuna_folder / "results/tuna-tiny/tuna").glob("*.items.json")}
+    assert items >= {"judge", "nll", "ranking-logprob", "ranking-rank"}
+    assert "| tuna_p | " in (tuna_folder / "results/tuna-tiny/held-out.md").read_text()
     assert "8 prompts are 40 examples" in out and "10 steps of 4" in out  # Alpaca-Mul; Alpaca: 2 steps
     folder = tuna_folder / "data/tuna-tiny"
     ranked = {s: read_jsonl(folder / f"ranked-{s}.jsonl") for s in ("alpaca", "tuna_p")}
