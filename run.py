@@ -407,13 +407,12 @@ class Run:
         return {x["step"]: x.get("eval_reward", -x["eval_loss"]) for x in self._log_lines() if "eval_loss" in x}
 
     def _save_model(self, folder):
-        """Gather the weights and write a folder: safetensors in the computing dtype, tokenizer, generation config."""
+        """Gather the weights and write a folder: safetensors, tokenizer, generation config. In fp32: of bf16 weights a
+        next stage at a small --lr would move hardly any (one of 0.02 has its neighbours 1.2e-4 away)."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on process 0 alone, one tensor at a time
         state = get_model_state_dict(self.model, options=options)
-        dtype = runtime.computing_dtype(self.device, self.args.bf16)
-        state = {k: v.to(dtype) for k, v in state.items()}
         try:
-            on_process0(lambda: save_model(self.model, state, self.tokenizer, folder, dtype))
+            on_process0(lambda: save_model(self.model, state, self.tokenizer, folder))
         except UserError as e:
             raise UserError(f"the model could not be saved in {folder} ({self._reason(e)}: --resume goes on") from e
 
@@ -475,14 +474,14 @@ def peak_flops(name):
     return next((flops for known, flops in PEAK_FLOPS.items() if known in name), None)
 
 
-def save_model(model, state, tokenizer, folder, dtype):
+def save_model(model, state, tokenizer, folder):
     """Write a Hugging Face folder from a full state dict, under a temporary name, then renamed."""
     part = folder.with_name(folder.name + ".part")
     remove(part)
     config = type(model.config).from_dict(model.config.to_dict() | {"use_cache": True})
     plain_class = next(c for c in type(model).__mro__ if not c.__name__.startswith("FSDP"))
     with torch.device("meta"):
-        blank = plain_class(config).to(dtype)  # the architecture without FSDP's wrapping
+        blank = plain_class(config)  # the architecture without FSDP's wrapping
     tied = blank.all_tied_weights_keys  # {name: the weight it shares}: a full state dict holds both
     if blank.can_generate():  # reward models cannot
         blank.generation_config = model.generation_config

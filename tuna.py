@@ -33,6 +33,8 @@ Where the print and the released code differ, or the print is silent:
     cosine is the code's alone.
  8. The print says nothing of lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512:
     a long response loses its end, which v and L_MLE then miss. Default: --max_length 1024, which holds both.
+ 9. The print is silent on precision; the code trains in fp16 and hands fp16 weights from stage to stage. Here bf16 with
+    fp32 weights, which OUTPUT/model keeps: of bf16 ones a second stage's steps of 1e-6 would move hardly any.
 
 The stage that --model itself came from says which model this is, hence lr and OUTPUT: Tuna learns from contextual
 rankings of what Tuna_p (not Alpaca) answers, so sample and rank again (Sec. 2.4). A stage refuses rankings by the
