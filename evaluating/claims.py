@@ -15,10 +15,10 @@ def claims_page(path):
     comparisons that decide it.
 
     The JSON: intro, claims, conclusions (a list of sentences). A claim: title, says (the paper's finding), command,
-    folder (of results, beside the file), setting, table (a JSON of the paper's, optional, with columns) or figures of
-    ours alone, a verb before each ("nll response_nll"), comparisons [{higher, lower, figure}, ...] of systems without
-    their -seedN, plots. `higher` is the system that should have the higher figure; `at_equal` names another figure at
-    whose equal values the first one is compared.
+    folder (of results, beside the file), systems (patterns of names in it, without: all), setting, table (a JSON of the
+    paper's, with columns) and figures of ours alone, a verb before each ("nll response_nll"), comparisons
+    [{higher, lower, figure}, ...] of systems without their -seedN, plots. `higher` is the system that should have the
+    higher figure; `at_equal` names another figure at whose equal values the first one is compared.
     """
     path = pathlib.Path(path)
     page = read_document(path, intro=str, claims=list, conclusions=list)
@@ -27,7 +27,8 @@ def claims_page(path):
         parts.append("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in page["conclusions"]))
     for claim in page["claims"]:
         parts.append(f"## {claim['title']}\n\nThe paper: {claim['says']}\n\n```sh\n{claim['command']}\n```")
-        folders = sorted(p for p in (path.parent / claim["folder"]).glob("*/") if any(p.glob("*.metrics.json")))
+        found = {p for g in claim.get("systems", "*") for p in (path.parent / claim["folder"]).glob(g)}
+        folders = sorted(p for p in found if any(p.glob("*.metrics.json")))
         if not folders:
             parts.append("Not run at this size yet.")
             continue
@@ -35,7 +36,7 @@ def claims_page(path):
         tables, systems = tables_of(folders)
         if "table" in claim:
             parts.append(beside_paper(claim["table"], tables, claim.get("columns")))
-        elif "figures" in claim:
+        if "figures" in claim:
             parts.append(own_figures(tables, claim["figures"]))
         lines = [comparison(systems, **wanted) for wanted in claim["comparisons"]]
         parts.append(table(["difference", "over items", "over seeds", "items, seeds", ""], lines))

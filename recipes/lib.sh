@@ -40,3 +40,13 @@ keep() { # keep NAME FOLDER [RUN]: a system's figures, item by item too, and its
 kept() { # kept NAME: whether its figures are there, from this machine or another; delete the folder to make them anew
   [ -d "$RESULTS/$1" ] && echo "kept: $RESULTS/$1" >&2
 }
+
+as() { # as KEPT NAME: the figures of KEPT, where they are there, under another NAME too
+  [ -d "$RESULTS/$1" ] && [ ! -d "$RESULTS/$2" ] || return 0
+  mkdir "$RESULTS/$2.part"
+  cp "$RESULTS/$1"/* "$RESULTS/$2.part/"
+  for figures in "$RESULTS/$1"/*.metrics.json; do
+    sed "s/\"name\": \"$1\"/\"name\": \"$2\"/" "$figures" > "$RESULTS/$2.part/${figures##*/}"
+  done
+  mv "$RESULTS/$2.part" "$RESULTS/$2"
+}

@@ -23,9 +23,7 @@ names=()
 for seed in $SEEDS; do
   pro pro-raw raw # pro_hh.sh's run, which has two responses
   names[-1]=$RESULTS/raw@2-seed$seed
-  mkdir -p "${names[-1]}"
-  sed 's/"name": "pro-raw/"name": "raw@2/' "$RESULTS/pro-raw-seed$seed/hh.metrics.json" >"${names[-1]}/hh.metrics.json"
-  cp "$RESULTS/pro-raw-seed$seed/hh.items.json" "${names[-1]}/"
+  as "pro-raw-seed$seed" "raw@2-seed$seed"
   for expansion in $EXPANSIONS; do
     for length in $LENGTHS; do
       way=(--expand "$expansion")

@@ -20,7 +20,7 @@ tiny) # random models, seconds
   : "${HELD_OUT:=3}" "${TOKENS:=8}" "${EVAL_TOKENS:=4}" "${SHOTS:=2}" "${BATCH:=4}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
 cpu) # demo/model, a core, half an hour; ALPACA: a JSONL of instruction, input, output, as self-instruct's 175 seed tasks flattened
   : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=125}" "${FIRST:=100}" "${HELD_OUT:=50}" "${TOKENS:=64}" "${BATCH:=8}"
-  : "${SUPERNI=}" "${LMENTRY=}" "${VICUNA=}" "${EVAL_TOKENS:=64}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}"
+  : "${SUPERNI=}" "${LMENTRY=}" "${LMENTRY_EXAMPLES:=15}" "${VICUNA=}" "${EVAL_TOKENS:=64}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}"
   : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model, a GPU
@@ -35,7 +35,7 @@ fi
 ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} GPT4=${GPT4:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA-question.jsonl}
 BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-text-davinci-003} TEACHER_URL=${TEACHER_URL:-}
 RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} MAX_REQUESTS=${MAX_REQUESTS:-}
-SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} SHOTS=${SHOTS:-0 2}
+SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} LMENTRY_EXAMPLES=${LMENTRY_EXAMPLES:-} SHOTS=${SHOTS:-0 2}
 N=${N:-52002} FIRST=${FIRST:-13000}                         # Alpaca's instructions; "the first 13K", Sec. 3.1
 HELD_OUT=${HELD_OUT:-0} BF16=${BF16:-}                      # not the paper's
 LR_SFT=${LR_SFT:-2e-5}                                      # Sec. 3.1
@@ -161,8 +161,8 @@ measure() { # measure RUN: held out, Super-NI, LMentry, Vicuna QA, the last agai
         --output "$out/superni-$shots.jsonl"
     done
   fi
-  [ -z "$LMENTRY" ] || run $TORCHRUN evaluate.py lmentry "${eval[@]}" --lmentry_dir "$LMENTRY" "${form[@]}" "${tokens[@]}" \
-    --output "$out/lmentry.jsonl"
+  [ -z "$LMENTRY" ] || run $TORCHRUN evaluate.py lmentry "${eval[@]}" --lmentry_dir "$LMENTRY" "${form[@]}" "${tokens[@]}" $BF16 \
+    ${LMENTRY_EXAMPLES:+--max_examples "$LMENTRY_EXAMPLES"} --output "$out/lmentry.jsonl"
   if [ "$HELD_OUT" != 0 ]; then
     run $TORCHRUN evaluate.py nll "${eval[@]}" --input "$DATA/held-out.jsonl" --max_length 1024 --output "$out/nll.jsonl"
     for by in logprob rank; do # beside the teacher's order, beside the ranker's

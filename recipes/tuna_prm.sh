@@ -7,7 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/tuna_common.sh
 
-[ "$SCALE" = tiny ] && : "${SIZES:=3B}"
+[ "$SCALE" = tiny ] || [ "$SCALE" = cpu ] && : "${SIZES:=3B}" # there both are BASE
 SIZES=${SIZES:-3B 7B}
 declare -A prm=([3B]=$PRM_3B [7B]=$PRM_7B)
 

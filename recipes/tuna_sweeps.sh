@@ -8,9 +8,10 @@ cd "$(dirname "$0")/.."
 . recipes/tuna_common.sh
 
 [ "$SCALE" = tiny ] && : "${LAMBDAS:=0 10}" "${SIZES:=4}" "${BETAS:=0.9 1.3}"
+[ "$SCALE" = cpu ] && : "${LAMBDAS:=0 1 10}" "${SIZES:=60 125}" "${BETAS=}"
 LAMBDAS=${LAMBDAS:-0 0.1 1 5 10}                      # Fig. 2
 SIZES=${SIZES:-13000 24000 52002}                     # Fig. 3
-BETAS=${BETAS:-0.9 1.0 1.1 1.2 1.3 1.4}               # Table 5
+BETAS=${BETAS-0.9 1.0 1.1 1.2 1.3 1.4}                # Table 5; empty: left out, it wants LIMA
 
 instructions
 alpaca
@@ -30,6 +31,7 @@ for size in $SIZES; do
 done
 run python evaluate.py report "${names[@]}" --output "$RESULTS/figures2-3.md"
 
+[ -n "$BETAS" ] || exit 0
 names=()
 collect prepare --task alpaca --input "$LIMA" "${template[@]}" --output "$DATA/lima.jsonl"
 for BETA in $BETAS; do

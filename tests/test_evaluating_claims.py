@@ -64,6 +64,8 @@ def test_figures_of_ours_alone(page, tmp_path):
     assert "|  | nli accuracy | nli prompts |" in out
     assert "| base | 0.25 | 40 |" in out and "| label | 0.55 ±0.12 | 40 ±0 |" in out  # t(2) = 4.303
     refused(page(figures=["nli right"]), "'nli right'")
+    out = page(figures=["nli accuracy"], systems=["b*", "ba*"]).out
+    assert "| base | 0.25 |" in out and "| label |" not in out and "| label > none, accuracy | not run |" in out
 
 
 def test_a_system_without_seeds_stands_against_each(page, tmp_path):
