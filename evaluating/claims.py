@@ -67,8 +67,9 @@ def comparison(systems, higher, lower, figure, at_equal=None):
 
     The difference is the mean over items of the mean over seeds. It counts as seen where two intervals lie above 0: a
     paired bootstrap over items, and Student's t over the differences of the seeds that both have (a system without
-    seeds stands against each); of one seed the second is missing, and the line says so. at_equal: the items'
-    differences are regressed on those of log(1 + at_equal); the intercept is the difference where both are equal.
+    seeds stands against each); of one seed the second is missing, and the line says so; where the first alone lies
+    beside 0, it says how many seeds do. at_equal: the items' differences are regressed on those of log(1 + at_equal);
+    the intercept is the difference where both are equal, over seeds the mean of each seed's own.
     """
     name = f"{higher} > {lower}, {figure}" + (f" at equal {at_equal}" if at_equal else "")
     runs = [runs_of(systems, system, figure, at_equal) for system in (higher, lower)]
@@ -88,13 +89,14 @@ def comparison(systems, higher, lower, figure, at_equal=None):
         return intercept(sizes, differences)
 
     middle, (low, high) = difference(pairs)
-    over_items, over_seeds = f"[{low:+.3g}, {high:+.3g}]", ""
+    over_items, over_seeds, side = f"[{low:+.3g}, {high:+.3g}]", "", (low > 0) - (high < 0)
+    found = FOUND[side] + ", in one seed"
     if len(pairs) > 1:
         values = [difference([pair])[0] for pair in pairs]
-        half = t_half_width(values)
-        low, high = min(low, mean(values) - half), max(high, mean(values) + half)
-        over_seeds = f"[{mean(values) - half:+.3g}, {mean(values) + half:+.3g}]"
-    found = FOUND[(low > 0) - (high < 0)] + ("" if over_seeds else ", in one seed")
+        low, high = mean(values) - t_half_width(values), mean(values) + t_half_width(values)
+        over_seeds, agreed = f"[{low:+.3g}, {high:+.3g}]", (low > 0) - (high < 0) == side
+        alike = f", {sum(v * side > 0 for v in values)} of {len(values)} seeds on that side"
+        found = FOUND[side if agreed else 0] + (alike if side and not agreed else "")
     return [name, f"{middle:+.3g}", over_items, over_seeds, f"{len(ids)}, {len(pairs)}", found]
 
 

@@ -62,13 +62,14 @@ def error_bars(shares, counts):
 
 
 def plot_shares(axes, x, shares, counts, **style):
-    """A line of shares, each with its 95% interval of so many."""
-    axes.errorbar(x, shares, error_bars(shares, counts), capsize=3, **style)
+    """A line of shares, each with its 95% interval of so many -> the line."""
+    return axes.errorbar(x, shares, error_bars(shares, counts), capsize=3, **style)[0]
 
 
 def plot_positions(systems, path):
-    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals; first lines are dashed, where they
-    are not the whole answers. Seeds of a system, which answer the same prompts, are one line, their mean."""
+    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals over prompts; first lines are
+    dashed, where they are not the whole answers. Seeds of a system, which answer the same prompts, are one line, their
+    mean, and a thin one each: how far apart they lie no interval over prompts says."""
     figure, axes = new_figure()
     seeds = {}
     for name, metrics in systems.items():
@@ -76,12 +77,14 @@ def plot_positions(systems, path):
     systems = {}
     for name, runs in seeds.items():
         means = {k: fmean(r[k] for r in runs) for k in runs[0] if "_at_" in k}
-        systems[f"{name}, {len(runs)} seeds" if len(runs) > 1 else name] = runs[0] | means
-    for colour, (name, metrics) in enumerate(systems.items()):
+        systems[f"{name}, {len(runs)} seeds" if len(runs) > 1 else name] = runs[0] | means, runs
+    for colour, (name, (metrics, runs)) in enumerate(systems.items()):
         counts = {int(p): n for p, n in metrics["positions"].items()}
         places = [p + 0.06 * (colour - (len(systems) - 1) / 2) for p in counts]  # side by side, or bars hide each other
         whole, first = ([metrics[f"{kind}_at_{p}"] for p in counts] for kind in ("accuracy", "first_line"))
         style = {"color": f"C{colour}", "counts": counts.values()}
+        for run in runs if len(runs) > 1 else ():
+            axes.plot(places, [run[f"accuracy_at_{p}"] for p in counts], color=f"C{colour}", lw=0.7, alpha=0.5)
         plot_shares(axes, places, whole, fmt="-o", label=name, **style)
         if first != whole:
             plot_shares(axes, places, first, fmt="--o", label=f"{name}, first line", **style)
@@ -93,8 +96,8 @@ def plot_positions(systems, path):
 def plot_setting(systems, path, setting):
     """Fig. 4: label accuracy against a training argument (alpha, number of candidates, prompts trained on).
 
-    A line joins runs that differ in nothing else; runs that differ in the seed alone are one point, their mean. What
-    tells the lines apart is in the legend.
+    A line joins runs that differ in nothing else; runs that differ in the seed alone are one point, their mean, and a
+    dot each. What tells the lines apart is in the legend.
     """
     runs = []
     for name, documents in systems.items():
@@ -120,7 +123,10 @@ def plot_setting(systems, path, setting):
         prompts = [points[v][0]["prompts"] for v in x]  # seeds answer the same ones: they add none
         told = [(k, pathlib.Path(v).name) for k, v in own if not k.startswith("content of ")]
         label = ", ".join(v if k == "ordering" else f"{k} {v}" for k, v in told)
-        plot_shares(axes, x, shares, prompts, fmt="-o", label=label or "accuracy")
+        line = plot_shares(axes, x, shares, prompts, fmt="-o", label=label or "accuracy")
+        for value in (v for v in x if len(points[v]) > 1):
+            seeds = [m["accuracy"] for m in points[value]]
+            axes.plot([value] * len(seeds), seeds, ".", color=line.get_color(), alpha=0.5)
     axes.set(xlabel="training prompts" if setting == TRAIN_SIZE else setting.replace("_", " "), ylabel="accuracy")
     values = sorted({x for points in lines.values() for x in points})
     if setting != "num_candidates" and values[0] > 0:

@@ -9,16 +9,15 @@ FLIP_SIZES=
 . recipes/rescue_common.sh
 ORDERING=${ORDERING:-label} SIZE=${SIZE:-${SIZES%% *}} # the paper does not say of which ordering and size Fig. 4 is
 ALPHAS=${ALPHAS:-0.001 0.01 0.1 1}        # around Sec. 7's 0.01 to 0.1
-all=$((1 + SAMPLES + (${#TEACHER} > 0)))
-CANDIDATES=${CANDIDATES:-$(seq -s " " 2 "$all")} # 2 to all, in print 5
+CANDIDATES=${CANDIDATES:-$(seq -s " " 2 $((1 + SAMPLES + (${#TEACHER} > 0))))} # 2 to all, in print 5
 annotation=label
 case $ORDERING in similarity | gpt) annotation=$ORDERING ;; esac
 
-sweep() { # sweep FLAG VALUES OURS: what rescue_esnli.sh trained with OURS is not trained again
+sweep() { # sweep FLAG VALUES [OURS]: what rescue_esnli.sh trained with OURS is not trained again
   names=()
   for seed in $SEEDS; do
     for value in $2; do
-      [ "$value" != "$3" ] || as "$ORDERING@$SIZE-seed$seed" "$1@$value-seed$seed"
+      [ "$value" != "${3:-}" ] || as "$ORDERING@$SIZE-seed$seed" "$1@$value-seed$seed"
       output=$RUNS/$ORDERING-$1-$value@$SIZE-seed$seed
       kept "$1@$value-seed$seed" || train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
       measure "$1@$value-seed$seed" "$output/model"
@@ -27,4 +26,4 @@ sweep() { # sweep FLAG VALUES OURS: what rescue_esnli.sh trained with OURS is no
   run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_figure4.json --plot "$1" --output "$RESULTS/$1.md"
 }
 sweep alpha "$ALPHAS" "$ALPHA"
-sweep num_candidates "$CANDIDATES" "$all"
+sweep num_candidates "$CANDIDATES"

@@ -52,7 +52,7 @@ def test_a_claim_is_decided_over_items_and_seeds(page, tmp_path):
     for seed, values in enumerate(([0.0, 1.0] * 300, [0.0] * 600, [1.0] * 600)):
         keep(results, f"wild-seed{seed}", values)  # over items clear at most by chance, over seeds never
     out = page(comparisons=[{"higher": "label", "lower": "wild", "figure": "accuracy"}]).out
-    assert "600, 3 | **too small to tell** |" in out and "[-1" in out
+    assert "600, 3 | **too small to tell**, 2 of 3 seeds on that side |" in out and "[-1" in out
     assert "| x > none, accuracy | not run |" in page(comparisons=[swapped[0] | {"higher": "x", "lower": "none"}]).out
 
 
