@@ -34,6 +34,7 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
 
 measure base --model "$MODEL"
 measure gold --source chosen
+measure rejected --source rejected # against gold: what RM_eval knows of people's choice
 [[ $BLOCKS != *alpaca3* ]] || measure alpaca --model "$ALPACA"
 for block in $BLOCKS; do
   block "$block"
