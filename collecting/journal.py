@@ -51,13 +51,14 @@ class Journal:
     def _claim(self, settings):
         self._lock = Claim(f"{self.path}.args.json", f"--output {self.path}")
         before = self._lock.before
-        if self._files():
+        begun = [file for file in self._files() if file.stat().st_size]  # a run that failed at its start left nothing
+        if begun:
             if before is None:
                 raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
             if changed := Claim.changed(before, settings):
-                hint = "name another file, or delete it"
+                hint = f"name another file, or delete {', '.join(map(str, begun))}"
                 raise UserError(f"--output {self.path} was begun with other arguments ({changed}): {hint}")
-            for file in self._files():
+            for file in begun:
                 self._cut_torn_line(file)
             return
         self._lock.write(settings)

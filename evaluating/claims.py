@@ -7,6 +7,9 @@ from common import UserError
 from evaluating.shared import mean, paired_bootstrap
 from evaluating.tables import beside_paper, items_of, read_document, t_half_width, table, tables_of, without_seed
 
+WANTED = {"title": str, "says": str, "command": str, "folder": str, "setting": str, "comparisons": list}
+OPTIONAL = {"systems": list, "table": str, "columns": list, "figures": list, "plots": list}
+COMPARED = {"higher": str, "lower": str, "figure": str}
 FOUND = {1: "**seen**", 0: "**too small to tell**", -1: "**not seen: the other way round**"}
 
 
@@ -16,16 +19,20 @@ def claims_page(path):
 
     The JSON: intro, claims, conclusions (a list of sentences). A claim: title, says (the paper's finding), command,
     folder (of results, beside the file), systems (patterns of names in it, without: all), setting, table (a JSON of the
-    paper's, with columns) and figures of ours alone, a verb before each ("nll response_nll"), comparisons
-    [{higher, lower, figure}, ...] of systems without their -seedN, plots. `higher` is the system that should have the
-    higher figure; `at_equal` names another figure at whose equal values the first one is compared.
+    paper's, from the file's folder on, with columns) and figures of ours alone, a verb before each ("nll
+    response_nll"), comparisons [{higher, lower, figure}, ...] of systems without their -seedN, plots. `higher` is the
+    system that should have the higher figure; `at_equal` names another figure at whose equal values the first one is
+    compared. Raises UserError on other fields.
     """
     path = pathlib.Path(path)
     page = read_document(path, intro=str, claims=list, conclusions=list)
     parts = [f"# Evidence\n\n{page['intro']}"]
     if page["conclusions"]:
         parts.append("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in page["conclusions"]))
-    for claim in page["claims"]:
+    for number, claim in enumerate(page["claims"]):
+        check_fields(f"{path}: claims[{number}]", claim, WANTED, OPTIONAL)
+        for i, compared in enumerate(claim["comparisons"]):
+            check_fields(f"{path}: claims[{number}].comparisons[{i}]", compared, COMPARED, {"at_equal": str})
         parts.append(f"## {claim['title']}\n\nThe paper: {claim['says']}\n\n```sh\n{claim['command']}\n```")
         found = {p for g in claim.get("systems", "*") for p in (path.parent / claim["folder"]).glob(g)}
         folders = sorted(p for p in found if any(p.glob("*.metrics.json")))
@@ -35,13 +42,27 @@ def claims_page(path):
         parts.append(claim["setting"])
         tables, systems = tables_of(folders)
         if "table" in claim:
-            parts.append(beside_paper(claim["table"], tables, claim.get("columns")))
+            parts.append(beside_paper(path.parent / claim["table"], tables, claim.get("columns")))
         if "figures" in claim:
             parts.append(own_figures(tables, claim["figures"]))
         lines = [comparison(systems, **wanted) for wanted in claim["comparisons"]]
         parts.append(table(["difference", "over items", "over seeds", "items, seeds", ""], lines))
         parts += [f"![{claim['title']}]({claim['folder']}/{plot})" for plot in claim.get("plots", ())]
     return "\n\n".join(parts)
+
+
+def check_fields(where, found, wanted, optional):
+    """UserError, in a sentence, where a JSON value is no object of these fields {name: type}."""
+    if not isinstance(found, dict):
+        raise UserError(f"{where}: is no object")
+    if absent := [k for k in wanted if k not in found]:
+        raise UserError(f"{where}: has no {absent[0]!r}")
+    for field, value in found.items():
+        kind = (wanted | optional).get(field)
+        if kind is None:
+            raise UserError(f"{where}: {field!r} is none of {', '.join(wanted | optional)}")
+        if not isinstance(value, kind) or kind is list and not all(isinstance(v, str | dict) for v in value):
+            raise UserError(f"{where}: {field!r} is no {'list of names' if kind is list else 'text'}")
 
 
 def own_figures(tables, columns):
@@ -57,7 +78,7 @@ def own_figures(tables, columns):
 
     def cell(values):
         text = f"{mean(values):.3g}" if values else ""
-        return text + (f" ±{t_half_width(values):.2g}" if len(values) > 1 else "")
+        return text + (f" ±{t_half_width(values):.3g}" if len(values) > 1 else "")
 
     return table(columns, [[name, *(cell(row.get(c, ())) for c in columns)] for name, row in runs.items()])
 
@@ -107,8 +128,10 @@ def runs_of(systems, name, figure, at_equal):
         if without_seed(system) == name:
             folders = {document["folder"] for document in systems[system].values()}
             items = items_of(folders)
-            if figure not in items or at_equal and at_equal not in items:
-                raise UserError(f"{system}: no items of {figure} in {', '.join(map(str, folders))}; evaluate it again")
+            if absent := {figure, at_equal or figure} - items.keys():
+                raise UserError(
+                    f"{system}: no items of {min(absent)} in {', '.join(map(str, folders))}; evaluate it again"
+                )
             runs[system.removeprefix(name)] = items[figure], items.get(at_equal)
     return runs
 

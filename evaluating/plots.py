@@ -122,6 +122,7 @@ def plot_setting(systems, path, setting):
         shares = [fmean(m["accuracy"] for m in points[v]) for v in x]
         prompts = [points[v][0]["prompts"] for v in x]  # seeds answer the same ones: they add none
         told = [(k, pathlib.Path(v).name) for k, v in own if not k.startswith("content of ")]
+        told = told or [(k, v[:6]) for k, v in own]  # the content of a file alone: other data, another model before
         label = ", ".join(v if k == "ordering" else f"{k} {v}" for k, v in told)
         line = plot_shares(axes, x, shares, prompts, fmt="-o", label=label or "accuracy")
         for value in (v for v in x if len(points[v]) > 1):

@@ -47,6 +47,8 @@ def report(args):
     """
     if bool(args.names) == bool(args.claims):
         raise UserError("report needs NAMES, or --claims FILE")
+    if args.claims and (args.columns or args.plot or args.paper or args.paired):
+        raise UserError("--claims is a page of its own: leave out --columns, --plot, --paper and --paired")
     tables, systems = tables_of(map(folder_of, args.names))
     if not args.paper:  # before verbs are merged: each has a number of prompts of its own
         tables = {verb: {name: with_intervals(row) for name, row in rows.items()} for verb, rows in tables.items()}

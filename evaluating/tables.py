@@ -60,6 +60,8 @@ def beside_paper(path, tables, wanted=None):
     """
     paper = read_document(path, rows=dict, source=str)
     cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
+    if unknown := set(wanted or ()) - set(columns) if not cell else ():
+        raise UserError(f"{path}: has no column {min(unknown)!r}")
     columns = [c for c in columns if c in wanted] if wanted else columns
     runs = {}  # row -> column -> [(value, interval)], a pair for each seed
     for rows in tables.values():

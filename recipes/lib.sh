@@ -43,6 +43,7 @@ kept() { # kept NAME: whether its figures are there, from this machine or anothe
 
 as() { # as KEPT NAME: the figures of KEPT, where they are there, under another NAME too
   [ -d "$RESULTS/$1" ] && [ ! -d "$RESULTS/$2" ] || return 0
+  echo "$2: the figures of $1" >&2
   mkdir "$RESULTS/$2.part"
   cp "$RESULTS/$1"/* "$RESULTS/$2.part/"
   for figures in "$RESULTS/$1"/*.metrics.json; do

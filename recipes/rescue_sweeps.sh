@@ -13,11 +13,12 @@ CANDIDATES=${CANDIDATES:-$(seq -s " " 2 $((1 + SAMPLES + (${#TEACHER} > 0))))} #
 annotation=label
 case $ORDERING in similarity | gpt) annotation=$ORDERING ;; esac
 
-sweep() { # sweep FLAG VALUES [OURS]: what rescue_esnli.sh trained with OURS is not trained again
+sweep() { # sweep FLAG VALUES: what rescue_esnli.sh trained with such a value is not trained again
   names=()
   for seed in $SEEDS; do
     for value in $2; do
-      [ "$value" != "${3:-}" ] || as "$ORDERING@$SIZE-seed$seed" "$1@$value-seed$seed"
+      ! grep -q "\"$1\": $value," "$RESULTS/$ORDERING@$SIZE-seed$seed/args.json" 2> /dev/null ||
+        as "$ORDERING@$SIZE-seed$seed" "$1@$value-seed$seed"
       output=$RUNS/$ORDERING-$1-$value@$SIZE-seed$seed
       kept "$1@$value-seed$seed" || train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
       measure "$1@$value-seed$seed" "$output/model"
@@ -25,5 +26,5 @@ sweep() { # sweep FLAG VALUES [OURS]: what rescue_esnli.sh trained with OURS is 
   done
   run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_figure4.json --plot "$1" --output "$RESULTS/$1.md"
 }
-sweep alpha "$ALPHAS" "$ALPHA"
+sweep alpha "$ALPHAS"
 sweep num_candidates "$CANDIDATES"

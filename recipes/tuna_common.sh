@@ -16,7 +16,7 @@ case $SCALE in
 tiny) # random models, seconds
   tiny
   : "${ALPACA:=$DATA/tiny/alpaca_data.json}" "${BASE:=$DATA/tiny/model}" "${TEACHER:=$BASE}" "${N:=8}" "${FIRST:=4}"
-  : "${SUPERNI=$DATA/tiny/superni}" "${LMENTRY=}" "${VICUNA:=$DATA/tiny/question.jsonl}" "${LIMA:=$DATA/tiny/lima.jsonl}"
+  : "${SUPERNI=$DATA/tiny/superni}" "${LMENTRY=}" "${VICUNA=$DATA/tiny/question.jsonl}" "${LIMA:=$DATA/tiny/lima.jsonl}"
   : "${HELD_OUT:=3}" "${TOKENS:=8}" "${EVAL_TOKENS:=4}" "${SHOTS:=2}" "${BATCH:=4}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
 cpu) # demo/model, a core, half an hour; ALPACA: a JSONL of instruction, input, output, as self-instruct's 175 seed tasks flattened
   : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=125}" "${FIRST:=100}" "${HELD_OUT:=50}" "${TOKENS:=64}" "${BATCH:=8}"

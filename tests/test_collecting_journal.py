@@ -29,6 +29,13 @@ class TestJournal:
         with pytest.raises(UserError, match="no record"):
             Journal(tmp_path / "o.jsonl", ["a", "b"], {})
 
+    def test_a_run_that_failed_at_its_start_is_in_nobodys_way(self, tmp_path):
+        """A mistyped --model is known only after the output is claimed; the corrected command then begins anew."""
+        Journal(tmp_path / "o.jsonl", ["a"], {"--model": "mistyped"})
+        Journal(tmp_path / "o.jsonl", ["a"], {"--model": "right"}).write([{"id": "a"}])
+        with pytest.raises(UserError, match="'right' -> 'other'.*or delete .*o.jsonl.part0"):
+            Journal(tmp_path / "o.jsonl", ["a"], {"--model": "other"})
+
     def test_a_file_of_unknown_origin(self, tmp_path):
         (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
         with pytest.raises(UserError, match="not written by this script"):

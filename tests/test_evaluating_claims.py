@@ -62,7 +62,7 @@ def test_figures_of_ours_alone(page, tmp_path):
     keep(tmp_path / "x-cpu", "base", [1.0] * 10 + [0.0] * 30)
     out = page(figures=["nli accuracy", "nli prompts"]).out
     assert "|  | nli accuracy | nli prompts |" in out
-    assert "| base | 0.25 | 40 |" in out and "| label | 0.55 ±0.12 | 40 ±0 |" in out  # t(2) = 4.303
+    assert "| base | 0.25 | 40 |" in out and "| label | 0.55 ±0.124 | 40 ±0 |" in out  # t(2) = 4.303
     refused(page(figures=["nli right"]), "'nli right'")
     out = page(figures=["nli accuracy"], systems=["b*", "ba*"]).out
     assert "| base | 0.25 |" in out and "| label |" not in out and "| label > none, accuracy | not run |" in out
@@ -107,4 +107,23 @@ def test_refusals(page, tmp_path, cli):
     (tmp_path / "x-cpu/none/nli.items.json").unlink()
     refused(page(), "none: no items of accuracy in")
     refused(cli("evaluate", "report"), "report needs NAMES, or --claims FILE")
+    refused(cli("evaluate", "report", "--claims", "claims.json", "--paired"), "--claims is a page of its own")
     refused(cli("evaluate", "report", "--claims", "x-cpu/label/nli.items.json"), "has no 'intro'")
+
+
+def test_a_page_with_mistakes(page, tmp_path):
+    """Every one a sentence that names the claim."""
+    keep(tmp_path / "x-cpu", "none", [0.0] * 40)
+    keep(tmp_path / "x-cpu", "label", [1.0] * 40)
+    line = {"higher": "label", "lower": "none", "figure": "accuracy"}
+    for more, words in (
+        ({"comparisons": [{"higher": "label"}]}, "claims[0].comparisons[0]: has no 'lower'"),
+        ({"comparisons": [line | {"hgiher": "x"}]}, "claims[0].comparisons[0]: 'hgiher' is none of higher"),
+        ({"comparisons": ["label"]}, "claims[0].comparisons[0]: is no object"),
+        ({"comparisons": [line | {"at_equal": "wrods"}]}, "label: no items of wrods in"),
+        ({"systems": "label*"}, "claims[0]: 'systems' is no list of names"),
+        ({"folder": 3}, "claims[0]: 'folder' is no text"),
+        ({"tabel": "x.json"}, "claims[0]: 'tabel' is none of title"),
+        ({"table": "x.json"}, "x.json: cannot be read"),
+    ):
+        refused(page(**more), words)
