@@ -228,7 +228,7 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
             reason = "its weights are pickles, which can run code: convert them to safetensors, or add --allow_pickle"
-        hint = "; python demo/get_model.py makes it" if name == "demo/model" else ""
+        hint = f"; python demo/get_{name[5:]}.py makes it" if name in ("demo/model", "demo/encoder") else ""
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}){hint}") from e
 
 

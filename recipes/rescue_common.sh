@@ -16,6 +16,10 @@ tiny) # random model and a stand-in server, seconds
 cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, as JSONL, gives all prompts: its last 1,001
   # rows are the test's
   : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
+  if [ ! -e "$ESNLI" ]; then
+    echo "set ESNLI to a JSONL of esnli_dev.csv's rows (no $ESNLI here)" >&2
+    exit 2
+  fi
   head -n -1001 "$ESNLI" > "$DATA/rows.jsonl"
   tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${POOL:=1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
