@@ -110,6 +110,7 @@ def comparison(systems, higher, lower, figure, at_equal=None):
         return intercept(sizes, differences)
 
     middle, (low, high) = difference(pairs)
+    middle = round(middle, 9)  # or a difference of nothing has a float's last bits
     over_items, over_seeds, side = f"[{low:+.3g}, {high:+.3g}]", "", (low > 0) - (high < 0)
     found = FOUND[side] + ", in one seed"
     if len(pairs) > 1:
