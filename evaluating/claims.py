@@ -115,7 +115,8 @@ def comparison(systems, higher, lower, figure, at_equal=None):
     found = FOUND[side] + ", in one seed"
     if len(pairs) > 1:
         values = [difference([pair])[0] for pair in pairs]
-        low, high = mean(values) - t_half_width(values), mean(values) + t_half_width(values)
+        half = t_half_width(values)
+        low, high = mean(values) - half, mean(values) + half
         over_seeds, agreed = f"[{low:+.3g}, {high:+.3g}]", (low > 0) - (high < 0) == side
         alike = f", {sum(v * side > 0 for v in values)} of {len(values)} seeds on that side"
         found = FOUND[side if agreed else 0] + (alike if side and not agreed else "")

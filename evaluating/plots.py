@@ -74,17 +74,17 @@ def plot_positions(systems, path):
     seeds = {}
     for name, metrics in systems.items():
         seeds.setdefault(without_seed(name), []).append(metrics)
-    systems = {}
-    for name, runs in seeds.items():
-        means = {k: fmean(r[k] for r in runs) for k in runs[0] if "_at_" in k}
-        systems[f"{name}, {len(runs)} seeds" if len(runs) > 1 else name] = runs[0] | means, runs
-    for colour, (name, (metrics, runs)) in enumerate(systems.items()):
-        counts = {int(p): n for p, n in metrics["positions"].items()}
-        places = [p + 0.06 * (colour - (len(systems) - 1) / 2) for p in counts]  # side by side, or bars hide each other
-        whole, first = ([metrics[f"{kind}_at_{p}"] for p in counts] for kind in ("accuracy", "first_line"))
+    for colour, (name, runs) in enumerate(seeds.items()):
+        counts = {int(p): n for p, n in runs[0]["positions"].items()}
+        places = [p + 0.06 * (colour - (len(seeds) - 1) / 2) for p in counts]  # side by side, or bars hide each other
+        whole, first = (
+            [fmean(r[f"{kind}_at_{p}"] for r in runs) for p in counts] for kind in ("accuracy", "first_line")
+        )
         style = {"color": f"C{colour}", "counts": counts.values()}
-        for run in runs if len(runs) > 1 else ():
-            axes.plot(places, [run[f"accuracy_at_{p}"] for p in counts], color=f"C{colour}", lw=0.7, alpha=0.5)
+        if len(runs) > 1:
+            name = f"{name}, {len(runs)} seeds"
+            for run in runs:
+                axes.plot(places, [run[f"accuracy_at_{p}"] for p in counts], color=f"C{colour}", lw=0.7, alpha=0.5)
         plot_shares(axes, places, whole, fmt="-o", label=name, **style)
         if first != whole:
             plot_shares(axes, places, first, fmt="--o", label=f"{name}, first line", **style)

@@ -60,7 +60,7 @@ def beside_paper(path, tables, wanted=None):
     """
     paper = read_document(path, rows=dict, source=str)
     cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
-    if unknown := set(wanted or ()) - set(columns) if not cell else ():
+    if not cell and (unknown := set(wanted or ()) - set(columns)):
         raise UserError(f"{path}: has no column {min(unknown)!r}")
     columns = [c for c in columns if c in wanted] if wanted else columns
     runs = {}  # row -> column -> [(value, interval)], a pair for each seed
