@@ -26,7 +26,7 @@ the arguments. Each verb is a module of its name in collecting/ (hindsight stand
     python collect_candidates.py rank --task multidoc_qa --by label --input data/multidoc_qa/anchored.jsonl
 """
 
-import runtime
+import common
 from collecting.anchor import anchor, anchor_flags
 from collecting.export import export, export_flags, hindsight, hindsight_flags
 from collecting.flags import run_verb
@@ -53,4 +53,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

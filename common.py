@@ -1,29 +1,72 @@
-"""What the three methods share: packed rows, length-normalised scores, flags. No loss lives here.
+"""What the method scripts share: packed rows, length-normalised scores, and what surrounds a training loop.
 
-The one idea of the shared computation: what sequences begin with in common, the prompt of n candidates or the examples
-before several prompts, is read once. A row is a prefix tree, depth first: a prompt, its candidates, the next prompt. A
-token sees its ancestors and itself; its position is its depth; logits are made where a response token is predicted.
+No loss and nothing of a single paper lives here. A method script and this file, copied into an empty folder, train.
 
-    encode(tokenizer, record)        one prompt and its candidates as token ids
-    pack(encoded_records)            a row of one or more of them; pack_padded: the plain way, one sequence a candidate
-    candidate_logprobs(model, batch) sum of token log-probabilities and token count of every candidate
-    check_packing(model, encoded)    whether the model's forward can take such rows
+All candidates of a prompt begin with the same tokens, and so do prompts with the same template. A packed row stores
+such a prefix once: it is a prefix tree, and the model reads it in one forward. A token attends to its ancestors and to
+itself, and its position id is its depth. Logits are computed only where a response token is predicted.
+
+    flags     Parser, in_range, add_training_flags, run_cli
+    records   read_jsonl, load_candidates, check_record
+    rows      encode, pack, pack_padded, plan_rows, rows, shuffled_batches
+    scores    candidate_logprobs, length_normalized, pair_statistics, means, check_packing
+    machine   init_distributed, load_model, attention over packed rows, clip_grad_norm
+    run       open_run, open_log, on_stop, load_checkpoint, save_checkpoint, save_model, learning_rate
 """
 
 import argparse
+import bisect
+import contextlib
 import dataclasses
+import datetime
+import fcntl
+import gzip
+import hashlib
+import importlib
 import itertools
+import json
 import math
+import os
+import pathlib
+import random
+import re
+import shlex
+import shutil
+import signal
+import sys
+import time
+import traceback
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
+import transformers
+from safetensors import SafetensorError
+from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.attention.flex_attention import BlockMask
+from tqdm import tqdm
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-HUMAN = ("human", "reference")  # sources written by people (or given with the data) rather than sampled
+HUMAN = ("human", "reference")  # sources of responses that people wrote
+GIVEN = ("chosen", "rejected", "release", *HUMAN)  # sources of responses that the data came with
+CPU_BLOCK = 64  # queries that attend_blocks computes at a time
+FLEX_BLOCK = 128  # FlexAttention's block size; packed rows are padded to a multiple of it
+
+# -------------------- flags
 
 
 class UserError(Exception):
-    """A mistake the user can mend: shown as one sentence on stderr, exit code 2, no traceback."""
+    """A mistake that the user can correct. It is shown as one sentence on stderr, with exit code 2."""
+
+
+# Errors that bad input or the environment can cause. Anything else is a bug.
+OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, SafetensorError)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -33,6 +76,8 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows defaults, takes no abbreviated flags, and raises UserError."""
+
     def __init__(self, **kwargs):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
@@ -40,19 +85,161 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def in_range(kind, low=-math.inf, high=math.inf, above=-math.inf, also=None):
-    """An argparse type: a finite number with low <= x <= high and x > above, or the word `also`."""
+def in_range(kind, low=-math.inf, high=2**63, above=-math.inf):
+    """An argparse type: a number with low <= x <= high and x > above."""
 
     def parse(text):
-        if text == also:
-            return text
         x = kind(text)
-        if not (low <= x <= high and x > above and abs(x) < 2**63):  # not so of nan
+        if not (low <= x <= high and x > above):  # NaN is out of every range
             raise argparse.ArgumentTypeError(f"{text} is out of range")
         return x
 
     parse.__name__ = kind.__name__
     return parse
+
+
+# fmt: off
+def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size):
+    """Add the flags that all training scripts share. PAPERS.md says where each default comes from."""
+    add = parser.add_argument_group("data and model").add_argument
+    add("--data", help="candidates file, JSONL")
+    add("--output", help="folder of the run: log, checkpoints, and the final model in OUTPUT/model")
+    add("--model", default=model, help="hub id or folder")
+    add("--allow_pickle", action="store_true", help="load .bin weights too; they can run code, so trust their author")
+    add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
+    add("--eval_data", help="held-out records: their figures go to the log, the best model to OUTPUT/best")
+    add("--eval_every", type=in_range(int, 1), default=100, help="steps between evaluations; the last step always")
+    add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
+    add("--max_prompt_length", type=in_range(int, 2), help="of these, the prompt's, cut on the left")
+    add = parser.add_argument_group("optimisation (PAPERS.md says where each default comes from)").add_argument
+    add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
+    add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
+    add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
+    add("--epochs", type=in_range(int, 1), default=epochs, help="passes over the data")
+    add("--batch_size", type=in_range(int, 1), default=batch_size, help="prompts per step over all processes")
+    add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
+    add("--seed", type=in_range(int, 0, 2**32), default=0, help="order of the data, dropout")
+    add = parser.add_argument_group("rows and memory").add_argument
+    add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
+    add("--padded", action="store_true", help="one sequence per candidate, for models that cannot read packed rows")
+    add("--attn", choices=["auto", "flex", "blocks", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
+    add("--activation_checkpointing", nargs="?", const=1, type=in_range(int, 0), metavar="N",
+        help="recompute every N-th layer in the backward; 0: none (default: CUDA 1, CPU 0)")
+    add("--bf16", action="store_true", help="compute in bf16 on CPU too: faster if lscpu shows avx512_bf16 or amx_bf16")
+    add("--compile", action="store_true", help="torch.compile each layer: faster steps on CUDA, minutes at the start")
+    add = parser.add_argument_group("the run's folder").add_argument
+    add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")
+    add("--checkpoint_every", type=in_range(int, 0), default=100, help="steps between checkpoints; 0: when interrupted")
+    add("--track", choices=["tensorboard", "wandb", "trackio"], help="send the log there too (pip install it)")
+# fmt: on
+
+
+def run_cli(main):
+    """Call `main` as a command. An error is one sentence on stderr, with exit code 2, or 1 if it is a bug. --debug adds
+    the traceback."""
+    debug, name = "--debug" in sys.argv, pathlib.Path(sys.argv[0]).name
+    sys.argv = [a for a in sys.argv if a != "--debug"]
+    try:
+        main()
+    except (Exception, KeyboardInterrupt) as e:
+        if debug:
+            traceback.print_exc()
+        code, said = 2, " ".join(str(e).split())[:500]
+        if isinstance(e, KeyboardInterrupt):
+            code, said = 130, "interrupted: what was written stays, and the same command continues"
+        elif isinstance(e, UserError):
+            said = f"error: {e}"
+        elif isinstance(e, OUTSIDE):
+            said = f"error: {type(e).__name__}: {said} (check files, flags, memory and disk; --debug shows where)"
+        else:
+            code, said = 1, f"error: {type(e).__name__}: {said} (a bug: please report what --debug prints)"
+        if process := int(os.environ.get("RANK", 0)):
+            # Process 0 usually says the same, and torchrun then ends this process.
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(2)
+            name += f", process {process}"
+        print(f"{name}: {said}", file=sys.stderr, flush=True)
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            sys.stdout.flush()
+            os._exit(code)  # destroying the process group would wait for the other processes
+        sys.exit(code)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def say(*text):
+    """Print on process 0, above a progress bar."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
+
+
+# -------------------- records
+
+
+def is_number(x):
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300
+
+
+CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
+    "label": (lambda x: x is None or isinstance(x, str), "a string or null"),
+    "correct": (lambda x: isinstance(x, bool), "true or false"),
+    "finished": (lambda x: isinstance(x, bool), "true or false"),
+    "logprob": (is_number, "a finite number"),
+    "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
+    "reward": (is_number, "a finite number"),
+    "similarity": (is_number, "a finite number"),
+    "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
+}
+
+
+def load_candidates(path, limit=None, how=""):
+    """A candidates file, plain or .gz -> its records, all or the first `limit`. UserError, naming the line. `how` is
+    shown where the file is missing: the commands that make it."""
+    if not pathlib.Path(path).exists():
+        raise UserError(f"{path} is not there" + (f". Make it with:\n{how}" if how else ""))
+    records, seen, where = [], {}, path
+    try:
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip() and len(records) != limit:
+                    where = f"{path}:{number}"
+                    record = json.loads(line)
+                    check_record(record, where)
+                    if (first := seen.setdefault(record["id"], where)) != where:
+                        raise UserError(f"{where}: id {record['id']!r} was already on {first}")
+                    records.append(record)
+    except (OSError, EOFError, ValueError, RecursionError, zlib.error) as e:  # torn, not UTF-8, not JSON
+        raise UserError(f"{where}: cannot be read as JSON lines ({e})") from e
+    if not records:
+        raise UserError(f"{path}: holds no records")
+    if limit and len(records) < limit:
+        say(f"WARNING: {path} holds fewer prompts than --max_train_samples {limit}")
+    return records
+
+
+def check_record(record, where):
+    """Raise UserError, naming `where` and the field, unless `record` has the form that all scripts share."""
+
+    def need(good, field, expected):
+        if not good:
+            raise UserError(f"{where}: {field} must be {expected}")
+
+    need(isinstance(record, dict), "the line", "a JSON object")
+    for field in ("id", "prompt"):
+        need(isinstance(record.get(field), str) and record[field].strip(), f"field {field!r}", "a non-empty string")
+    candidates = record.get("candidates")
+    need(isinstance(candidates, list) and candidates, "field 'candidates'", "a non-empty list")
+    for i, c in enumerate(candidates):
+        need(isinstance(c, dict), f"candidates[{i}]", "an object")
+        need(isinstance(c.get("source"), str) and c["source"], f"candidates[{i}].source", "a non-empty string")
+        need(isinstance(c.get("text"), str), f"candidates[{i}].text", "a string")
+        need(c["text"].strip() or c["source"] not in HUMAN, f"candidates[{i}].text of {c['source']!r}", "not empty")
+        for field, (valid, expected) in CANDIDATE_FIELDS.items():
+            need(field not in c or valid(c[field]), f"candidates[{i}].{field}", expected)
+
+
+# -------------------- rows
 
 
 @dataclasses.dataclass
@@ -63,7 +250,7 @@ class Encoded:
     prompt_ids: list[int]
     responses: list[list[int]]
     prompt_cut: int  # tokens cut from the left of the prompt
-    responses_cut: int  # responses that were cut from the right
+    responses_cut: int  # number of responses that were cut on the right
 
     @property
     def num_tokens(self):
@@ -71,12 +258,12 @@ class Encoded:
 
 
 def encode(tokenizer, record, max_length=512, max_prompt_length=None):
-    """Tokenise a record's prompt (with the tokenizer's own special tokens) and its responses (without) apart, so that
-    the boundary never merges; space_before says what stands between. A whole response ends with EOS: one that is
-    neither cut here nor marked `finished: false`.
+    """Tokenise a record -> Encoded. The prompt gets the tokenizer's own special tokens, a response none; the two are
+    tokenised apart, so that no token crosses the boundary. A whole response ends with EOS. A response is not whole if
+    it is cut here, or marked `finished: false`.
 
-    A prompt keeps its last `max_prompt_length` tokens, its BOS and one more always; then a response its first ones that
-    fit `max_length` with it. Without `max_prompt_length` responses go first: the prompt has what they leave.
+    A prompt keeps its last `max_prompt_length` tokens, BOS among them. A response keeps its first tokens, as many as
+    `max_length` leaves beside the prompt. Without `max_prompt_length` responses go first: the prompt gets the rest.
     """
     prompt = prompt_ids(tokenizer, record["prompt"])
     limit = max_length - min(len(prompt), max_prompt_length or 2, max_length - 2)
@@ -86,7 +273,7 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
     for c in record["candidates"]:
         text = c["text"] if own_space else space_before(record["prompt"], c["text"]) + c["text"]
         ids = tokenizer(text, add_special_tokens=False).input_ids
-        whole = c.get("finished") is not False or not ids  # of nothing there would be nothing to score
+        whole = c.get("finished") is not False or not ids  # an empty response is its EOS
         responses.append(ids + [tokenizer.eos_token_id] * whole)
     longest = min(limit, max(map(len, responses)))
     kept = cut_left(tokenizer, prompt, min(max_prompt_length or max_length, max_length - longest))
@@ -95,36 +282,45 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
 
 
 def space_before(prompt, text):
-    """The rule of the join, in training, scoring, and export: a space between prompt and response, unless there is
-    white space already or no response. Generation strips it off again."""
+    """What stands between prompt and response: a space, unless there is white space already or no response."""
     return "" if not text or prompt[-1:].isspace() or text[0].isspace() else " "
 
 
 def prompt_ids(tokenizer, text):
-    """The prompt's tokens with the tokenizer's own special tokens, BOS once and no EOS."""
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # a chat template wrote it
+    """The prompt's tokens with the tokenizer's own special tokens: BOS once, no EOS. UserError if there are none."""
+    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # written by a chat template
     ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
     if not ids:
         raise UserError(f"the prompt {text!r} has no tokens in this tokenizer: leave its record out")
     closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if closed else ids  # some tokenizers close every text with EOS
+    return ids[:-1] if closed else ids  # some tokenizers end every text with EOS
 
 
 def cut_left(tokenizer, ids, room):
-    """The last `room` tokens of a prompt, its BOS kept in front where it has one."""
+    """The last `room` tokens of a prompt. Its BOS, if it has one, stays in front."""
     bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] and room > 1 else []
     return ids if len(ids) <= room else bos + ids[len(ids) - room + len(bos) :]
 
 
+def encode_all(tokenizer, records, args):
+    """encode() for every record. Says how much the length limits cut."""
+    if (args.max_prompt_length or 0) >= args.max_length:
+        raise UserError(f"--max_length {args.max_length} leaves no response beside --max_prompt_length's prompts")
+    encoded = [encode(tokenizer, r, args.max_length, args.max_prompt_length) for r in records]
+    cut = f"{sum(e.prompt_cut > 0 for e in encoded)} prompts (left), {sum(e.responses_cut for e in encoded)} responses"
+    say(f"{len(encoded)} prompts, {sum(e.num_tokens for e in encoded)} tokens; cut to fit: {cut} (right)")
+    return encoded
+
+
 @dataclasses.dataclass
 class PackedBatch:
-    """One row: the prefix tree of some prompts and their candidates (or, padded: one sequence a candidate).
+    """One row: the prefix tree of P prompts with N candidates (or, padded, one sequence per candidate).
 
-    input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or what else the attention reads
+    input_ids [1, T]   position_ids [1, T]   attention_mask [1, 1, T, T] bool, or a form that the attention reads
     logit_positions [R], targets [R]: where token r is predicted, and its id
     token_index [C], candidate_index [C]: prediction token_index[c] counts for candidate candidate_index[c]
     last_positions [N]: where each candidate's last token stands
-    sizes: candidates of each prompt; num_candidates N = sum(sizes); longest: tokens of the longest prompt + response
+    ids: the P records' ids   sizes: how many of the N candidates belong to each prompt
     Padded: input_ids and attention_mask [N, L], position_ids None, positions into the flattened N * L.
     """
 
@@ -136,11 +332,11 @@ class PackedBatch:
     token_index: torch.Tensor
     candidate_index: torch.Tensor
     last_positions: torch.Tensor
+    ids: list[str | None]
     sizes: list[int]
-    num_candidates: int
-    longest: int
 
-    def to(self, device):  # a BlockMask, or blocks that a copy would lose, are there already
+    def to(self, device):
+        """The batch on `device`. A BlockMask and a mask with `blocks` are there already, and a copy would lose them."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and not hasattr(v, "blocks")}
         if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
@@ -148,30 +344,30 @@ class PackedBatch:
 
 
 def sees(end, query, key):
-    """Whether the token at row position `query` sees the one at `key`: an ancestor, or itself."""
+    """Whether the token at row position `query` attends to the one at `key`: an ancestor, or itself."""
     return (key <= query) & (query < end[key])
 
 
 def dense_mask(end):
-    """end [T] of a row -> attention mask [1, 1, T, T] bool: what every attention takes."""
+    """end [T] of a row -> attention mask [1, 1, T, T] bool, which every attention takes."""
     position = torch.arange(len(end))
     return sees(end, position[:, None], position)[None, None]
 
 
 def shared_start(a, b):
-    """How many tokens two sequences begin with in common."""
+    """The number of tokens that two sequences have in common at their start."""
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
 def pack(encoded_records, mask_of=dense_mask, block=1):
     """Pack encoded records into one row, a prefix tree -> PackedBatch.
 
-    Sorted, the sequences prompt + response stand beside those that they share most with: each adds to the row what the
-    one before it did not begin with. So a token's descendants stand right behind it, up to end[token]. `mask_of` makes
-    the mask from end [T]; tokens that no other one sees fill the row up to a multiple of `block`.
+    Sequences are sorted, so neighbours share the longest prefixes. Each sequence adds only the tokens that it does not
+    share with the one before it. So the descendants of a token stand directly behind it, up to end[token]. `mask_of`
+    makes the attention mask from end [T]. The row is filled to a multiple of `block` with tokens that no other sees.
     """
     sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
-    ids, positions, end, path, before = [], [], [], [], []  # path: where in the row the tokens of a sequence stand
+    ids, positions, end, path, before = [], [], [], [], []  # path: the row positions of the current sequence's tokens
     predictions, uses, last_positions = {}, [], [0] * len(sequences)  # predictions: {(position, target): number}
     for n, (tokens, P) in sorted(enumerate(sequences), key=lambda x: x[1]):
         shared = shared_start(tokens, before)
@@ -187,11 +383,11 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
     mask = mask_of(torch.tensor(end + [len(ids) + fill] * fill))
     tensors = [F.pad(torch.tensor(x)[None], (0, fill)) for x in (ids, positions)] + [mask]
     tensors += [*torch.tensor([*predictions]).T, *torch.tensor(uses).T, torch.tensor(last_positions)]
-    return PackedBatch(*tensors, [len(e.responses) for e in encoded_records], len(sequences), max(positions) + 1)
+    return PackedBatch(*tensors, [e.id for e in encoded_records], [len(e.responses) for e in encoded_records])
 
 
 def pack_padded(encoded_records, pad_id=0):
-    """The plain way, the reference for `pack`: each candidate a sequence of its own, padded right -> PackedBatch."""
+    """The reference for `pack`: each candidate is a sequence of its own, padded on the right -> PackedBatch."""
     sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
     L = max(len(tokens) for tokens, _ in sequences)
     input_ids = [tokens + [pad_id] * (L - len(tokens)) for tokens, _ in sequences]
@@ -201,150 +397,575 @@ def pack_padded(encoded_records, pad_id=0):
     last_positions = [n * L + len(tokens) - 1 for n, (tokens, _) in enumerate(sequences)]
     indices = [logit_positions, targets, range(len(uses)), candidate_index, last_positions]
     tensors = [torch.tensor(input_ids), None, torch.tensor(mask), *map(torch.tensor, indices)]
-    return PackedBatch(*tensors, [len(e.responses) for e in encoded_records], len(sequences), L)
+    return PackedBatch(*tensors, [e.id for e in encoded_records], [len(e.responses) for e in encoded_records])
 
 
-def candidate_logprobs(model, batch, max_logits=2**27):
-    """-> (logprobs [N], lengths [N]): each candidate's sum of token log-probabilities, EOS included, and token count;
-    both fp32. More than `max_logits` logits are made in chunks, if check_packing found that the model allows it.
-    Raises UserError where refuse_misread does; check_packing finds other models that would misread a packed row."""
-    plain = getattr(model, "module", model)  # what DistributedDataParallel wraps
-    refuse_misread(plain.config, batch)
-    chunk = max(1, max_logits // plain.config.get_text_config().vocab_size)
-    if len(batch.targets) > chunk and getattr(plain, "plain_head", False):
-        token_logprobs, _ = chunked_logprobs(model, batch, chunk)
-    else:
-        logits = logits_of(model, batch).flatten(0, 1)  # [R, V], or padded [N * L, V]
-        logits = logits[batch.logit_positions] if batch.position_ids is None else logits
-        token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
+def plan_rows(encoded_records, max_tokens, world):
+    """Divide prompts into rows for `world` processes -> rows[process], a list of (indices, weight).
+
+    Prompts with a shared prefix stand in one row, which stores it once. The number of rows is the smallest multiple of
+    `world` for which every row fits `max_tokens` (a longer prompt has a row of its own). Within that number the
+    longest row is as short as possible. All processes get equally many rows, because each forward is a collective
+    under FSDP: a process with too few repeats a row with weight 0.
+    """
+    order, before = [], []  # shared prompts side by side: (index, its tokens, those that the row has already)
+    for i in sorted(range(len(encoded_records)), key=lambda i: encoded_records[i].prompt_ids):
+        e = encoded_records[i]
+        order.append((i, e.num_tokens, shared_start(e.prompt_ids, before)))
+        before = e.prompt_ids
+
+    def cut(budget):  # -> rows within the budget, [their indices], [their tokens]
+        rows, loads = [], []
+        for i, tokens, shared in order:
+            if rows and loads[-1] + tokens - shared <= budget:
+                rows[-1].append(i)
+                loads[-1] += tokens - shared
+            else:
+                rows.append([i])
+                loads.append(tokens)
+        return rows, loads
+
+    k = math.ceil(len(cut(max_tokens)[0]) / world) * world
+    budget = bisect.bisect_left(range(max_tokens), True, key=lambda tokens: len(cut(tokens)[0]) <= k)
+    rows, loads = cut(budget)
+    rows = [sorted(row) for _, row in sorted(zip(loads, rows), reverse=True)]  # processes wait for the longest row
+    plan = [[(row, 1.0) for row in rows[process::world]] for process in range(world)]
+    return [mine + [(rows[-1], 0.0)] * (len(plan[0]) - len(mine)) for mine in plan]
+
+
+def pack_for(model, encoded_records):
+    """pack() on the model's device, with the mask that its attention reads."""
+    device, attn = next(model.parameters()).device, model.config._attn_implementation
+    if attn == "flex_attention":
+        return pack(encoded_records, lambda end: block_mask(end, device), FLEX_BLOCK).to(device)
+    return pack(encoded_records, (lambda end: key_blocks(end, device)) if attn == "blocks" else dense_mask).to(device)
+
+
+def rows(prompts, model, tokenizer, args):
+    """Yield (weight, batch, *columns) for each row of this process's share of `prompts`.
+
+    prompts: (Encoded, column, ...) each, a column a tensor [n] with a value per candidate. The columns of a row's
+    prompts are joined to [N]. weight is 1, or 0 where the row only keeps this process in step with the others. A thread
+    packs the next row meanwhile. Stops the run between two rows if a signal asked for it.
+    """
+    device = next(model.parameters()).device
+    budget = args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
+    budget = 1 if args.padded else budget  # 1: a prompt per row
+    plan = plan_rows([encoded for encoded, *_ in prompts], budget, dist.get_world_size())[dist.get_rank()]
+
+    def make(row):
+        encoded, *columns = zip(*(prompts[i] for i in row))
+        batch = pack_padded(encoded, tokenizer.pad_token_id).to(device) if args.padded else pack_for(model, encoded)
+        return batch, *(torch.cat(c).to(device, non_blocking=True) for c in columns)
+
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(make, plan[0][0])]
+        for n, (_, weight) in enumerate(plan, 1):
+            made = waiting.pop().result()
+            waiting += [thread.submit(make, row) for row, _ in plan[n : n + 1]]
+            yield weight, *made
+            stop_if_asked()
+
+
+def shuffled_batches(num_prompts, args):
+    """The prompts of every step: lists of indices. Each epoch is a seeded shuffle, cut into batches."""
+    batches = []
+    for epoch in range(args.epochs):
+        order = list(range(num_prompts))
+        random.Random(f"{args.seed}-{epoch}").shuffle(order)
+        batches += [order[i : i + args.batch_size] for i in range(0, num_prompts, args.batch_size)]
+    return batches
+
+
+# -------------------- scores
+
+
+def candidate_logprobs(model, batch):
+    """-> (logprobs [N], lengths [N]), fp32: each candidate's sum of token log-probabilities, EOS included, and its
+    number of tokens. check_packing finds the models that misread a packed row."""
+    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
+    if batch.position_ids is not None:  # by logits_to_keep: under fully_shard only the root's forward gathers the head
+        inputs |= {"position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
+    logits = model(**inputs).logits.flatten(0, 1)  # [R, V], or padded [N * L, V]
+    logits = logits[batch.logit_positions] if batch.position_ids is None else logits
+    token_logprobs = -F.cross_entropy(logits.float(), batch.targets, reduction="none")  # [R]
     token_logprobs = token_logprobs[batch.token_index]  # [C]: a token that candidates share counts for each
-    zeros = token_logprobs.new_zeros(batch.num_candidates)
+    zeros = token_logprobs.new_zeros(len(batch.last_positions))
     logprobs = zeros.index_add(0, batch.candidate_index, token_logprobs)
     lengths = zeros.index_add(0, batch.candidate_index, torch.ones_like(token_logprobs))
     return logprobs, lengths
 
 
-def logits_of(model, batch):
-    """The model's logits: [1, R, V] where a packed row predicts, [N, L, V] of padded sequences."""
-    inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if batch.position_ids is not None:  # by logits_to_keep: under fully_shard only the root's forward gathers the head
-        inputs |= {"position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
-    return model(**inputs).logits
-
-
-def chunked_logprobs(model, batch, chunk):
-    """-> (token log-probabilities [R], whether they are right). For this one forward the head scores `chunk` positions
-    at a time, again in the backward. Wrong where a model changes what its head gave it (softcapping)."""
-    head, given = getattr(model, "module", model).get_output_embeddings(), []
-    whole = head.forward
-
-    def score(hidden, targets):
-        return -F.cross_entropy(whole(hidden).float(), targets, reduction="none")
-
-    def forward(hidden):  # [1, R, H] -> [1, R, 1]
-        parts = zip(hidden[0].split(chunk), batch.targets.split(chunk))
-        given.append(torch.cat([checkpoint(score, *x, use_reentrant=False) for x in parts])[None, :, None])
-        return given[0]
-
-    head.forward = forward
-    try:
-        scores = logits_of(model, batch)
-    finally:
-        del head.forward
-    return scores[0, :, 0], scores is given[0]
-
-
-def refuse_misread(config, batch):
-    """Raise UserError where a model of this config would misread a packed row without a word: attention that adds the
-    mask to its scores or ignores it, states that run on, a sliding window, whose own mask a packed row's replaces."""
-    if batch.position_ids is None:
-        return
-    attn, text = config._attn_implementation, config.get_text_config()
-    fit = ("sdpa", "blocks") if isinstance(batch.attention_mask, torch.Tensor) else ("flex_attention",)
-    if attn not in fit[hasattr(batch.attention_mask, "blocks") :]:
-        raise UserError(f"attention {attn!r} misreads packed rows: take attn_implementation={fit[0]!r}, or pack_padded")
-    if other := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
-        raise UserError(f"its layers ({', '.join(sorted(other))}) read a packed row as one text: use pack_padded")
-    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
-    if window and window < batch.longest:
-        raise UserError(f"a sliding window of {window} is shorter than {batch.longest} tokens: use pack_padded")
-
-
 @torch.no_grad()
-def check_packing(model, encoded_records, make_batch=pack, score=None):
-    """Raise UserError for a model that misreads packed rows, before they spoil a run: what ignores their mask or their
-    positions. Finds out for candidate_logprobs whether the logits are what the head gives.
+def check_packing(model, encoded_records, score=None):
+    """Raise UserError for a model that misreads packed rows: one with a running state, with a sliding window (the row's
+    mask replaces the window's), or one that ignores the mask or the positions.
 
-    score(batch) -> [N] or [N, D], by default mean token log-probabilities, must agree packed and padded. Rounding, in
-    bf16 coarse, may take them apart a quarter as far as the mask, or the positions, of plain text do."""
-    plain, training = getattr(model, "module", model), model.training
+    score(batch) -> [N] or [N, D] must be the same packed and padded; by default it is the mean token log-probability.
+    Rounding, coarse in bf16, may separate them by a quarter of what the mask, or the positions, of plain text would.
+    """
+    plain, training = getattr(model, "module", model), model.training  # module: what DistributedDataParallel wraps
+    attn, text = plain.config._attn_implementation, plain.config.get_text_config()
     sequences = [e.prompt_ids + r for e in encoded_records for r in e.responses]
-    P = min(128, max(map(len, sequences)) // 2)  # a prompt of so many tokens, 16 responses of 8
-    text = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
-    some = [Encoded(None, text[:P], [text[i : i + 8] for i in range(P, len(text), 8)], 0, 0)]
-    packed = make_batch(some)
+    if attn not in ("sdpa", "blocks", "flex_attention"):
+        raise UserError(f"its attention {attn!r} misreads packed rows: add --padded")
+    if other := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
+        raise UserError(f"its layers ({', '.join(sorted(other))}) read a packed row as one text: add --padded")
+    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
+    if window and window < max(map(len, sequences)):
+        raise UserError(f"a sliding window of {window} is shorter than the longest sequence: add --padded")
+    P = min(128, max(map(len, sequences)) // 2)  # a prompt of P tokens with 16 responses of 8
+    tokens = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
+    some = [Encoded(None, tokens[:P], [tokens[i : i + 8] for i in range(P, len(tokens), 8)], 0, 0)]
+    packed = pack_for(plain, some)
     row = packed.input_ids[0].tolist()
-    as_text = make_batch([Encoded(None, row[:1], [row[1:]], 0, 0)])
+    as_text = pack_for(plain, [Encoded(None, row[:1], [row[1:]], 0, 0)])
     wrong = [dataclasses.replace(packed, **{k: getattr(as_text, k)}) for k in ("attention_mask", "position_ids")]
-    batches = [x.to(next(plain.parameters()).device) for x in (pack_padded(some), packed, *wrong)]
     model.eval()
+    batches = (pack_padded(some).to(packed.input_ids.device), packed, *wrong)
     padded, *scores = map(score or (lambda batch: torch.div(*candidate_logprobs(model, batch))), batches)
     gap, *wrong = ((s - padded).norm().item() for s in scores)
-    if not gap <= max(1e-3, min(wrong) / 4):  # NaN is no pass
-        raise UserError(f"packed and padded rows differ by {gap:.2g}; a wrong mask does by {min(wrong):.2g}")
-    if not score:
-        _, plain.plain_head = chunked_logprobs(model, batches[1], len(batches[1].targets))
+    if not gap <= max(1e-3, min(wrong) / 4):  # false for NaN
+        raise UserError(f"packed and padded rows differ by {gap:.2g}, a wrong mask by {min(wrong):.2g}: add --padded")
     model.train(training)
+    if hasattr(model, "reshard"):
+        model.reshard()  # FSDP leaves the root's weights gathered after a forward
 
 
 def length_normalized(logprobs, lengths, exponent):
-    """[N], [N] -> [N]; exponent a number or a tensor [N] (lambda of RESCUE Sec. 3, beta of Tuna Eq. 3)."""
+    """[N], [N] -> [N]: log-likelihood over |y| ** exponent, a number or a tensor [N] (RESCUE's lambda, Tuna's beta)."""
     return logprobs / lengths**exponent
 
 
 def pair_statistics(scores, levels):
-    """One prompt's scores [n] and preference levels [n], larger better -> (ordered pairs that the scores put in order,
-    ordered pairs, sum of s_better - s_worse over them), scalars. Equal levels are no pair."""
+    """One prompt's scores [n] and preference levels [n], larger better -> four scalars: the mean score of its best
+    level, the ordered pairs whose scores are in order, the ordered pairs, the sum of s_better - s_worse over them.
+    Equal levels are no pair. Where all levels are NaN (unranked), every candidate counts as best."""
     better = levels[:, None] > levels[None, :]  # [n, n]
     gap = scores[:, None] - scores[None, :]
-    return ((gap > 0) & better).sum(), better.sum(), (gap * better).sum()
+    best = ~better.any(0) & (~levels.isnan() | levels.isnan().all())  # nothing is above it
+    return (scores * best).sum() / best.sum(), ((gap > 0) & better).sum(), better.sum(), (gap * better).sum()
 
 
-# fmt: off
-def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_size):
-    """The flags that all training scripts share; PAPERS.md says which defaults are printed and which are not."""
-    add = parser.add_argument_group("data and model").add_argument
-    add("--data", help="candidates file, JSONL")
-    add("--output", help="folder for the run: log, checkpoints, and the final model in OUTPUT/model")
-    add("--model", default=model, help="hub id or folder")
-    add("--allow_pickle", action="store_true", help="load .bin weights too: they can run code, so trust their author")
-    add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
-    add("--eval_data", help="held-out records: their loss and pair accuracy in the log, the best step in OUTPUT/best")
-    add("--eval_every", type=in_range(int, 1), default=100, help="steps between evaluations; the last step always")
-    add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
-    add("--max_prompt_length", type=in_range(int, 2), help="of them, cut on the left (unset: what responses leave)")
-    add = parser.add_argument_group("optimisation (PAPERS.md says where each default stands)").add_argument
-    add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
-    add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
-    add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
-    add("--epochs", type=in_range(int, 1), default=epochs, help="passes over the data")
-    add("--batch_size", type=in_range(int, 1), default=batch_size, help="prompts per step over all processes")
-    add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
-    add("--seed", type=in_range(int, 0, 2**32), default=0, help="order of the data, dropout")
-    add = parser.add_argument_group("rows and memory").add_argument
-    add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
-    add("--padded", action="store_true", help="one sequence a candidate: for sliding windows, state-space layers")
-    add("--attn", choices=["auto", "blocks", "flex", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
-    add("--activation_checkpointing", nargs="?", const=1, default="auto", type=in_range(int, 0, also="auto"),
-        metavar="N", help="recompute every N-th layer (1: all, 0: none): less memory (default: all, if need be)")
-    add("--bf16", action="store_true", help="compute in bf16 on CPU too: faster if lscpu shows avx512_bf16 or amx_bf16")
-    add("--compile", action="store_true", help="torch.compile each layer: faster steps on CUDA, minutes at the start")
-    add = parser.add_argument_group("the run's folder").add_argument
-    add("--resume", action="store_true", help="continue from OUTPUT's newest checkpoint (or start, if there is none)")
-    add("--overwrite", action="store_true", help="delete what an earlier run left in OUTPUT")
-    add("--allow_changed", action="store_true", help="with --resume: accept arguments that differ from the run's")
-    add("--checkpoint_every", type=in_range(int, 0), default=100, help="steps between checkpoints; 0: when interrupted")
-    add("--keep_checkpoints", type=in_range(int, 1), default=1, help="how many of the newest checkpoints stay on disk")
-    add("--log_every", type=in_range(int, 1), default=1, help="steps between log lines")
-    add("--track", choices=["tensorboard", "wandb"], help="the log's figures there too (pip install it)")
-# fmt: on
+def means(names, rows, num_prompts):
+    """The figures of a step or an evaluation over `num_prompts` prompts, all processes together, for the log.
+
+    rows: (weight, batch, terms [P, len(names) + 4]) per row; a prompt's terms are its losses, then pair_statistics.
+    -> {name: mean loss per prompt}, best_score: mean score of a prompt's best level, pair_accuracy: share of ordered
+    pairs whose scores are in order, gap: mean of s_better - s_worse. Raises UserError, naming the records, for NaN.
+    """
+    totals = all_sum(sum(weight * terms.detach().sum(0) for weight, _, terms in rows))
+    if not all(map(math.isfinite, totals)):
+        finite = [(i, ok) for _, batch, x in rows for i, ok in zip(batch.ids, x.isfinite().all(1).tolist())]
+        everyone = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, [i for i, ok in finite if not ok])
+        bad = ", ".join(sorted({i for ids in everyone for i in ids}))
+        raise UserError(f"the loss is not finite for records {bad}: look at them, or lower --lr")
+    *losses, best, in_order, pairs, gap = totals
+    figures = {k: v / num_prompts for k, v in zip(("best_score", *names), (best, *losses))}
+    return figures | {"pair_accuracy": in_order / max(pairs, 1), "gap": gap / max(pairs, 1)}
+
+
+# -------------------- machine
+
+
+def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """Attention over a packed row on CPU: for CPU_BLOCK queries at a time, over only the keys that one of them sees.
+    (FlexAttention does so on CUDA; it has no backward on CPU.) query [1, H, T, D], key and value [1, KV, T, D] ->
+    ([1, T, H, D], None), as transformers' AttentionInterface asks. Other masks go to SDPA."""
+    blocks = getattr(attention_mask, "blocks", None)
+    if blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != query.shape[1]}
+    out = []
+    for queries, (keys, mask) in zip(query.split(CPU_BLOCK, dim=2), blocks, strict=True):
+        k, v, mask = key.index_select(2, keys), value.index_select(2, keys), mask.to(query.dtype)
+        out.append(F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, **options))
+    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("blocks", attend_blocks)
+AttentionMaskInterface.register("blocks", sdpa_mask)  # the mask of padded rows and of generation
+
+
+def key_blocks(end, device="cpu"):
+    """The mask for attend_blocks, from end [T] of a row. `blocks` holds, for each CPU_BLOCK queries, the keys that one
+    of them sees, and 0 or -inf [queries, keys]. The tensor itself is a single number, expanded to [1, 1, T, T]."""
+    position = torch.arange(len(end))
+    mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, len(end), len(end))
+    mask.blocks = []
+    for queries in position.split(CPU_BLOCK):
+        keys = position[: queries[-1] + 1]
+        keys = keys[end[keys] > queries[0]]
+        visible = torch.where(sees(end, queries[:, None], keys), 0.0, -torch.inf)
+        mask.blocks.append(tuple(x.to(device, non_blocking=True) for x in (keys, visible)))
+    return mask
+
+
+def block_mask(end, device):
+    """FlexAttention's mask on `device`, from end [T] of a row of whole blocks. Nothing of size T x T is made."""
+    ends = end.view(-1, FLEX_BLOCK)
+    first = torch.arange(0, len(end), FLEX_BLOCK)[:, None]  # the first query of each block
+    partial = (ends.amax(1) > first).tril()  # [query blocks, key blocks]: some pair is visible
+    whole = (ends.amin(1) >= first + FLEX_BLOCK).tril(-1)  # all pairs are
+    end = end.to(device, non_blocking=True)
+    ordered = []
+    for blocks in (partial & ~whole, whole):
+        order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
+        ordered += [x.int()[None, None].to(device, non_blocking=True) for x in (blocks.sum(-1), order)]
+    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, q, k: sees(end, q, k))
+
+
+def init_distributed(minutes=30):
+    """-> (process, world, device). NCCL on CUDA, gloo on CPU; without torchrun a group of one process. A process that
+    waits longer than `minutes` for the others ends with an error."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in length
+        torch.cuda.set_device(device)
+    transformers.utils.logging.disable_progress_bar()  # one bar per process for loading and saving weights
+    options = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    options["timeout"] = datetime.timedelta(minutes=minutes)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", **options)
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
+    """auto_class.from_pretrained of safetensors only (a pickle can run code), without remote code. Raises UserError,
+    naming `flag`, where a model cannot be loaded or its weights do not fit its config."""
+    try:
+        if not auto_class.__name__.startswith("AutoModel"):
+            return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
+        options = {"trust_remote_code": False, "use_safetensors": None if allow_pickle else True}
+        model, info = auto_class.from_pretrained(name, **kwargs | options | {"output_loading_info": True})
+    except Exception as e:  # a folder may hold anything
+        reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
+        if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
+            reason = "its weights are pickles, which can run code: convert them to safetensors, or add --allow_pickle"
+        hint = f"; python demo/get_{name[5:]}.py makes it" if name in ("demo/model", "demo/encoder") else ""
+        raise UserError(f"{flag} {name}: cannot be loaded ({reason}){hint}") from e
+    whole = auto_class is AutoModelForCausalLM  # other tasks have other heads, but the same numbered layers
+    if odd := [k for k in {*info["missing_keys"], *info["unexpected_keys"]} if whole or re.search(r"\.\d+\.", k)]:
+        raise UserError(f"{flag} {name}: its weights do not fit its config.json: {', '.join(sorted(odd)[:3])}")
+    return (model, info) if kwargs.get("output_loading_info") else model
+
+
+def load_tokenizer(name, flag="--model", model=None):
+    """A tokenizer with a padding token. UserError if it has no EOS, or tokens that `model` has no embedding for."""
+    tokenizer = load_pretrained(AutoTokenizer, name, flag)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag} {name}: the tokenizer has no EOS token, which must end every response")
+    rows = model.get_input_embeddings().num_embeddings if model else math.inf
+    if (tokens := max(tokenizer.get_vocab().values(), default=0) + 1) > rows:
+        raise UserError(f"{flag} {name}: its tokenizer has {tokens} tokens, its embedding {rows}")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by id
+    return tokenizer
+
+
+def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
+    """-> (model, tokenizer) for training: fp32 weights, sharded with FSDP2. The processes of a machine load one after
+    the other, so that its memory holds one whole model at a time."""
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+        if turn == int(os.environ.get("LOCAL_RANK", 0)):
+            options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32}
+            model = load_pretrained(auto_class, args.model, **options, **kwargs)
+            tokenizer = load_tokenizer(args.model, model=model)
+            set_attention(model, device, "sdpa" if args.padded else args.attn)
+            every = args.activation_checkpointing
+            if every := int(device.type == "cuda") if every is None else every:
+                old = model.gradient_checkpointing_enable  # its name in transformers 5.17
+                enable = getattr(model, "activation_checkpointing_enable", old)
+                enable({"use_reentrant": False}, every_n_layers=every)
+            for layer in decoder_layers(model) if args.compile else ():
+                layer.compile(dynamic=True)  # rows differ in length
+            model = shard(model.train(), device, args.bf16)
+        dist.barrier()
+    return model, tokenizer
+
+
+def set_attention(model, device, asked="auto"):
+    """Give the model the attention that reads packed rows: FlexAttention on CUDA, else attend_blocks. FlexAttention
+    wants heads of 16 or more and no dropout. A model without SDPA keeps its own attention."""
+    text = model.config.get_text_config()
+    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    can = model._supports_flex_attn and heads >= 16 and not getattr(text, "attention_dropout", 0)
+    if asked == "flex" or (asked == "auto" and device.type == "cuda" and can):
+        model.set_attn_implementation("flex_attention")
+    elif asked != "sdpa" and model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation("blocks")
+
+
+def shard(model, device, bf16=False):
+    """FSDP2 over all processes: layer by layer, then the rest. Computes in bf16 on CUDA and with --bf16; gradients are
+    summed in fp32. One process in fp32 needs no FSDP."""
+    dtype = torch.bfloat16 if bf16 or device.type == "cuda" else torch.float32
+    if dist.get_world_size() > 1 or dtype is torch.bfloat16:
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+        mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        for part in (*decoder_layers(model), model):  # embedding and head stay with the root: they may be tied
+            fully_shard(part, mesh=mesh, mp_policy=policy)
+    return model
+
+
+def decoder_layers(model):
+    """The transformer's layers: the longest ModuleList of the model, whatever the architecture calls it."""
+    return max((m for m in model.modules() if isinstance(m, torch.nn.ModuleList)), key=len, default=[])
+
+
+def all_sum(values):
+    """Sum numbers, or a tensor [n], over all processes, each by itself -> floats."""
+    total = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def clip_grad_norm(model, max_norm, records):
+    """Clip the gradient to `max_norm` -> its norm before. UserError, naming `records`, where it is not finite."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient of records {', '.join(records)} is not finite: look at them, or lower --lr")
+    return norm
+
+
+# -------------------- run
+# OUTPUT/args.json     the arguments, the digest of the data, the versions
+# OUTPUT/log.jsonl     a line per step, and a line per evaluation on --eval_data
+# OUTPUT/checkpoints/  step-N: shards of weights and optimizer, safetensors
+# OUTPUT/model, best   Hugging Face folders: the trained model; the model of the best evaluation
+#
+# The order of the data and the dropout seeds derive from (seed, step). So a checkpoint's step number is its whole data
+# and RNG state.
+
+# Arguments that may change when a run is resumed.
+FREE = {"output", "resume", "checkpoint_every", "track"}
+FREE |= {"attn", "max_tokens_per_row", "activation_checkpointing", "compile"}
+
+
+def open_run(args):
+    """-> the folder OUTPUT as a Path, locked while the process lives. Ends the program where the run is finished.
+    Raises UserError where the folder is another's, or its run has other arguments or data."""
+    output, file = pathlib.Path(args.output), pathlib.Path(args.output) / "args.json"
+    settings = {k: v for k, v in vars(args).items() if k not in FREE}
+    for path in filter(None, (args.data, args.eval_data)):
+        with open(path, "rb") as f:
+            settings[f"content of {path}"] = hashlib.file_digest(f, "sha256").hexdigest()
+    if dist.get_rank() == 0:
+        content = {p.name for p in output.iterdir()} if output.exists() else set()
+        if content and "lock" not in content:
+            raise UserError(f"--output {output} holds something else than a run: name another folder")
+        begun = bool(content - {"lock", "args.json"})  # a run that failed at its start left nothing to lose
+        if begun and not args.resume:
+            raise UserError(f"--output {output} is not empty: continue its run with --resume, or name another folder")
+        output.mkdir(parents=True, exist_ok=True)
+        open_run.lock = open(output / "lock", "w")  # noqa: SIM115
+        try:
+            fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output {output}: another run is writing there") from None
+        before = json.loads(file.read_text())["settings"] if begun else settings
+        if changed := [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]:
+            raise UserError(f"--resume {output}: arguments differ from the run's: {', '.join(changed)}")
+        if not begun:
+            about = {"settings": settings, "command": shlex.join(sys.argv), "torch": torch.__version__}
+            write_atomically(file, json.dumps(about | {"transformers": transformers.__version__}, indent=1))
+    dist.barrier()
+    if not file.exists() or json.loads(file.read_text())["settings"] != settings:
+        raise UserError(f"--output {output}: this process has other arguments, or sees another folder, than process 0")
+    if (output / "model").exists():
+        drop_checkpoints(output)  # they are there if it was killed at its very end
+        say(f"{output} is finished: its model is in {output / 'model'}")
+        sys.exit(0)
+    return output
+
+
+def run_settings(model):
+    """The arguments of the run that made this model (RUN/model or RUN/best) -> dict, empty for any other model."""
+    file = pathlib.Path(model).parent / "args.json"
+    found = json.loads(file.read_text()) if pathlib.Path(model).name in ("model", "best") and file.is_file() else {}
+    return found.get("settings", {}) if isinstance(found, dict) else {}
+
+
+def run_name(model):
+    """What a model is called in records and reports: the name of its run, or else of its folder."""
+    path = pathlib.Path(model)
+    return path.parent.name + "-best" * (path.name == "best") if run_settings(model) else path.name
+
+
+def write_atomically(path, text):
+    """Replace a file. After a crash or a power loss it has the old or the new content, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    os.replace(part, path)
+
+
+def sync(path):
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def whole_folder(folder):
+    """Give all processes a temporary folder to write to, then rename it on process 0: `folder` is complete, or not
+    there, even after a power loss. Raises UserError where it cannot be written."""
+    part = folder.with_name(folder.name + ".part")
+    if dist.get_rank() == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    dist.barrier()
+    try:
+        yield part
+        dist.barrier()
+        if dist.get_rank() == 0:
+            for path in (*part.iterdir(), part):
+                sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # the best model so far
+            os.replace(part, folder)
+            sync(folder.parent)
+    except (*OUTSIDE, RuntimeError, dcp.api.CheckpointException) as e:  # a full disk has many names
+        raise UserError(f"{folder} could not be saved ({str(e).strip().splitlines()[-1:]})") from e
+    dist.barrier()
+
+
+def checkpoints(output):
+    return sorted(p for p in (output / "checkpoints").glob("step-*") if p.suffix != ".part")
+
+
+def drop_checkpoints(output):
+    if dist.get_rank() == 0:
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+
+
+def training_state(model, optimizer):
+    """-> (the tensors of a checkpoint, the optimizer's settings; these come from the flags and are not saved)."""
+    weights, of_optimizer = states.get_state_dict(model, optimizer)
+    return {"model": untied(model, weights), "optimizer": of_optimizer["state"]}, of_optimizer["param_groups"]
+
+
+def untied(model, weights):
+    """A state dict that holds a tied weight once; safetensors refuse it twice."""
+    return {k: v for k, v in weights.items() if k not in getattr(model, "all_tied_weights_keys", {})}
+
+
+def save_checkpoint(output, step, model, optimizer):
+    """Write OUTPUT/checkpoints/step-N, each process its shards, then delete the one before."""
+    before, folder = checkpoints(output), output / "checkpoints" / f"step-{step:08d}"
+    if step == 0 or folder in before:  # before the first step the optimizer has no state that could be saved
+        return
+    with whole_folder(folder) as part:
+        writer = dcp.HuggingFaceStorageWriter(part, save_distributed=True)  # safetensors: reading them runs no code
+        dcp.save(training_state(model, optimizer)[0], storage_writer=writer)
+    for old in before if dist.get_rank() == 0 else ():
+        os.replace(old, old.with_suffix(".part"))  # a half-deleted folder does not keep the name of a whole one
+        shutil.rmtree(old.with_suffix(".part"))
+
+
+def load_checkpoint(output, model, optimizer):
+    """Load the newest checkpoint, on any number of processes -> the number of steps taken, 0 where there is none."""
+    if not (found := checkpoints(output)):
+        return 0
+    state, groups = training_state(model, optimizer)
+    try:
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(found[-1]))
+    except Exception as e:
+        raise UserError(f"{found[-1]} is damaged ({type(e).__name__}): delete it and start anew") from e
+    states.set_model_state_dict(model, state["model"], options=states.StateDictOptions(strict=False))  # tied ones once
+    states.set_optimizer_state_dict(model, optimizer, {"state": state["optimizer"], "param_groups": groups})
+    say(f"resuming after step {int(found[-1].name[5:])} from {found[-1]}")
+    return int(found[-1].name[5:])
+
+
+def save_model(model, tokenizer, folder):
+    """Gather the weights and write a Hugging Face folder, in fp32: with bf16 weights a next stage at a small learning
+    rate would not move (the neighbours of 0.02 are 1.2e-4 away)."""
+    state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    with whole_folder(folder) as part:
+        if dist.get_rank() == 0:
+            model.save_pretrained(part, state_dict=untied(model, state))
+            tokenizer.save_pretrained(part)
+
+
+def learning_rate(step, total, args):
+    """Linear warm-up, then constant or a cosine to 0. `step` counts from 0; the first step already learns."""
+    warmup = args.warmup if args.warmup >= 1 else math.ceil(args.warmup * total)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    if args.schedule == "constant":
+        return args.lr
+    return args.lr * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def open_log(args, output, start):
+    """-> ({step: line} of the evaluations until step `start`, log(line): append to OUTPUT/log.jsonl, print, track).
+
+    Later lines are dropped: their steps are taken again. Raises UserError where --track's package is not installed.
+    """
+    file, track = output / "log.jsonl", None
+    lines = file.read_text().splitlines() if file.exists() else []
+    lines = [json.loads(x) for x in lines if x.startswith("{") and x.endswith("}")]  # the last one may be torn
+    lines = [x for x in lines if x["step"] <= start]
+    if dist.get_rank() == 0:
+        write_atomically(file, "".join(json.dumps(x) + "\n" for x in lines))
+        track = args.track and open_tracker(args, output, start)
+
+    def log(line):
+        if dist.get_rank() == 0:
+            with open(file, "a") as f:
+                f.write(json.dumps(line) + "\n")
+            if track:
+                track(line)
+        say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
+
+    return {x["step"]: x for x in lines if "eval_loss" in x}, log
+
+
+def is_best(evaluations, step):
+    """Whether the model after `step` steps is the best so far, by eval_reward if there is one, else by eval_loss. The
+    untrained model does not compete."""
+    values = {s: x.get("eval_reward", -x["eval_loss"]) for s, x in evaluations.items() if s > 0}
+    return step > 0 and values.pop(step) > max(values.values(), default=-math.inf)
+
+
+def open_tracker(args, output, start):
+    """-> track(line). A resumed run continues its curves."""
+    try:
+        module = importlib.import_module("torch.utils.tensorboard" if args.track == "tensorboard" else args.track)
+    except ImportError as e:
+        raise UserError(f"--track {args.track}: not installed: pip install {args.track}") from e
+    if args.track == "tensorboard":
+        writer = module.SummaryWriter(output / "tensorboard", purge_step=start + 1, flush_secs=10)
+        return lambda line: [writer.add_scalar(k, v, line["step"]) for k, v in line.items()]
+    own = {"id": hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]} if args.track == "wandb" else {}
+    run = module.init(project="ranking", name=output.name, config=vars(args), resume="allow", **own)
+    return lambda line: run.log(line, step=line["step"])  # trackio has wandb's interface
+
+
+STOP = {"asked": 0.0, "save": None}  # when a signal came; what to do then
+
+
+def on_stop(save):
+    """From now on SIGTERM, SIGINT and SIGHUP stop the run after the current row: `save` is called, the command that
+    continues is printed, and the exit code is 0. Signals within ten seconds are one request; a later one kills."""
+
+    def handler(number, frame):
+        if STOP["asked"] and time.time() > STOP["asked"] + 10:
+            os._exit(128 + number)
+        STOP["asked"] = STOP["asked"] or time.time()
+
+    STOP.update(asked=0.0, save=save)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, handler)
+
+
+def stop_if_asked():
+    """Stop the run if any process received a signal. A collective: all processes call it at the same place."""
+    if STOP["save"] and any(all_sum([STOP["asked"]])):
+        STOP["save"]()
+        torchrun = f"torchrun --nproc_per_node {dist.get_world_size()} " if "RANK" in os.environ else "python "
+        command = torchrun + shlex.join([*(a for a in sys.argv if a != "--resume"), "--resume"])
+        say(f"stopped by a signal; continue with: {command}")
+        sys.exit(0)

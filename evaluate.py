@@ -28,7 +28,7 @@ over processes.
     python evaluate.py sheet --score results-1.json results-2.json
 """
 
-import runtime
+import common
 from collecting.flags import run_verb
 from evaluating.hh import hh, hh_flags
 from evaluating.judge import judge, judge_flags
@@ -61,4 +61,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

@@ -1,61 +1,65 @@
 """RESCUE: train a language model to rank partially ordered human and model responses (arXiv 2311.09136).
 
-A prompt x has one human response and several model responses y_b. The model's own length-normalised log-likelihood
-scores them (Sec. 3, where the fraction has no number),
+    torchrun --nproc_per_node 4 rescue.py --ordering label                            # the paper's main experiment
+    torchrun --nproc_per_node 4 rescue.py --ordering none                             # its SFT baseline
+    python rescue.py --ordering label --data d.jsonl --model demo/model --output runs/x   # one process, GPU or CPU
+
+A prompt x has one human response and several model responses y. The model scores a response by its own
+length-normalised log-likelihood (Sec. 3) and learns to score better responses higher:
 
     s(y)    = log pi(y | x) / |y| ** lambda            lambda = 1.0 for human, 0.85 for model responses (Sec. 7)
     Eq. 1   L_SFT    = -log pi(y* | x) / |y*|           y* the human response
     Eq. 2   L_Rank   = sum over pairs (better, worse) of max(0, s(worse) - s(better))
     Eq. 3   L_RESCUE = L_SFT + alpha L_Rank             alpha best between 0.01 and 0.1 (Sec. 7, Fig. 4)
 
-and the pairs come from an ordering (Sec. 4), partial (PO) where that is all one knows, or full (FO):
+An ordering (Sec. 4) says which pairs there are. A partial ordering (PO) does not compare all responses; a full one
+(FO) does.
 
     human       PO: the human response before every model response
-    label       PO: responses with the right label (or answer) before the others; equals are not compared
-    hybrid      PO: human, then right, then wrong (multi-document QA, Sec. 5.2: right and anchored in the gold passage,
-                then right, then wrong)
+    label       PO: responses with the right label or answer before the others
+    hybrid      PO: human, then right, then wrong. Multi-document QA (Sec. 5.2): right and anchored in the gold
+                passage, then right, then wrong
     similarity  FO: by embedding similarity to the human response
     gpt         FO: the human response, then a stronger model's ranking of the others
-    none        supervised fine-tuning on the human response alone: Sec. 6.1's SFT
-    reward      FO: by a reward model's score, y* the best-rewarded: RRHF (--alpha 1 and both lambdas 1)
+    none        no pairs: supervised fine-tuning on the human response (Sec. 6.1)
+    reward      FO: by a reward model's score; y* is the best-rewarded. With --alpha 1 and both lambdas 1: RRHF
 
-Where print and released code differ, the default is what gave the paper's results:
- 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. Used: the
-    code's hinge (RRHF's) on violated pairs, summed over a prompt's pairs, then averaged over prompts.
- 2. Eq. 1 as printed is not divided by |y*|; the code's is.
- 3. y*: the code takes the best-scored response, in its data the human one. Used, except with `reward`: the human
-    response, else the best correct one, else the prompt has no SFT term.
- 4. lambda: the code gives 1.0 to the first response of a list; here `source` decides. On multi-document QA the code has
-    1.0 for all: --length_scaling 1. Sec. 7 speaks of NLI alone.
- 5. Batch 64 in print; the alpha of its tables is not said. The code's script has 8 and 0.1. Here 64 and 0.1.
- 6. Multi-document QA has no human response and no SFT term, in print and code alike: --no_sft. alpha is then a factor
-    on the whole loss, which Adam does not see; only clipping does.
- 7. Ours: a prompt without a pair and without y* is left out of the batches (the code computes its zeros), and of the
-    others only what is y* or in a pair is computed.
+Where the print and the released code differ, the default is what gave the paper's results:
+ 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. The code has
+    RRHF's hinge on violated pairs. Default: the code's, summed over a prompt's pairs, averaged over prompts.
+ 2. Eq. 1 as printed is not divided by |y*|. Default: the code's, which is.
+ 3. y* in the code is the response with the best score in its data, there always the human one. Default: the human
+    response, else the best correct one, else the prompt has no SFT term. With `reward`: the code's.
+ 4. lambda 1.0 in the code goes to the first response of a list. Default: to responses whose `source` is human. On
+    multi-document QA the code has 1.0 for all: --length_scaling 1. (Sec. 7 speaks of NLI alone.)
+ 5. The batch is 64 in print and 8 in the code's script; alpha in the tables is not printed and 0.1 in the script.
+    Default: 64 and 0.1.
+ 6. Multi-document QA has no human response and no SFT term, in print and code: --no_sft. alpha then scales the whole
+    loss. Adam does not see that; only clipping does.
+ 7. Ours: a prompt without a pair and without y* is left out of the batches (the code computes its zeros). Of the other
+    prompts, only y* and the candidates in a pair are computed.
 
-    torchrun --nproc_per_node 4 rescue.py --ordering label                            # the paper's main experiment
-    torchrun --nproc_per_node 4 rescue.py --ordering none                             # its SFT baseline
-    python rescue.py --ordering label --data d.jsonl --model demo/model --output runs/x   # one process, GPU or CPU
+The log: rank_loss and sft_loss are Eq. 2 and 1 per prompt. pair_accuracy is the share of ordered pairs with s(better) >
+s(worse), and gap their mean difference. best_score is the mean score of the best candidates: if it falls, the model
+gains in ranking by making all candidates unlikely.
 """
 
 import math
 import random
+import time
 from collections import Counter
 
 import torch
+from tqdm import tqdm
 
 import common
-import runtime
-from common import UserError, candidate_logprobs, in_range, pair_statistics
-from files import load_candidates
-from run import Run, shuffled_batches, with_held_out
-from runtime import say
+from common import UserError, candidate_logprobs, in_range, pair_statistics, say
 
 
 def ranking_loss(scores, levels):
     """Eq. 2 in the released form: the sum over pairs with levels[i] > levels[j] of max(0, scores[j] - scores[i]).
 
-    scores [n] fp32, levels [n] preferences, larger better -> scalar. Ties are not compared; no pairs give 0.
+    scores [n] fp32; levels [n] preferences, larger better -> scalar. Ties are not compared; no pairs give 0.
     """
     better = levels[:, None] > levels[None, :]  # [n, n]
     violation = (scores[None, :] - scores[:, None]).clamp(min=0)  # [n, n], s_worse - s_better where `better` holds
@@ -70,17 +74,20 @@ def sft_loss(logprobs, lengths, target):
     return torch.where(target, -logprobs / lengths, 0.0).sum()
 
 
+def is_human(record):
+    return [c["source"] in common.HUMAN for c in record["candidates"]]
+
+
 def preference(record, ordering):
-    """A record's candidates -> [n] preference levels, larger better (Sec. 4 and 5.2). Equal levels are not compared,
-    and NaN with nothing."""
-    candidates = record["candidates"]
-    human = [c["source"] in common.HUMAN for c in candidates]
+    """A record's candidates -> [n] preference levels, larger better (Sec. 4 and 5.2). Equal levels are not compared;
+    NaN is compared with nothing."""
+    candidates, human = record["candidates"], is_human(record)
     if ordering == "none":
         return [0.0] * len(candidates)
     if ordering == "human":
         return [float(h) for h in human]
     if ordering in ("label", "hybrid"):
-        # the human response carries the annotated label, so it is right unless it was marked otherwise
+        # The human response carries the annotated label, so it is right unless it was marked otherwise.
         right = [float(c.get("correct", h)) for c, h in zip(candidates, human)]
         if ordering == "label":
             return right
@@ -96,26 +103,38 @@ def preference(record, ordering):
 
 
 def sft_target(record, levels, ordering):
-    """Where y* of Eq. 1 stands among the candidates: the human response, else the best correct one (the first among
-    equals), else None; with `reward` the best-rewarded one, as in RRHF."""
+    """The index of y* (Eq. 1) among the candidates, or None: the human response, else the best correct one (the first
+    among equals). With `reward`: the best-rewarded one, as in RRHF."""
     candidates = range(len(levels))
     if ordering == "reward":
         return max(candidates, key=lambda i: levels[i])
-    human = [i for i in candidates if record["candidates"][i]["source"] in common.HUMAN]
+    human = [i for i in candidates if is_human(record)[i]]
     right = [i for i in candidates if record["candidates"][i].get("correct")]
     best = sorted(right, key=lambda i: -math.inf if math.isnan(levels[i]) else levels[i], reverse=True)
     return next(iter(human + best), None)
 
 
-def select_candidates(record, num_candidates, seed):
-    """At most `num_candidates` of a record's candidates: the human ones always, a seeded draw of the others, in the
-    file's order (Fig. 4)."""
+def draw_candidates(record, num_candidates, seed):
+    """At most `num_candidates` of a record's candidates (Fig. 4): the human ones, then a seeded draw of the others, in
+    the file's order."""
     candidates = record["candidates"]
-    human = [i for i, c in enumerate(candidates) if c["source"] in common.HUMAN]
+    human = [i for i, h in enumerate(is_human(record)) if h]
     others = [i for i in range(len(candidates)) if i not in human]
     room = max(0, num_candidates - len(human))
     drawn = random.Random(f"{seed}-{record['id']}").sample(others, min(room, len(others)))
     return record | {"candidates": [candidates[i] for i in sorted(human[:num_candidates] + drawn)]}
+
+
+def select_candidates(record, args):
+    """-> (the record with the candidates to compute, which are y* and those in a pair; their levels [n]; which of them
+    is y* [n], bool)."""
+    record = draw_candidates(record, args.num_candidates, args.seed)
+    levels = torch.tensor(preference(record, args.ordering))
+    y = None if args.no_sft else sft_target(record, levels.tolist(), args.ordering)
+    target = torch.tensor([i == y for i in range(len(levels))])
+    better = levels[:, None] > levels[None, :]  # [n, n]
+    used = (target | better.any(0) | better.any(1)).nonzero()[:, 0]
+    return record | {"candidates": [record["candidates"][i] for i in used]}, levels[used], target[used]
 
 
 def parse_args():
@@ -140,9 +159,7 @@ def parse_args():
     return args
 
 
-HUMAN = "a candidate with source human or reference (--ordering gpt, by rank, and reward need none)"
 NEEDS = {"label": "correct", "hybrid": "correct", "similarity": "similarity", "gpt": "rank", "reward": "reward"}
-RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
 COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_train_1.csv esnli_train_2.csv \\
       --shuffle 0 --limit 20000
   torchrun --nproc_per_node 4 collect_candidates.py sample --task esnli --model meta-llama/Llama-2-7b-hf \\
@@ -150,91 +167,133 @@ COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_t
   python collect_candidates.py rank --task esnli --by {}"""
 
 
-def load_data(args, path, limit):
-    """-> (records with the candidates to compute, their levels, their y*: tensors [n], bool); says what was found."""
-    by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label"
-    runtime.require_data(path, COLLECT.format(by + " --drop_malformed" * (by == "label")))
-    field = NEEDS.get(args.ordering)
-    read = load_candidates(path, limit=limit)
-    records, levels, targets, count = [], [], [], Counter()
-    for record in read:
-        where = f"{path}: record {record['id']!r}"
-        human = [c["source"] in common.HUMAN for c in record["candidates"]]
-        if not any(human) and args.ordering in ("human", "none", "similarity"):
-            raise UserError(f"{where} has no human response, which --ordering {args.ordering} needs: {HUMAN}")
-        for i, (c, h) in enumerate(zip(record["candidates"], human)):
-            if field and field not in c and not (h and field in ("correct", "similarity", "rank")):
-                hint = RANK_BY.format(by, path)
-                raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
-        drawn = select_candidates(record, args.num_candidates, args.seed)
-        level = torch.tensor(preference(drawn, args.ordering))  # [n]
-        y = sft_target(drawn, level.tolist(), args.ordering)
-        target = torch.tensor([i == y and not args.no_sft for i in range(len(level))])  # [n]
-        better = level[:, None] > level[None, :]  # [n, n]
-        used = (target | better.any(0) | better.any(1)).nonzero()[:, 0]
-        human = y is not None and drawn["candidates"][y]["source"] in common.HUMAN
-        count["without y*" if y is None else "human" if human else "chosen"] += 1
-        count["pairs"] += int(better.sum())
-        count["not drawn"] += len(record["candidates"]) - len(drawn["candidates"])
-        if len(used):
-            records.append(drawn | {"candidates": [drawn["candidates"][i] for i in used]})
-            levels.append(level[used])
-            targets.append(target[used])
-    if args.ordering != "none" and not count["pairs"]:
+def check_annotations(record, path, ordering):
+    """Raise UserError, naming the record and the command that helps, where it lacks what its ordering needs."""
+    where, human, field = f"{path}: record {record['id']!r}", is_human(record), NEEDS.get(ordering)
+    if not any(human) and ordering in ("human", "none", "similarity"):
+        raise UserError(
+            f"{where} has no human response (source human or reference): --ordering gpt or reward need none"
+        )
+    for i, (c, h) in enumerate(zip(record["candidates"], human)):
+        if field and field not in c and not (h and field in ("correct", "similarity", "rank")):
+            by = "label" if field == "correct" else ordering
+            hint = f"python collect_candidates.py rank --by {by} --input {path} --output NEW.jsonl"
+            raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
+
+
+def load_data(args, path, limit=None):
+    """-> a list of (record, levels [n], target [n]) as select_candidates gives them; says what was found."""
+    by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label --drop_malformed"
+    records = common.load_candidates(path, limit, how=COLLECT.format(by))
+    for record in records:
+        check_annotations(record, path, args.ordering)
+    selected = [select_candidates(r, args) for r in records]
+    kept = [s for s in selected if len(s[1])]
+    pairs = sum(int((levels[:, None] > levels[None, :]).sum()) for _, levels, _ in kept)
+    if args.ordering != "none" and not pairs:
         hint = "nothing to rank. See what `rank` said of them, and --num_candidates"
         raise UserError(f"{path}: --ordering {args.ordering} finds no two candidates of different preference: {hint}")
-    if limit and len(read) < limit:
-        say(f"WARNING: {path} holds fewer prompts than --max_train_samples {limit}")
+    count = Counter(is_human(r)[int(y.int().argmax())] if y.any() else None for r, _, y in selected)
     chosen = "the best-rewarded" if args.ordering == "reward" else "the best correct response"
-    found = f"the human response in {count['human']}, {chosen} in {count['chosen']}, none in {count['without y*']}"
-    say(f"{len(read)} prompts, {count['pairs']} ordered pairs; y* is", "not used: --no_sft" if args.no_sft else found)
-    if len(read) > len(records):
-        say(f"{len(read) - len(records)} prompts are left out: they have neither a pair nor an SFT term")
-    if count["not drawn"]:
-        say(f"--num_candidates {args.num_candidates} leaves out {count['not drawn']} model responses, a seeded draw")
+    found = f"the human response in {count[True]}, {chosen} in {count[False]}, none in {count[None]}"
+    say(f"{len(records)} prompts, {pairs} ordered pairs; y* is", "not used: --no_sft" if args.no_sft else found)
+    if len(records) > len(kept):
+        say(f"{len(records) - len(kept)} prompts are left out: they have neither a pair nor an SFT term")
+    if left := sum(max(0, len(r["candidates"]) - args.num_candidates) for r in records):
+        say(f"--num_candidates {args.num_candidates} leaves out {left} model responses, a seeded draw")
     if args.no_sft:
-        say("no SFT term: length-normalised ranking alone can degenerate, so watch the evaluation")
-    return records, levels, targets
+        say("no SFT term: length-normalised ranking alone can degenerate, so watch best_score and the evaluation")
+    return kept
+
+
+def encode(tokenizer, data, args):
+    """-> (Encoded, lambdas [n], levels [n], target [n]) for each record, a number per candidate."""
+    encoded = common.encode_all(tokenizer, [record for record, _, _ in data], args)
+    human = [torch.tensor(is_human(record)) for record, _, _ in data]
+    lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
+    return [(e, lam, levels, target) for e, lam, (_, levels, target) in zip(encoded, lambdas, data)]
+
+
+LOSSES = ("loss", "rank_loss", "sft_loss")
+
+
+def row_losses(model, batch, lambdas, levels, target, alpha):
+    """Forward, scores and losses of one row -> [P, 7]: for each of its P prompts the LOSSES, then pair_statistics.
+
+    The row has N candidates, and batch.sizes says how many of them belong to each prompt. lambdas, levels, target [N].
+    """
+    logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
+    scores = logprobs / lengths**lambdas  # [N], s(y)
+    columns = (x.split(batch.sizes) for x in (scores, logprobs, lengths, levels, target))
+    prompts = []
+    for s, logp, length, level, y in zip(*columns):  # [n] each: pairs never cross prompts
+        rank_term, sft_term = ranking_loss(s, level), sft_loss(logp, length, y)
+        loss = sft_term + alpha * rank_term  # Eq. 3
+        prompts.append(torch.stack([loss, rank_term, sft_term, *pair_statistics(s, level)]))
+    return torch.stack(prompts)
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, prompts, args):
+    """-> the figures of held-out prompts, for the log."""
+    model.eval()
+    rows = common.rows(prompts, model, tokenizer, args)
+    terms = [(weight, batch, row_losses(model, batch, *columns, args.alpha)) for weight, batch, *columns in rows]
+    model.train()
+    return {f"eval_{k}": v for k, v in common.means(LOSSES, terms, len(prompts)).items()}
 
 
 def main():
     args = parse_args()
-    _, world, device = runtime.init_distributed()
-    (records, levels, targets), train, held_out = with_held_out(load_data, args)
-    human = [torch.tensor([c["source"] in common.HUMAN for c in r["candidates"]]) for r in records]
-    lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
-    run = Run(args, device)
-    if run.finished:
-        return
-    model, tokenizer = runtime.load_for_training(args, device)
-    encoded = runtime.encode_all(tokenizer, records, args)
-    runtime.check_packing(model, encoded, args, tokenizer, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    process, world, device = common.init_distributed()
+    data = load_data(args, args.data, args.max_train_samples)
+    held_out = load_data(args, args.eval_data) if args.eval_data else []
+    output = common.open_run(args)  # ends here if the run is finished
 
-    run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(shuffled_batches(len(train), args), held_out):
-        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
-        # batch.sizes says how many of the row's N candidates belong to each prompt.
-        for _, weight, batch, lam, *columns in run.rows(prompts, lambdas, levels, targets):
-            logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
-            scores = logprobs / lengths**lam  # [N], s(y)
-            row_loss = 0.0
-            by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, *columns)))
-            for s, logp, length, level, target in by_prompt:  # [n] each: pairs never cross prompts
-                rank_term, sft_term = ranking_loss(s, level), sft_loss(logp, length, target)
-                loss = sft_term + args.alpha * rank_term  # Eq. 3
-                row_loss = row_loss + loss
-                run.count(weight, pair_statistics(s, level), loss=loss, rank_loss=rank_term, sft_loss=sft_term)
-            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
-                (weight * row_loss * world / len(prompts)).backward()
-        if run.training:  # not on --eval_data
-            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-            run.check_finite(grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(grad_norm)
-    run.finish()
+    model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
+    prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
+    if not args.padded:
+        common.check_packing(model, [encoded for encoded, *_ in prompts + held_out])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    batches = common.shuffled_batches(len(prompts), args)  # the prompts of every step
+    start = common.load_checkpoint(output, model, optimizer)  # the steps taken: 0 in a new run
+    evaluations, log = common.open_log(args, output, start)
+    common.on_stop(lambda: common.save_checkpoint(output, step, model, optimizer))
+
+    for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
+        last = step == len(batches)
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+            evaluations[step] = line = {"step": step} | evaluate(model, tokenizer, held_out, args)
+            line["best"] = common.is_best(evaluations, step)
+            if line["best"]:
+                common.save_model(model, tokenizer, output / "best")
+            log(line)
+        if last:
+            break
+        began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, len(batches), args)
+
+        for weight, batch, *columns in common.rows(batch_prompts, model, tokenizer, args):
+            row = row_losses(model, batch, *columns, args.alpha)  # [P, 7]
+            # FSDP averages over processes. The loss is the mean over the prompts of the global batch.
+            (weight * row[:, 0].sum() * world / len(batch_prompts)).backward()
+            terms.append((weight, batch, row.detach()))
+
+        figures = common.means(LOSSES, terms, len(batch_prompts))
+        grad_norm = common.clip_grad_norm(model, args.max_grad_norm, [encoded.id for encoded, *_ in batch_prompts])
+        optimizer.step()
+        optimizer.zero_grad()
+        timing = {"grad_norm": grad_norm, "lr": group["lr"], "seconds": time.perf_counter() - began}
+        log({"step": step + 1} | figures | timing)
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 or step + 1 == len(batches):
+            common.save_checkpoint(output, step + 1, model, optimizer)
+
+    common.save_model(model, tokenizer, output / "model")
+    common.drop_checkpoints(output)
+    say(f"model saved in {output / 'model'}")
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

@@ -1,7 +1,10 @@
 """A reward model: any causal LM with a scalar head, trained on rankings (PRO Eq. 2).
 
+    torchrun --nproc_per_node 4 reward_model.py --model huggyllama/llama-7b --eval_data data/hh/validation.jsonl
+    python reward_model.py --model demo/model --data d.jsonl --output runs/rm
+
 A response's reward r(x, y) is a linear function of the state at its last token, EOS. Of two responses the better one
-should get the larger reward (Bradley-Terry); a ranking of k responses is all its pairs:
+should get the larger reward (Bradley-Terry). A ranking of k responses is all its pairs:
 
     PRO Sec. 2     L = -log sigmoid( r(x, y_better) - r(x, y_worse) )
     of k responses L = the mean of that over the prompt's ordered pairs, k (k - 1) / 2 without ties
@@ -9,32 +12,32 @@ should get the larger reward (Bradley-Terry); a ranking of k responses is all it
 RESCUE's Eq. 4, by which it explains rewards (it trains none), is another form: -log of the softmax of the best
 response's reward among all. For two responses it is the same.
 
-Which response is better, --ordering says: the annotated `rank` (HH's chosen and rejected, a stronger model's ranking),
-the right and the wrong `label`, another model's `reward`. Equals are not compared; a prompt's pairs share one forward,
-in which its prompt is read once. --eval_data FILE: loss and pair accuracy on held-out rankings, in the log.
+--ordering names the annotation that says which response is better: `rank` (HH's chosen and rejected, a stronger model's
+ranking), `label` (right before wrong), or another model's `reward`. Equals are not compared. All candidates of a prompt
+share one forward.
 
-OUTPUT/model is a folder that AutoModelForSequenceClassification loads (one label). Its forward scores the rightmost
-token that is not padding, so the padding token differs from EOS there; its `dialogue_form` plain says that it reads
-prompt, response, and EOS as the training scripts do. Used by `collect_candidates.py rank --by reward`, by
-`pro.py --bootstrap_splits`, by `evaluate.py hh`, and as Tuna's proxy ranking model.
+The print is silent on these choices:
+ 1. The head starts at zero, so all rewards are equal and the loss is log 2. The last layer's norm precedes the head.
+ 2. The learning rate is 1e-5, for one epoch: a second one overfits to pairs. No dropout is added.
 
-Silent in print: the head starts at zero (all rewards equal, loss log 2), the last layer's norm precedes it; learning
-rate 1e-5 and one epoch, since a second one overfits to pairs; no dropout is added.
+OUTPUT/model is a folder that AutoModelForSequenceClassification loads, with one label. Its forward scores the rightmost
+token that is not padding, so its padding token differs from EOS. `dialogue_form` plain in its config says that it reads
+prompt, response and EOS as the training scripts do. It is used by `collect_candidates.py rank --by reward`, by
+`pro.py --reward_model`, by `evaluate.py hh`, and as Tuna's proxy ranking model.
 
-    torchrun --nproc_per_node 4 reward_model.py --model huggyllama/llama-7b --eval_data data/hh/validation.jsonl
-    python reward_model.py --model demo/model --data d.jsonl --output runs/rm
+The log: loss is per prompt. pair_accuracy is the share of ordered pairs with r(better) > r(worse), and gap their mean
+difference. best_score is the mean reward of the best candidates.
 """
+
+import time
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import AutoModelForSequenceClassification
 
 import common
-import runtime
-from common import UserError, pair_statistics
-from files import load_candidates
-from run import Run, shuffled_batches, with_held_out
-from runtime import say
+from common import UserError, pair_statistics, say
 
 
 def ranking_loss(rewards, levels):
@@ -63,15 +66,14 @@ def add_score_forward(model):
 
 
 def candidate_rewards(model, batch):
-    """-> rewards [N], fp32: the score at each candidate's last token. UserError as common.refuse_misread."""
-    common.refuse_misread(model.config, batch)
+    """-> rewards [N], fp32: the score at each candidate's last token."""
     return model(batch.input_ids, batch.attention_mask, batch.position_ids, batch.last_positions)
 
 
-def check_packing(model, encoded, args, tokenizer, device):
-    """runtime.check_packing, of the directions of the states that the head reads: the head may still be zero."""
+def check_packing(model, encoded):
+    """common.check_packing, on the directions of the states that the head reads: the head itself may still be zero."""
     head, model.score.forward = model.score.forward, lambda states: F.normalize(states.float(), dim=-1)[:, None]
-    runtime.check_packing(model, encoded, args, tokenizer, device, lambda batch: candidate_rewards(model, batch))
+    common.check_packing(model, encoded, lambda batch: candidate_rewards(model, batch))
     model.score.forward = head
 
 
@@ -83,25 +85,24 @@ LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, 
 COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-base --validation 280"
 
 
-def load_data(args, path, limit):
-    """-> (records, their candidates' levels as tensors [n]); prints how many pairs can be compared."""
-    runtime.require_data(path, COLLECT)
+def load_data(args, path, limit=None):
+    """-> a list of (record, its candidates' levels [n]); says how many pairs there are."""
     field, level = LEVELS[args.ordering]
     hint = f"python collect_candidates.py rank --by {args.ordering} --input {path} --output NEW.jsonl"
-    records = []
-    for record in load_candidates(path, limit=limit):
+    data = []
+    for record in common.load_candidates(path, limit, COLLECT):
         for i, c in enumerate(record["candidates"]):
             if field not in c and c["source"] not in common.HUMAN:  # the original response may be unranked
                 where = f"{path}: record {record['id']!r}"
                 raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
         ranked = [c for c in record["candidates"] if c.get(field) is not None]  # null: a repetition, or the original
-        records += [record | {"candidates": ranked}] if ranked else []
-    levels = [torch.tensor([float(level(c)) for c in r["candidates"]]) for r in records]
-    pairs = sum(int((x[:, None] > x[None, :]).sum()) for x in levels)
+        if ranked:
+            data.append((record | {"candidates": ranked}, torch.tensor([float(level(c)) for c in ranked])))
+    pairs = sum(int((x[:, None] > x[None, :]).sum()) for _, x in data)
     if pairs == 0:
         raise UserError(f"{path}: no record has two candidates of different {field!r}: nothing to compare")
-    say(f"{path}: {len(records)} prompts, {pairs} ordered pairs")
-    return records, levels
+    say(f"{path}: {len(data)} prompts, {pairs} ordered pairs")
+    return data
 
 
 def parse_args():
@@ -122,7 +123,7 @@ def parse_args():
 def load_model(args, device):
     """-> (model, tokenizer): a sequence classifier with one output, whose new head starts at zero."""
     auto_class = AutoModelForSequenceClassification
-    model, tokenizer = runtime.load_for_training(args, device, auto_class, num_labels=1)
+    model, tokenizer = common.load_model(args, device, auto_class, num_labels=1)
     if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise UserError(f"--model {args.model}: {type(model).__name__} has no linear `score` head; use a causal LM")
     if not any("ForSequenceClassification" in name for name in model.config.architectures or ()):
@@ -136,39 +137,85 @@ def load_model(args, device):
     return model, tokenizer
 
 
+def encode(tokenizer, data, args):
+    """-> (Encoded, levels [n]) for each record."""
+    return list(zip(common.encode_all(tokenizer, [record for record, _ in data], args), [levels for _, levels in data]))
+
+
+LOSSES = ("loss",)
+
+
+def row_losses(model, batch, levels):
+    """Forward, rewards and loss of one row -> [P, 5]: for each of its P prompts the loss, then pair_statistics.
+
+    The row has N candidates, and batch.sizes says how many of them belong to each prompt. levels [N].
+    """
+    rewards = candidate_rewards(model, batch)  # [N]
+    prompts = zip(rewards.split(batch.sizes), levels.split(batch.sizes))  # [n] each
+    return torch.stack([torch.stack([ranking_loss(r, level), *pair_statistics(r, level)]) for r, level in prompts])
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, prompts, args):
+    """-> the figures of held-out prompts, for the log."""
+    model.eval()
+    rows = common.rows(prompts, model, tokenizer, args)
+    terms = [(weight, batch, row_losses(model, batch, levels)) for weight, batch, levels in rows]
+    model.train()
+    return {f"eval_{k}": v for k, v in common.means(LOSSES, terms, len(prompts)).items()}
+
+
 def main():
     args = parse_args()
-    _, world, device = runtime.init_distributed()
-    (records, levels), train, held_out = with_held_out(load_data, args)
-    run = Run(args, device)
-    if run.finished:
-        return
-    model, tokenizer = load_model(args, device)
-    encoded = runtime.encode_all(tokenizer, records, args)
-    check_packing(model, encoded, args, tokenizer, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    process, world, device = common.init_distributed()
+    data = load_data(args, args.data, args.max_train_samples)
+    held_out = load_data(args, args.eval_data) if args.eval_data else []
+    output = common.open_run(args)  # ends here if the run is finished
 
-    run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(shuffled_batches(len(train), args), held_out):
-        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
-        # batch.sizes says how many of the row's N candidates belong to each prompt.
-        for _, weight, batch, preferences in run.rows(prompts, levels):
-            rewards = candidate_rewards(model, batch)  # [N]
-            row_loss = 0.0
-            for r, level in zip(rewards.split(batch.sizes), preferences.split(batch.sizes)):  # [n] each
-                loss = ranking_loss(r, level)
-                row_loss = row_loss + loss
-                run.count(weight, pair_statistics(r, level), loss=loss)
-            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
-                (weight * row_loss * world / len(prompts)).backward()
-        if run.training:  # not on --eval_data
-            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-            run.check_finite(grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(grad_norm)
-    run.finish()
+    model, tokenizer = load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
+    prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
+    if not args.padded:
+        check_packing(model, [encoded for encoded, _ in prompts + held_out])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    batches = common.shuffled_batches(len(prompts), args)  # the prompts of every step
+    start = common.load_checkpoint(output, model, optimizer)  # the steps taken: 0 in a new run
+    evaluations, log = common.open_log(args, output, start)
+    common.on_stop(lambda: common.save_checkpoint(output, step, model, optimizer))
+
+    for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
+        last = step == len(batches)
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+            evaluations[step] = line = {"step": step} | evaluate(model, tokenizer, held_out, args)
+            line["best"] = common.is_best(evaluations, step)
+            if line["best"]:
+                common.save_model(model, tokenizer, output / "best")
+            log(line)
+        if last:
+            break
+        began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, len(batches), args)
+
+        for weight, batch, levels in common.rows(batch_prompts, model, tokenizer, args):
+            row = row_losses(model, batch, levels)  # [P, 5]
+            # FSDP averages over processes. The loss is the mean over the prompts of the global batch.
+            (weight * row[:, 0].sum() * world / len(batch_prompts)).backward()
+            terms.append((weight, batch, row.detach()))
+
+        figures = common.means(LOSSES, terms, len(batch_prompts))
+        grad_norm = common.clip_grad_norm(model, args.max_grad_norm, [encoded.id for encoded, _ in batch_prompts])
+        optimizer.step()
+        optimizer.zero_grad()
+        timing = {"grad_norm": grad_norm, "lr": group["lr"], "seconds": time.perf_counter() - began}
+        log({"step": step + 1} | figures | timing)
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 or step + 1 == len(batches):
+            common.save_checkpoint(output, step + 1, model, optimizer)
+
+    common.save_model(model, tokenizer, output / "model")
+    common.drop_checkpoints(output)
+    say(f"model saved in {output / 'model'}")
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

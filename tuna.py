@@ -1,7 +1,13 @@
 """Tuna: instruction tuning with a stronger model's rankings (arXiv 2310.13385).
 
-An instruction i has its original response r and N = 4 others r_k (Sec. 3.1); a teacher ranks them and the student
-learns the ranking. Three stages, each a run of this script, in the paper's order:
+    torchrun --nproc_per_node 4 tuna.py --stage sft --epochs 3 --batch_size 512               # Alpaca: runs/tuna-sft
+    torchrun --nproc_per_node 4 tuna.py --stage probabilistic                                 # Tuna_p, from Alpaca
+    torchrun --nproc_per_node 4 tuna.py --stage contextual                                    # Tuna_c, from Alpaca
+    torchrun --nproc_per_node 4 tuna.py --stage contextual --model runs/tuna-probabilistic/model       # Tuna: runs/tuna
+    torchrun --nproc_per_node 4 tuna.py --stage probabilistic --model runs/tuna-contextual/model       # Tuna_cp
+
+An instruction i has its original response r and N = 4 others r_k (Sec. 3.1). A teacher ranks them, and the student
+learns the ranking. There are three stages, each a run of this script:
 
     sft             Eq. 2     L_MLE = -log p(r | i) / |r|, on the original response
                     Sec. 3.4  --all_candidates, "Alpaca-Mul": the same on every response, each an example of its own
@@ -9,7 +15,7 @@ learns the ranking. Three stages, each a run of this script, in the paper's orde
                     Eq. 3     s(i, r_k) = log p(r_k | i) / |r_k| ** beta              beta = 1.3
     contextual      Sec. 2.3  ranks by a stronger model that reads all responses (`rank`; 0 is the best)
 
-With the candidates sorted best first and the student's score v_k = log p(r_k | i) / |r_k|, the two ranking stages
+The candidates are sorted best first. v_k = log p(r_k | i) / |r_k| is the student's score. The two ranking stages
 minimise
 
     Eq. 4   L_rank = sum over pairs j < k of L_rank^{j,k}
@@ -17,55 +23,57 @@ minimise
     Eq. 6   L = L_rank + lambda L_MLE                           L_MLE on the original response, lambda = 1
 
 Where the print and the released code differ, or the print is silent:
- 1. Eq. 4 sums over pairs; the code takes the mean over the pairs at each distance k - j and sums over distances.
+ 1. Eq. 4 sums over pairs. The code takes the mean over the pairs at each distance k - j and sums over distances.
     Default: the sum. --pair_reduction mean_by_distance: the code's.
- 2. Eq. 6 has the cross entropy of the original response (its minus sign is missing in print); the code takes it over
+ 2. Eq. 6 has the cross entropy of the original response (its minus sign is missing in print). The code takes it over
     all candidates, as the token mean of a micro-batch. Default: the original's. --mle_on all: over all, as the token
     mean of a prompt.
- 3. The original response (`source` reference or human) is ranked among the others where it carries the annotation,
-    as in the released data, and is used for L_MLE alone where it does not.
- 4. beta belongs to the teacher's score alone: the student's exponent is 1, in print and in code. The code sorts by a
-    `score` field of its data; here the score is computed from `logprob` and `num_tokens`, in which EOS never counts.
+ 3. The original response (`source` reference or human) is ranked with the others if it carries the annotation, as in
+    the released data. If not, it is used for L_MLE alone.
+ 4. beta belongs to the teacher's score alone; the student's exponent is 1, in print and code. The code sorts by a
+    `score` field of its data. Here the score is computed from `logprob` and `num_tokens`, in which EOS never counts.
  5. Losses are averaged over prompts, and pairs never cross prompts.
- 6. Candidates with equal teacher scores are not compared; a repeated text, or one with rank null, is not ranked.
- 7. Learning rate, epoch, batch and two warm-up steps are Table 7's (the ranking stages) and Sec. 3.1's (sft: 2e-5);
-    sft's epochs and batch are not printed (the recipe that Sec. 3.1 cites: 3 epochs, 64 prompts a GPU on 8), the
+ 6. Candidates with equal teacher scores are not compared. A repeated text, or one with rank null, is not ranked.
+ 7. Learning rate, epoch, batch and two warm-up steps are from Table 7 (ranking stages) and Sec. 3.1 (sft: 2e-5). The
+    epochs and batch of sft are not printed; the recipe that Sec. 3.1 cites has 3 epochs and 64 prompts a GPU on 8. The
     cosine is the code's alone.
- 8. The print says nothing of lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512:
-    a long response loses its end, which v and L_MLE then miss. Default: --max_length 1024, which holds both.
- 9. The print is silent on precision; the code trains in fp16 and hands fp16 weights from stage to stage. Here bf16 with
-    fp32 weights, which OUTPUT/model keeps: of bf16 ones a second stage's steps of 1e-6 would move hardly any.
+ 8. The print says nothing of lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512, so
+    v and L_MLE miss the end of a long response. Default: --max_length 1024, which holds both.
+ 9. The print is silent on precision. The code trains in fp16 and passes fp16 weights from stage to stage. Here: bf16
+    compute with fp32 weights, and OUTPUT/model keeps them. With bf16 weights a second stage's steps of 1e-6 would move
+    hardly any.
 
-The stage that --model itself came from says which model this is, hence lr and OUTPUT: Tuna learns from contextual
-rankings of what Tuna_p (not Alpaca) answers, so sample and rank again (Sec. 2.4). A stage refuses rankings by the
-log-probabilities of its own student, unless --own_logprobs.
+The run that made --model decides the learning rate and the output folder (RUNS below). Tuna learns from contextual
+rankings of what Tuna_p answers, so sample and rank again (Sec. 2.4). A stage refuses rankings by the log-probabilities
+of its own student, unless --own_logprobs.
 
-    torchrun --nproc_per_node 4 tuna.py --stage sft --epochs 3 --batch_size 512               # Alpaca: runs/tuna-sft
-    torchrun --nproc_per_node 4 tuna.py --stage probabilistic                                 # Tuna_p, from Alpaca
-    torchrun --nproc_per_node 4 tuna.py --stage contextual                                    # Tuna_c, from Alpaca
-    torchrun --nproc_per_node 4 tuna.py --stage contextual --model runs/tuna-probabilistic/model       # Tuna: runs/tuna
-    torchrun --nproc_per_node 4 tuna.py --stage probabilistic --model runs/tuna-contextual/model       # Tuna_cp
+The log: rank_loss and mle_loss are Eq. 4 and L_MLE per prompt. pair_accuracy is the share of ordered pairs with
+v_better > v_worse, and gap their mean difference. best_score is the mean score of the best candidates: if it falls,
+the model gains in ranking by making all candidates unlikely.
 """
 
 import math
+import time
 
 import torch
+from tqdm import tqdm
 
 import common
-import runtime
-from common import UserError, candidate_logprobs, in_range, pair_statistics
-from files import load_candidates
-from run import Run, shuffled_batches, with_held_out
-from runtime import say
+from common import UserError, candidate_logprobs, in_range, pair_statistics, say
 
-RUNS = {  # (stage, the stage of the run that --model came from) -> learning rate (Table 7; sft: Sec. 3.1), output
-    ("sft", "sft"): (2e-5, "runs/tuna-sft"),
+ALPACA = "runs/tuna-sft/model"
+RUNS = {  # (--stage, stage of the run that made --model): --lr (Table 7; sft: Sec. 3.1), --output
+    ("sft", "sft"): (2e-5, "runs/tuna-sft"),  # Alpaca
     ("probabilistic", "sft"): (1e-5, "runs/tuna-probabilistic"),  # Tuna_p
     ("contextual", "sft"): (1e-5, "runs/tuna-contextual"),  # Tuna_c
     ("contextual", "probabilistic"): (1e-6, "runs/tuna"),  # Tuna
     ("probabilistic", "contextual"): (1e-6, "runs/tuna-cp"),  # Tuna_cp
 }
-STAGES = ("sft", "probabilistic", "contextual")
+STAGES = {  # --stage: --data, --model
+    "sft": ("data/alpaca/train.jsonl", "huggyllama/llama-7b"),
+    "probabilistic": ("data/alpaca/teacher.jsonl", ALPACA),
+    "contextual": ("data/alpaca/ranked-STUDENT.jsonl", ALPACA),
+}
 
 
 def teacher_score(logprob, num_tokens, beta):
@@ -74,7 +82,7 @@ def teacher_score(logprob, num_tokens, beta):
 
 
 def teacher_levels(candidates, stage, beta):
-    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst, equals equal, NaN where unranked."""
+    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst. Equal scores, equal levels; NaN: unranked."""
     worth, seen = {}, set()
     for i, c in enumerate(candidates):
         if c["text"].strip() in seen:
@@ -92,8 +100,8 @@ def teacher_levels(candidates, stage, beta):
 def ranking_loss(scores, margin, levels=None, pair_reduction="sum"):
     """Eq. 4 and 5: sum over pairs j < k of max(0, v_k - v_j + m (k - j)), candidates sorted best first -> scalar.
 
-    scores [n]: the student's v, fp32. levels [n] says so where candidates are unsorted or tied: consecutive integers,
-    larger better, so that k - j is a difference of levels; equals are not compared, and NaN with nothing.
+    scores [n]: the student's v, fp32. levels [n] is for candidates that are unsorted or tied: consecutive integers,
+    larger better, so that k - j is a difference of levels. Equal levels are not compared; NaN is compared with nothing.
     pair_reduction "mean_by_distance" is the released code's form: the mean over the pairs at each distance, summed.
     """
     v, m = scores, margin
@@ -115,7 +123,7 @@ def parse_args():
     parser = common.Parser(description=__doc__)
     # fmt: off
     add = parser.add_argument_group("Tuna").add_argument
-    add("--stage", required=True, choices=STAGES, help="its --lr: sft 2e-5; 1e-5; on the other ranking 1e-6")
+    add("--stage", required=True, choices=STAGES, help="decides --data, --model, --lr and --output")
     add("--all_candidates", action="store_true", help="with --stage sft: learn every candidate, Alpaca-Mul (Sec. 3.4)")
     add("--length_penalty", type=in_range(float, 0), default=1.3, help="beta, the teacher's score, Eq. 3")
     add("--margin", type=in_range(float, 0), default=0.1, help="m, Eq. 5")
@@ -124,29 +132,25 @@ def parse_args():
     add("--mle_on", choices=["original", "all"], default="original", help="L_MLE: as printed, or over all candidates")
     add("--own_logprobs", action="store_true", help="let log-probabilities of the student itself rank its data")
     # fmt: on
-    defaults = {"lr": 1e-5, "schedule": "cosine", "warmup": 2, "epochs": 1, "batch_size": 128}
-    common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)
-    parser.set_defaults(lr=None, model=None)  # both go by the stage
+    defaults = {"schedule": "cosine", "warmup": 2, "epochs": 1, "batch_size": 128}
+    common.add_training_flags(parser, model=None, lr=None, **defaults)
     parser.set_defaults(max_length=1024)  # responses of 512 tokens beside their prompt
     args = parser.parse_args()
     if args.all_candidates and args.stage != "sft":
         parser.error("--all_candidates belongs to --stage sft; with the others it is --mle_on all")
-    args.model = args.model or ("huggyllama/llama-7b" if args.stage == "sft" else "runs/tuna-sft/model")
-    before = runtime.run_settings(args.model)
-    lr, output = RUNS.get((args.stage, before.get("stage"))) or RUNS[args.stage, "sft"]
+    data, model = STAGES["probabilistic" if args.all_candidates else args.stage][0], STAGES[args.stage][1]
+    args.model = args.model or model
+    before = common.run_settings(args.model)
+    lr, output = RUNS.get((args.stage, before.get("stage")), RUNS[args.stage, "sft"])
     args.lr = args.lr or lr
     args.output = args.output or output + "-mul" * args.all_candidates
-    student = f"-{runtime.run_name(args.model)}" if before else ""
-    data = {"sft": "train", "probabilistic": "teacher", "contextual": f"ranked{student}"}
-    args.data = args.data or f"data/alpaca/{'teacher' if args.all_candidates else data[args.stage]}.jsonl"
+    args.data = args.data or data.replace("-STUDENT", f"-{common.run_name(args.model)}" if before else "")
     return args
 
 
 NEEDS = {"sft": (), "probabilistic": ("logprob", "num_tokens"), "contextual": ("rank",)}
-ANNOTATE = {
-    "probabilistic": "python collect_candidates.py rank --by logprob --model TEACHER --input {} --output NEW.jsonl",
-    "contextual": "python collect_candidates.py rank --by contextual --model RANKER --input {} --output NEW.jsonl",
-}
+RANK_BY = "python collect_candidates.py rank --by {} --input {} --output NEW.jsonl"
+ANNOTATE = {"probabilistic": "logprob --model TEACHER", "contextual": "contextual --model RANKER"}
 COLLECT = {
     "sft": "  python collect_candidates.py prepare --task alpaca --input alpaca_data.json",
     "probabilistic": """  python collect_candidates.py prepare --task alpaca --input alpaca_data.json
@@ -157,105 +161,167 @@ COLLECT = {
 }
 
 
-def refuse_own(record, where, args, students):
-    """Raise UserError where the student itself, or a run it came from, made what the record's ranking rests on."""
-    teachers = {c.get("teacher") for c in record["candidates"]} if args.stage == "probabilistic" else set()
-    makers = (teachers if teachers else {record.get("ranked_by")}) & students
+def students_of(model):
+    """The names that --model, and the runs that led to it, have in records."""
+    names = {common.run_name(model)}
+    while before := common.run_settings(model):
+        names.add(common.run_name(model))
+        model = before["model"]
+    return names
+
+
+def check_annotations(record, path, args, students):
+    """Raise UserError, naming the record, where it lacks what its stage needs, or where the student itself made what
+    its ranking rests on."""
+    candidates, where = record["candidates"], f"{path}: record {record['id']!r}"
+    for i, c in enumerate(candidates):
+        absent = [field for field in NEEDS[args.stage] if field not in c]
+        if absent and i != original(record):
+            hint = RANK_BY.format(ANNOTATE[args.stage], path)
+            raise UserError(f"{where}: candidates[{i}] has no {absent[0]!r}; add it with: {hint}")
+    teachers = {c.get("teacher") for c in candidates} if args.stage == "probabilistic" else set()
+    makers = (teachers or {record.get("ranked_by")}) & students
     if makers and args.stage != "sft" and not args.own_logprobs:
         hint = "rank by a teacher's (rank --by logprob --model TEACHER), or say --own_logprobs"
         raise UserError(f"{where}: the log-probabilities are the student's own ({makers.pop()}): {hint}")
 
 
-def students_of(model):
-    """The names under which --model and the runs that led to it occur in records; a model that is no run's: its own."""
-    names = {runtime.run_name(model)}
-    while before := runtime.run_settings(model):
-        names.add(runtime.run_name(model))
-        model = before["model"]
-    return names
+def original(record):
+    """The index of the original response, or None."""
+    return next((i for i, c in enumerate(record["candidates"]) if c["source"] in common.HUMAN), None)
 
 
-def one_each(records):
-    """Alpaca-Mul (Sec. 3.4): every response of every record an example of its own."""
-    return [r | {"id": f"{r['id']}/{i}", "candidates": [c]} for r in records for i, c in enumerate(r["candidates"])]
-
-
-def load_data(args, path, limit):
-    """-> (records with the candidates that take part, their levels [n], whether L_MLE has them [n]), lists in step."""
-    paths = {"model": args.model, "sampled": path.replace("ranked", "sampled")}
-    runtime.require_data(path, COLLECT["probabilistic" if args.all_candidates else args.stage].format(**paths))
+def select_candidates(record, path, args):
+    """-> (the record with the candidates that take part; their levels [n]; which of them L_MLE has [n], bool)."""
+    candidates, where, of_original = record["candidates"], f"{path}: record {record['id']!r}", original(record)
     learn_all = args.all_candidates if args.stage == "sft" else args.mle_on == "all"
-    records, levels, in_mle, students = [], [], [], students_of(args.model)
-    for record in load_candidates(path, limit=limit):
-        candidates, where = record["candidates"], f"{path}: record {record['id']!r}"
-        refuse_own(record, where, args, students)
-        original = next((i for i, c in enumerate(candidates) if c["source"] in common.HUMAN), None)
-        for i, c in enumerate(candidates):
-            absent = [field for field in NEEDS[args.stage] if field not in c]
-            if absent and i != original:
-                hint = ANNOTATE[args.stage].format(path)
-                raise UserError(f"{where}: candidates[{i}] has no {absent[0]!r}; add it with: {hint}")
-        if original is None and not learn_all and (args.mle_weight or args.stage == "sft"):
-            hint = "a candidate with source reference or human (without one: --mle_on all, or --mle_weight 0)"
-            raise UserError(f"{where} has no reference response, which the MLE term needs: {hint}")
-        level = teacher_levels(candidates, args.stage, args.length_penalty)
-        mle = [(learn_all and bool(c["text"].strip())) or i == original for i, c in enumerate(candidates)]
-        used = [i for i in range(len(candidates)) if mle[i] or not math.isnan(level[i])]
-        if len(used) < 1 + args.all_candidates:
-            more = "one response: Alpaca-Mul needs more (`teacher` adds them)" if used else "no candidate to learn from"
-            raise UserError(f"{where} has {more}")
-        records.append(record | {"candidates": [candidates[i] for i in used]})
-        levels.append(torch.tensor([level[i] for i in used]))
-        in_mle.append(torch.tensor([mle[i] for i in used]))
+    if of_original is None and not learn_all and (args.mle_weight or args.stage == "sft"):
+        hint = "a candidate with source reference or human (without one: --mle_on all, or --mle_weight 0)"
+        raise UserError(f"{where} has no reference response, which the MLE term needs: {hint}")
+    level = teacher_levels(candidates, args.stage, args.length_penalty)
+    mle = [(learn_all and bool(c["text"].strip())) or i == of_original for i, c in enumerate(candidates)]
+    used = [i for i in range(len(candidates)) if mle[i] or not math.isnan(level[i])]
+    if len(used) < 1 + args.all_candidates:
+        more = "one response: Alpaca-Mul needs more (`teacher` adds them)" if used else "no candidate to learn from"
+        raise UserError(f"{where} has {more}")
+    levels, in_mle = torch.tensor([level[i] for i in used]), torch.tensor([mle[i] for i in used])
+    return record | {"candidates": [candidates[i] for i in used]}, levels, in_mle
+
+
+def one_each(record, levels, in_mle):
+    """Alpaca-Mul (Sec. 3.4): every response of a record an example of its own."""
+    for i, c in enumerate(record["candidates"]):
+        yield record | {"id": f"{record['id']}/{i}", "candidates": [c]}, levels[i : i + 1], in_mle[i : i + 1]
+
+
+def load_data(args, path, limit=None):
+    """-> a list of (record, levels [n], in_mle [n]) as select_candidates gives them; says what was found."""
+    how = COLLECT["probabilistic" if args.all_candidates else args.stage]
+    how = how.format(model=args.model, sampled=path.replace("ranked", "sampled"))
+    records, students = common.load_candidates(path, limit, how), students_of(args.model)
+    for record in records:
+        check_annotations(record, path, args, students)
+    selected = [select_candidates(r, path, args) for r in records]
     if args.all_candidates:
-        prompts, records = len(records), one_each(records)
-        levels, in_mle = ([x for column in columns for x in column.split(1)] for columns in (levels, in_mle))
-        say(f"Alpaca-Mul: {prompts} prompts are {len(records)} examples, a response each, --batch_size of them a step")
-    ranked = [int((~x.isnan()).sum()) for x in levels]
-    say(f"{len(records)} prompts, {sum(ranked)} ranked candidates, {sum(n < 2 for n in ranked)} prompts without a pair")
+        selected = [x for s in selected for x in one_each(*s)]
+        say(f"Alpaca-Mul: {len(records)} prompts are {len(selected)} examples, a response each; a batch counts these")
+    ranked = [int((~levels.isnan()).sum()) for _, levels, _ in selected]
+    say(
+        f"{len(selected)} prompts, {sum(ranked)} ranked candidates, {sum(n < 2 for n in ranked)} prompts without a pair"
+    )
     if args.mle_weight == 0 and args.stage != "sft":
-        say("--mle_weight 0: length-normalised ranking alone can degenerate, so watch the evaluation")
-    return records, levels, in_mle
+        say("no MLE term: length-normalised ranking alone can degenerate, so watch best_score and the evaluation")
+    return selected
+
+
+def encode(tokenizer, data, args):
+    """-> (Encoded, levels [n], in_mle [n]) for each record, a number per candidate."""
+    encoded = common.encode_all(tokenizer, [record for record, _, _ in data], args)
+    return [(e, levels, in_mle) for e, (_, levels, in_mle) in zip(encoded, data)]
+
+
+LOSSES = ("loss", "rank_loss", "mle_loss")
+
+
+def row_losses(model, batch, levels, in_mle, args):
+    """Forward, scores and losses of one row -> [P, 7]: for each of its P prompts the LOSSES, then pair_statistics.
+
+    The row has N candidates, and batch.sizes says how many of them belong to each prompt. levels, in_mle [N].
+    """
+    logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
+    scores = logprobs / lengths  # [N], v of Eq. 5
+    mle_weight = 1.0 if args.stage == "sft" else args.mle_weight
+    columns = (x.split(batch.sizes) for x in (scores, logprobs, lengths, levels, in_mle))
+    prompts = []
+    for v, logp, length, level, mle in zip(*columns):  # [n] each: pairs never cross prompts
+        rank_term = ranking_loss(v, args.margin, level, args.pair_reduction)  # 0 in the sft stage: none is ranked
+        mle_term = mle_loss(logp, length, mle)
+        loss = rank_term + mle_weight * mle_term  # Eq. 6
+        prompts.append(torch.stack([loss, rank_term, mle_term, *pair_statistics(v, level)]))
+    return torch.stack(prompts)
+
+
+@torch.no_grad()
+def evaluate(model, tokenizer, prompts, args):
+    """-> the figures of held-out prompts, for the log."""
+    model.eval()
+    rows = common.rows(prompts, model, tokenizer, args)
+    terms = [(weight, batch, row_losses(model, batch, *columns, args)) for weight, batch, *columns in rows]
+    model.train()
+    return {f"eval_{k}": v for k, v in common.means(LOSSES, terms, len(prompts)).items()}
 
 
 def main():
     args = parse_args()
-    _, world, device = runtime.init_distributed()
-    (records, levels, in_mle), train, held_out = with_held_out(load_data, args)
-    run = Run(args, device)
-    if run.finished:
-        return
-    model, tokenizer = runtime.load_for_training(args, device)
-    encoded = runtime.encode_all(tokenizer, records, args)
-    runtime.check_packing(model, encoded, args, tokenizer, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
-    mle_weight = 1.0 if args.stage == "sft" else args.mle_weight
+    process, world, device = common.init_distributed()
+    data = load_data(args, args.data, args.max_train_samples)
+    held_out = load_data(args, args.eval_data) if args.eval_data else []
+    output = common.open_run(args)  # ends here if the run is finished
 
-    run.begin(model, optimizer, tokenizer, encoded)
-    for _, prompts in run.steps(shuffled_batches(len(train), args), held_out):
-        # A row holds some of the step's prompts; weight is 0 where it only keeps this process in step with the others;
-        # batch.sizes says how many of the row's N candidates belong to each prompt.
-        for _, weight, batch, *columns in run.rows(prompts, levels, in_mle):
-            logprobs, lengths = candidate_logprobs(model, batch)  # [N], [N]
-            scores = logprobs / lengths  # [N], v of Eq. 5
-            row_loss = 0.0
-            by_prompt = zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, *columns)))
-            for v, logp, length, level, mle in by_prompt:  # [n] each: pairs never cross prompts
-                rank_term = ranking_loss(v, args.margin, level, args.pair_reduction)  # 0 in the sft stage: none ranked
-                mle_term = mle_loss(logp, length, mle)
-                loss = rank_term + mle_weight * mle_term  # Eq. 6
-                row_loss = row_loss + loss
-                run.count(weight, pair_statistics(v, level), loss=loss, rank_loss=rank_term, mle_loss=mle_term)
-            if run.training:  # FSDP averages over processes: the sum over the global batch / its prompts
-                (weight * row_loss * world / len(prompts)).backward()
-        if run.training:  # not on --eval_data
-            grad_norm = runtime.clip_grad_norm(model, args.max_grad_norm)
-            run.check_finite(grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            run.log(grad_norm)
-    run.finish()
+    model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
+    prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
+    if not args.padded:
+        common.check_packing(model, [encoded for encoded, *_ in prompts + held_out])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.999), weight_decay=0.0, fused=True)
+    batches = common.shuffled_batches(len(prompts), args)  # the prompts of every step
+    start = common.load_checkpoint(output, model, optimizer)  # the steps taken: 0 in a new run
+    evaluations, log = common.open_log(args, output, start)
+    common.on_stop(lambda: common.save_checkpoint(output, step, model, optimizer))
+
+    for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
+        last = step == len(batches)
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+            evaluations[step] = line = {"step": step} | evaluate(model, tokenizer, held_out, args)
+            line["best"] = common.is_best(evaluations, step)
+            if line["best"]:
+                common.save_model(model, tokenizer, output / "best")
+            log(line)
+        if last:
+            break
+        began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        for group in optimizer.param_groups:
+            group["lr"] = common.learning_rate(step, len(batches), args)
+
+        for weight, batch, *columns in common.rows(batch_prompts, model, tokenizer, args):
+            row = row_losses(model, batch, *columns, args)  # [P, 7]
+            # FSDP averages over processes. The loss is the mean over the prompts of the global batch.
+            (weight * row[:, 0].sum() * world / len(batch_prompts)).backward()
+            terms.append((weight, batch, row.detach()))
+
+        figures = common.means(LOSSES, terms, len(batch_prompts))
+        grad_norm = common.clip_grad_norm(model, args.max_grad_norm, [encoded.id for encoded, *_ in batch_prompts])
+        optimizer.step()
+        optimizer.zero_grad()
+        timing = {"grad_norm": grad_norm, "lr": group["lr"], "seconds": time.perf_counter() - began}
+        log({"step": step + 1} | figures | timing)
+        if args.checkpoint_every and (step + 1) % args.checkpoint_every == 0 or step + 1 == len(batches):
+            common.save_checkpoint(output, step + 1, model, optimizer)
+
+    common.save_model(model, tokenizer, output / "model")
+    common.drop_checkpoints(output)
+    say(f"model saved in {output / 'model'}")
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

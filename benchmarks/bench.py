@@ -52,12 +52,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import common  # noqa: E402
 import run as training_run  # noqa: E402
-import runtime  # noqa: E402
-from common import in_range  # noqa: E402
-from files import write_atomically  # noqa: E402
-from runtime import say  # noqa: E402
+
+import common  # noqa: E402
+from collecting.files import write_atomically  # noqa: E402
+from common import (
+    in_range,  # noqa: E402
+    say,  # noqa: E402
+)
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
     "e-SNLI": [(250, 5, 40)],
@@ -96,7 +98,7 @@ def preference_loss(scores):
 # Contenders: (model, encoded records) -> (loss to call backward on, scores or None)
 
 
-def ours(model, encoded, device, pack_for=runtime.pack_for):
+def ours(model, encoded, device, pack_for=common.pack_for):
     batch = pack_for(model.config._attn_implementation, encoded, device)
     scores = common.length_normalized(*common.candidate_logprobs(model, batch), 0.85)
     return sum(map(preference_loss, scores.split(batch.sizes))), scores
@@ -320,7 +322,7 @@ class Products:
 
     def __init__(self, model, rows, head_rows, passes=3, every=4):
         self.device, self.passes = model.device, passes
-        layers = runtime.decoder_layers(model)[::every]
+        layers = common.decoder_layers(model)[::every]
         self.shapes = [(rows, *m.weight.shape) for x in layers for m in x.modules() if isinstance(m, torch.nn.Linear)]
         if (head := model.get_output_embeddings()) is not None:
             self.shapes += [(max(1, head_rows // every), *head.weight.shape)]
@@ -375,7 +377,7 @@ def set_up(model, name):
     ours_attention = "blocks" if model.device.type == "cpu" else "flex_attention"
     model.set_attn_implementation(ATTENTION.get(name, ours_attention))
     on = name == "ours_compiled"
-    for layer in runtime.decoder_layers(model):
+    for layer in common.decoder_layers(model):
         if on and not hasattr(layer, "compiled_call"):
             layer.compile(dynamic=True)
             layer.compiled_call = layer._compiled_call_impl
@@ -532,10 +534,10 @@ def load(args, device):
         with device:
             model, tokenizer = AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
     else:
-        model = runtime.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
-        tokenizer = runtime.load_tokenizer(args.model)
+        model = common.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
+        tokenizer = common.load_tokenizer(args.model)
     model.config.use_cache = False
-    return runtime.shard(model.train(), device), tokenizer
+    return common.shard(model.train(), device), tokenizer
 
 
 def device_name(device):
@@ -555,7 +557,7 @@ def installed(name):
 
 def main():
     args = parse_args()
-    _, _, device = runtime.init_distributed()
+    _, _, device = common.init_distributed()
     model_name = pathlib.Path(args.model).name
     model_name = "SmolLM2-135M" if args.model == str(ROOT / "demo/model") else model_name
     output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
@@ -606,4 +608,4 @@ def run(args, report, output, device):
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

@@ -49,9 +49,8 @@ from transformers.integrations.flex_attention import flex_attention_forward
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import common  # noqa: E402
-import runtime  # noqa: E402
+from collecting.files import read_json, write_atomically  # noqa: E402
 from common import Encoded, UserError  # noqa: E402
-from files import read_json, write_atomically  # noqa: E402
 from recipes.tiny import make_model, make_tokenizer  # noqa: E402
 
 HEADS = ((32, 32, 128), (32, 8, 128), (28, 4, 128), (14, 2, 64), (8, 4, 256), (32, 32, 80))  # query, key, head size
@@ -75,13 +74,13 @@ def build(device, attn=None, checkpointed=False, **more):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=torch.float32)
     model.set_attn_implementation(attn or ("flex_attention" if device.type == "cuda" else "blocks"))
     if checkpointed:
-        runtime.checkpoint_layers(model, 1)
-    return runtime.shard(model.train(), device)
+        common.checkpoint_layers(model, 1)
+    return common.shard(model.train(), device)
 
 
 def learn(model, encoded, device, **options):
     """-> (log-probabilities [N], the norm of each parameter's gradient) of a packed row."""
-    batch = runtime.pack_for(model.config._attn_implementation, encoded, device)
+    batch = common.pack_for(model.config._attn_implementation, encoded, device)
     logprobs, lengths = common.candidate_logprobs(model, batch, **options)
     (logprobs / lengths).mean().backward()
     whole = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
@@ -116,7 +115,7 @@ def kernel(device):
 def attention_errors(row, H, K, D, device):
     """-> the largest relative error of FlexAttention's output, on CUDA also of its gradients, over random queries."""
     cuda = device.type == "cuda"  # FlexAttention has no backward on CPU
-    flex, dense = runtime.pack_for("flex_attention", row, device), common.pack(row)
+    flex, dense = common.pack_for("flex_attention", row, device), common.pack(row)
     T, L = dense.input_ids.shape[1], flex.input_ids.shape[1]
     tensors = [torch.randn(1, h, L, D, device=device, dtype=torch.bfloat16) for h in (H, K, K)]
     ours = [x.clone().requires_grad_(cuda) for x in tensors]
@@ -136,7 +135,7 @@ def attention_errors(row, H, K, D, device):
 def packed(device):
     model, rows = build(device).eval(), records(6)
     with torch.no_grad():
-        batch = runtime.pack_for(model.config._attn_implementation, rows, device)
+        batch = common.pack_for(model.config._attn_implementation, rows, device)
         got = torch.div(*common.candidate_logprobs(model, batch))
         model.set_attn_implementation("sdpa")
         want = torch.div(*common.candidate_logprobs(model, common.pack_padded(rows).to(device)))
@@ -150,7 +149,7 @@ def tolerance(device):
         refused[R] = 0
         for seed in range(12):
             try:
-                pack_row = lambda row: runtime.pack_for(model.config._attn_implementation, row, device)  # noqa: E731
+                pack_row = lambda row: common.pack_for(model.config._attn_implementation, row, device)  # noqa: E731
                 common.check_packing(model, records(4, 60, 3, R, seed=seed), pack_row)
             except UserError:
                 refused[R] += 1
@@ -166,7 +165,7 @@ def recompiles(device):
     for i in range(20 if device.type == "cuda" else 4):
         row, began = random.Random(i).sample(rows, 1 + i % 16), time.perf_counter()
         with torch.set_grad_enabled(device.type == "cuda"):
-            batch = runtime.pack_for("flex_attention", row, device)
+            batch = common.pack_for("flex_attention", row, device)
             total = common.candidate_logprobs(model.train(device.type == "cuda"), batch)[0].sum()
             if total.requires_grad:
                 total.backward()
@@ -225,13 +224,13 @@ def memory(device):
         model = build(device, None, bool(every), **({"num_hidden_layers": 16, "vocab_size": 32000} if cuda else {}))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
         row = records(18 if cuda else 2)
-        tokens = runtime.pack_for(model.config._attn_implementation, row, device).input_ids.shape[1]
-        computed = runtime.training_bytes(model, tokens, 1)[every]
+        tokens = common.pack_for(model.config._attn_implementation, row, device).input_ids.shape[1]
+        computed = common.training_bytes(model, tokens, 1)[every]
         for _ in range(2):  # Adam's moments are there from the second one on
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             logprobs, lengths = common.candidate_logprobs(
-                model, runtime.pack_for(model.config._attn_implementation, row, device)
+                model, common.pack_for(model.config._attn_implementation, row, device)
             )
             (logprobs / lengths).mean().backward()
             optimizer.step()
@@ -387,7 +386,7 @@ def main():
     parser.add_argument("--check", choices=list(here), help="this one alone, in this process")
     args = parser.parse_args()
     if args.check:
-        result = here[args.check](runtime.init_distributed()[2])
+        result = here[args.check](common.init_distributed()[2])
         print("RESULT", json.dumps(result), flush=True)
         return
     if not torch.cuda.is_available():
@@ -428,4 +427,4 @@ def page(report):
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

@@ -26,11 +26,9 @@ import torch
 from bench import ROOT
 
 import common
-import runtime
 from collecting import generation, scoring
-from common import in_range
-from files import write_atomically
-from runtime import say
+from collecting.files import write_atomically
+from common import in_range, say
 
 STEPS = """
 prepare  collect_candidates.py prepare --task esnli --input NLI --limit N --output D/train.jsonl
@@ -112,4 +110,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

@@ -40,12 +40,17 @@ sys.path.insert(0, str(ROOT))
 import bench  # noqa: E402
 
 import common  # noqa: E402
-import files  # noqa: E402
-import runtime  # noqa: E402
-from collecting import generation, reward_models, scoring  # noqa: E402
-from common import in_range  # noqa: E402
-from files import write_atomically  # noqa: E402
-from runtime import say  # noqa: E402
+from collecting import (  # noqa: E402
+    files,  # noqa: E402
+    generation,
+    reward_models,
+    scoring,
+)
+from collecting.files import write_atomically  # noqa: E402
+from common import (
+    in_range,  # noqa: E402
+    say,  # noqa: E402
+)
 
 LONG = 1500  # tokens of a prompt with its documents
 CONTENDERS = ["flat", "rows", "padded", "plain"]
@@ -107,7 +112,7 @@ def training(model, encoded):
         return torch.cat(scores)
 
     def plan(encoded):
-        return [row for row, _ in runtime.plan_rows(encoded, scoring.ROW_TOKENS[model.device.type], 1)[0]]
+        return [row for row, _ in common.plan_rows(encoded, scoring.ROW_TOKENS[model.device.type], 1)[0]]
 
     apart = [common.Encoded(e.id, [-i, *e.prompt_ids], e.responses, 0, 0) for i, e in enumerate(encoded)]
     trees, flat, rows = plan(encoded), plan(apart), [[i] for i in range(len(encoded))]
@@ -126,7 +131,7 @@ def training(model, encoded):
 
 
 def pack_flat(attn, encoded, device):
-    """runtime.pack_for, but prompts stand side by side and share nothing: rows as they were before they were trees."""
+    """common.pack_for, but prompts stand side by side and share nothing: rows as they were before they were trees."""
     parts = [common.pack([e], mask_of=lambda end: end) for e in encoded]
 
     def joined(name, dim=0, counted=None):  # each part's numbers go on where those of the parts before it end
@@ -137,7 +142,7 @@ def pack_flat(attn, encoded, device):
     return common.PackedBatch(
         input_ids=joined("input_ids", 1),
         position_ids=joined("position_ids", 1),
-        attention_mask=runtime.key_blocks(end, device) if attn == "blocks" else common.dense_mask(end),
+        attention_mask=common.key_blocks(end, device) if attn == "blocks" else common.dense_mask(end),
         logit_positions=joined("logit_positions", counted="attention_mask"),
         targets=joined("targets"),
         token_index=joined("token_index", counted="targets"),
@@ -300,14 +305,14 @@ def main():
     add("--repeats", type=in_range(int, 1), default=5, help="turns that count")
     add("--output", help="results, JSON: same jobs in it are replaced (default benchmarks/results/DEVICE-reading.json)")
     args = parser.parse_args()
-    _, _, device = runtime.init_distributed()
-    args.tokenizer = runtime.load_tokenizer(args.model)
+    _, _, device = common.init_distributed()
+    args.tokenizer = common.load_tokenizer(args.model)
     args.tokenizer.eos_token = args.tokenizer.all_special_tokens[-1]  # which is never drawn
     output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-reading.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     for name, auto_class, job, data in jobs_of(args):
         options = {"num_labels": 1} if auto_class is CLASSIFIER else {}
-        model = runtime.load_pretrained(auto_class, args.model, dtype=torch.float32, **options).to(device).eval()
+        model = common.load_pretrained(auto_class, args.model, dtype=torch.float32, **options).to(device).eval()
         model.config.pad_token_id = args.tokenizer.eos_token_id
         contenders, works = job(model, data, args)
         contenders = {k: v for k, v in contenders.items() if k in ("ours", *args.contenders)}
@@ -320,4 +325,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

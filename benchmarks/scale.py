@@ -4,7 +4,7 @@
     python benchmarks/scale.py --check    # the same formulas beside what torch does with a small model, 8 ranks
 
 No weights and no GPU are needed: models are built on the meta device, ranks are torch's fake process group. GB are 10^9
-bytes. W ranks; fp32 master weights, computing in bf16, fp32 reduction, as runtime.shard sets it up:
+bytes. W ranks; fp32 master weights, computing in bf16, fp32 reduction, as common.shard sets it up:
 
     state         (4 weights + 4 gradients + 8 Adam) bytes x parameters / W
     gathered      bf16: the root (embedding, head: from the forward to the end of the backward), and two layers (the one
@@ -28,7 +28,6 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
-import runtime
 
 SHAPES = {
     "7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -63,7 +62,7 @@ def build(shape, device, **more):
 
 def parameters(model):
     """-> (parameters of one decoder layer, number of layers, parameters of the root)."""
-    layers = runtime.decoder_layers(model)
+    layers = common.decoder_layers(model)
     layer = sum(p.numel() for p in layers[0].parameters())
     return layer, len(layers), sum(p.numel() for p in model.parameters()) - layer * len(layers)
 
@@ -122,7 +121,7 @@ def torch_reports(shape, world):
             return function(*args, **(kwargs or {}))
 
     try:
-        model = runtime.shard(build(shape, "cpu").train(), torch.device("cpu"), bf16=True)
+        model = common.shard(build(shape, "cpu").train(), torch.device("cpu"), bf16=True)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         ids = torch.zeros(1, 16, dtype=torch.long)
         with Counted():
@@ -165,4 +164,4 @@ def main():
 
 
 if __name__ == "__main__":
-    runtime.run_cli(main)
+    common.run_cli(main)

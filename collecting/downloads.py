@@ -4,7 +4,7 @@ import csv
 import io
 import json
 
-import files
+from collecting import files
 from common import UserError
 
 

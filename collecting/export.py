@@ -3,10 +3,10 @@
 import pathlib
 
 import common
+from collecting.files import load_candidates
 from collecting.journal import Journal, settings_of
 from collecting.prompts import HINDSIGHT_TEMPLATE, fill, read_template
 from common import UserError
-from files import load_candidates
 
 
 def best_first(record, path):

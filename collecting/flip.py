@@ -12,8 +12,7 @@ from collecting.answers import NLI_LABELS, normalize_answer, one_label
 from collecting.flags import api_flags, collected_flags
 from collecting.journal import open_collected
 from collecting.prompts import FLIP_TEMPLATE, LABEL_TEMPLATE, fill, read_template
-from common import UserError, in_range
-from runtime import say
+from common import UserError, in_range, say
 
 FLIP_AGAIN = "That is not what was asked for. Answer with one line: the sentence, rewritten to say the opposite."
 LABEL_AGAIN = f"Answer with one word, the label that fits the explanation: {', '.join(NLI_LABELS)}."

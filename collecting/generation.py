@@ -10,7 +10,6 @@ from transformers import AutoModelForCausalLM, GenerationConfig, StopStringCrite
 from transformers.generation import TopPLogitsWarper
 
 import common
-import runtime
 from common import UserError
 
 TURNS = ("Human:", "human:", "Assistant:", "assistant:")  # a response to a dialogue ends before these (PRO's code)
@@ -18,14 +17,13 @@ TURNS = ("Human:", "human:", "Assistant:", "assistant:")  # a response to a dial
 
 @functools.cache
 def load_generator(name, device, bf16=False):
-    """-> (model, tokenizer) for inference on `device`, in runtime.computing_dtype.
+    """-> (model, tokenizer) for inference on `device`: bf16 on CUDA and with --bf16, else fp32.
 
     Loaded at the first call: what is all done loads none.
     """
-    model = runtime.load_pretrained(AutoModelForCausalLM, name, dtype=runtime.computing_dtype(device, bf16))
-    tokenizer = runtime.load_tokenizer(name)
-    runtime.check_vocabulary(model, tokenizer, f"--model {name}")
-    return model.to(device).eval(), tokenizer
+    dtype = torch.bfloat16 if bf16 or device.type == "cuda" else torch.float32
+    model = common.load_pretrained(AutoModelForCausalLM, name, dtype=dtype)
+    return model.to(device).eval(), common.load_tokenizer(name, model=model)
 
 
 class ChosenLogprobs:
@@ -163,7 +161,7 @@ def generate(
     listed = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
     ends = sorted({pad, *listed} - {None})  # Llama-3 and Qwen list several
     model.generation_config = GenerationConfig()  # generate() would fill in from the model's what is not said here
-    # under FSDP the weights are gathered (runtime.gathered): ranks do not wait for each other
+    # under FSDP the weights are gathered (on_policy.gathered): ranks do not wait for each other
     options = {"pad_token_id": pad, "eos_token_id": ends, "synced_gpus": False}
     if num_beams == 1:
         more = {"length": L + max_new_tokens, "temperature": temperature, "top_p": top_p, "stop": stop}

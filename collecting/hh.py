@@ -6,8 +6,7 @@ import re
 
 from collecting.downloads import read_rows
 from collecting.prompts import fill
-from common import UserError
-from runtime import say
+from common import UserError, say
 
 HH_ROLES = {"Human": "user", "Assistant": "assistant"}
 HH_PUBLISHED = {  # PRO, Table 1: samples of the split as downloaded, and after its filter

@@ -10,10 +10,8 @@ from collections import Counter
 
 import torch
 
-import runtime
-from common import UserError
-from files import MAX_LINE, Claim, agree, provenance, read_json, read_records
-from runtime import say
+from collecting.files import MAX_LINE, Claim, agree, on_process0, provenance, read_json, read_records
+from common import UserError, say
 
 
 class Journal:
@@ -27,7 +25,7 @@ class Journal:
     def __init__(self, path, ids, settings, rank=0, world=1):
         self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
         if world > 1:
-            runtime.on_process0(lambda: self._claim(settings))
+            on_process0(lambda: self._claim(settings))
             agree(settings, f"{self.path}.args.json", f"--output {self.path}")
         else:
             self._claim(settings)

@@ -1,50 +1,76 @@
 """Answers of a model in training: PRO's self-bootstrapping (Algorithm 1) and its reward on held-out prompts."""
 
+import contextlib
 import math
 import zlib
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
-import runtime
+import common
 from collecting import generation
 from collecting.reward_models import reward_logits
 
 BATCH = 16  # prompts at once
 
 
-def answers(run, records, what, temperature, done=()):
+@contextlib.contextmanager
+def gathered(model):
+    """Within it every process holds all weights, in the computing dtype, so that each may generate without the others.
+    Use it under no_grad, not under inference_mode: the weights are trained further. FlexAttention would compile anew as
+    the cache grows, so SDPA reads it."""
+    parts, attention = [m for m in model.modules() if hasattr(m, "unshard")], model.config._attn_implementation
+    if attention == "flex_attention":
+        model.set_attn_implementation("sdpa")
+    for m in parts:
+        m.set_reshard_after_forward(False, recurse=False)
+        m.unshard()
+    try:
+        yield model
+    finally:
+        for m in parts:
+            m.set_reshard_after_forward(m is not model, recurse=False)  # fully_shard's default
+            m.reshard()
+        if attention == "flex_attention":
+            model.set_attn_implementation(attention)
+
+
+def answers(model, tokenizer, records, args, step, *, what, temperature, done=()):
     """Yield (batch, answers) for this process's batches of records: each answer a candidate {text, finished, source}.
 
-    A batch is left out where all its records are in `done`, and answered whole otherwise; its draw is seeded by
-    --seed, the run's step, and its first record: a resumed run, or another number of processes, samples the same.
-    Ends early where the run is told to stop.
+    A batch is left out if all its records are in `done`, else answered whole. Its draw is seeded by --seed, the
+    step, and its first record, so a resumed run, or another number of processes, samples the same. After a signal the
+    rest is left out: call common.stop_if_asked before the answers are used.
     """
-    args, model = run.args, run.model
     options = {"max_new_tokens": args.max_new_tokens, "max_prompt_length": args.max_prompt_length}
     options |= {"temperature": temperature, "stop": generation.TURNS}
-    training = model.training
+    training, process = model.training, dist.get_rank()
     model.eval()
-    with runtime.gathered(model), torch.no_grad():  # each process on its own, however long its answers are
-        batches = generation.batches_by_length(records, BATCH)[run.process :: run.world]
-        for batch in tqdm(batches, desc=what, leave=False, disable=run.process != 0):
-            if run.signal or all(r["id"] in done for r in batch):
+    with gathered(model), torch.no_grad():
+        batches = generation.batches_by_length(records, BATCH)[process :: dist.get_world_size()]
+        for batch in tqdm(batches, desc=what, leave=False, disable=process != 0):
+            if common.STOP["asked"]:
+                break
+            if all(r["id"] in done for r in batch):
                 continue
-            torch.manual_seed(zlib.crc32(f"{args.seed} {run.step} {batch[0]['id']}".encode()))
-            found = generation.generate(model, run.tokenizer, [r["prompt"] for r in batch], **options)
+            torch.manual_seed(zlib.crc32(f"{args.seed} {step} {batch[0]['id']}".encode()))
+            found = generation.generate(model, tokenizer, [r["prompt"] for r in batch], **options)
             yield batch, [{"text": a["text"], "finished": a["finished"], "source": "bootstrap"} for [a] in found]
     model.train(training)
 
 
-def rewards(run, batch, candidates):
+def rewards(batch, candidates, args):
     """The raw logits of --reward_model for a candidate each of some records, as `rank --by reward` gives them."""
-    pairs, pickle = list(zip(batch, candidates)), run.args.allow_pickle
-    return reward_logits(run.args.reward_model, run.device, pairs, allow_pickle=pickle)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return reward_logits(args.reward_model, device, list(zip(batch, candidates)), allow_pickle=args.allow_pickle)
 
 
-def mean_reward(run, records):
-    """100 x the mean sigmoid reward of greedy answers to the records' prompts, over all processes (Table 2's unit)."""
+def mean_reward(model, tokenizer, records, args, step):
+    """100 x the mean sigmoid reward of greedy answers to the records' prompts, over all processes (Table 2's unit). A
+    signal stops the run here: the mean of some answers is no figure."""
     total = 0.0
-    for batch, found in answers(run, records, "reward", temperature=0.0):
-        total += sum(1 / (1 + math.exp(-max(r, -700))) for r in rewards(run, batch, found))
-    return 100 * runtime.all_sum([total])[0] / len(records)
+    for batch, found in answers(model, tokenizer, records, args, step, what="reward", temperature=0.0):
+        total += sum(1 / (1 + math.exp(-max(r, -700))) for r in rewards(batch, found, args))
+    common.stop_if_asked()
+    return 100 * common.all_sum([total])[0] / len(records)

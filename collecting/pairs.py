@@ -3,10 +3,10 @@
 import functools
 import pathlib
 
-import runtime
+import common
+from collecting.files import is_message
 from collecting.prompts import fill
-from common import UserError
-from files import is_message, is_number
+from common import UserError, is_number
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = {  # ours -> what else data sets call it
@@ -52,7 +52,7 @@ def pair_converter(args):
     names = dict(c.partition("=")[::2] for c in args.columns)
     if wrong := [c for c in args.columns if c.partition("=")[0] not in COLUMNS or not c.partition("=")[2]]:
         raise UserError(f"--columns {wrong[0]}: write NAME=COLUMN, NAME one of {', '.join(COLUMNS)}")
-    tokenizer = args.chat_template and runtime.load_tokenizer(args.chat_template, "--chat_template")
+    tokenizer = args.chat_template and common.load_tokenizer(args.chat_template, "--chat_template")
     if tokenizer and not tokenizer.chat_template:
         raise UserError(f"--chat_template {args.chat_template}: this model's tokenizer has no chat template")
     return functools.partial(prepare_pair, names=names, tokenizer=tokenizer)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
 from collecting.downloads import read_rows
+from collecting.files import as_object, check_record
 from collecting.flags import TEMPLATE_HELP, group
 from collecting.hh import HH_PUBLISHED, hh_rows, hub_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import Journal, settings_of
@@ -26,9 +27,7 @@ from collecting.prompts import (
     qa_prompt,
     read_template,
 )
-from common import UserError, in_range
-from files import as_object, check_record
-from runtime import say
+from common import UserError, in_range, say
 
 ESNLI_FIELDS = {
     "Sentence1": "premise",

@@ -6,8 +6,9 @@ import random
 
 from tqdm import tqdm
 
-import runtime
+import common
 from collecting import scoring
+from collecting.files import GIVEN, load_candidates
 from collecting.flags import api_flags, group
 from collecting.journal import open_collected
 from collecting.rank_asked import rank_by_gpt
@@ -16,9 +17,7 @@ from collecting.rank_labels import drop_malformed, rank_by_label
 from collecting.rank_likelihood import rank_by_logprob, rank_by_prm, rank_by_probabilistic
 from collecting.rank_similarity import rank_by_similarity
 from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL, rank_by_reward
-from common import UserError, in_range
-from files import GIVEN, load_candidates
-from runtime import say
+from common import UserError, in_range, say
 
 RANKERS = {
     "label": rank_by_label,
@@ -78,7 +77,7 @@ def rank(args):
         raise UserError("--drop_malformed belongs to --by label")
     if args.min_candidates > 1 and not args.drop_malformed:
         raise UserError("--min_candidates counts what --drop_malformed leaves: give both")
-    process, processes = runtime.init_distributed()[:2] if args.by in SCORERS else (0, 1)
+    process, processes = common.init_distributed()[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]
     if args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits

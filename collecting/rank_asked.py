@@ -6,8 +6,7 @@ from collections import Counter
 
 from collecting import asking
 from collecting.prompts import GPT_TEMPLATE, fill, read_template
-from common import HUMAN, UserError
-from runtime import say
+from common import HUMAN, UserError, say
 
 RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
 

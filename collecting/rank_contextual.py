@@ -7,11 +7,10 @@ import re
 from collections import Counter
 
 import common
-import runtime
 from collecting import asking
+from collecting.files import read_rows
 from collecting.prompts import CONTEXTUAL_TEMPLATE, alpaca_prompt, read_template, task_of
-from files import read_rows, write_atomically
-from runtime import say
+from common import say, write_atomically
 
 CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the form asked for, from first line to last:
 a score for every response that is ranked, and the ranking in a line of its own at the end."""
@@ -27,7 +26,7 @@ def rank_by_contextual(records, args, done=()):
     done: ids not to yield, from a run before.
     """
     template, count, asked, prompts = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
-    by = {"ranked_by": runtime.run_name(args.model)}
+    by = {"ranked_by": common.run_name(args.model)}
     for record in records:
         candidates = record["candidates"]
         shown = [i for i, c in enumerate(candidates) if args.rank_original or c["source"] not in common.HUMAN]
@@ -179,7 +178,7 @@ def contextual_candidates(candidates, shown, verdict, args):
         if k == len(shown):
             if not args.keep_reference:
                 continue
-            candidates.append({"text": verdict["reference"], "source": runtime.run_name(args.model)})
+            candidates.append({"text": verdict["reference"], "source": common.run_name(args.model)})
         c = candidates[shown[k] if k < len(shown) else -1]
         if c["text"].strip() not in texts:
             texts.add(c["text"].strip())

@@ -3,8 +3,7 @@
 from collections import Counter
 
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
-from common import HUMAN, UserError
-from runtime import say
+from common import HUMAN, UserError, say
 
 
 def rank_by_label(records, args):

@@ -7,11 +7,9 @@ from scipy.stats import spearmanr
 from transformers import AutoConfig
 
 import common
-import runtime
 from collecting import generation, scoring
 from collecting.reward_models import reward_logits
-from common import UserError
-from runtime import say
+from common import UserError, say
 
 
 def log_likelihoods(records, args, eos):
@@ -22,14 +20,14 @@ def log_likelihoods(records, args, eos):
         model, tokenizer = generation.load_generator(args.model, device, args.bf16)  # once
         scored = scoring.score_candidates(model, tokenizer, chunk, args.max_length, eos=eos, cut=cut)
         yield from ((record, *pair) for record, pair in zip(chunk, scored))
-    prompts, responses = runtime.all_sum([cut["prompts"], cut["responses"]])
+    prompts, responses = common.all_sum([cut["prompts"], cut["responses"]])
     say(f"cut to fit --max_length {args.max_length}: {prompts:.0f} prompts (left), {responses:.0f} responses (right)")
 
 
 def rank_by_logprob(records, args):
     """Set every candidate's `logprob` and `num_tokens` under a local teacher, --model (Tuna Eq. 3 reads them), which
     `teacher` names. EOS counts in neither, as in `sample` and `teacher`."""
-    by = {"teacher": runtime.run_name(args.model)}
+    by = {"teacher": common.run_name(args.model)}
     for record, logprobs, lengths in log_likelihoods(records, args, eos=False):
         values = zip(record["candidates"], logprobs.tolist(), lengths.tolist())
         yield record | {"candidates": [c | {"logprob": logp, "num_tokens": int(n)} | by for c, logp, n in values]}
@@ -72,16 +70,16 @@ def rank_by_prm(records, args):
             scores = [score if some else None for score, some in zip(scores, own)]
             ranks = [s if s is None else sum(x > s for x in scores if x is not None) for s in scores]
             candidates = [c | {"rank": k} for c, k in zip(candidates, ranks)]
-            record = record | {"candidates": candidates, "ranked_by": runtime.run_name(args.model)}
+            record = record | {"candidates": candidates, "ranked_by": common.run_name(args.model)}
         yield record
-    total, number = runtime.all_sum([sum(agreement), len(agreement)])
+    total, number = common.all_sum([sum(agreement), len(agreement)])
     if number:
         say(f"agreement with the ranking of {number:.0f} records: Spearman {total / number:.3f}")
 
 
 def prm_scores(records, args):
     """Yield (record, scores [n]) under --model."""
-    architectures = runtime.load_pretrained(AutoConfig, args.model).architectures or []
+    architectures = common.load_pretrained(AutoConfig, args.model).architectures or []
     if not any("SequenceClassification" in name or name == "RewardModel" for name in architectures):
         yield from ((r, (logprobs / lengths).tolist()) for r, logprobs, lengths in log_likelihoods(records, args, True))
         return

@@ -4,7 +4,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import common
-import runtime
 from collecting import scoring
 from common import UserError
 
@@ -12,8 +11,8 @@ from common import UserError
 def rank_by_similarity(records, args):
     """Set every candidate's `similarity`: the cosine of its sentence embedding to that of the human response."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = runtime.load_pretrained(AutoModel, args.encoder, "--encoder").to(device).eval()
-    tokenizer = runtime.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
+    model = common.load_pretrained(AutoModel, args.encoder, "--encoder").to(device).eval()
+    tokenizer = common.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
     for chunk in scoring.chunks(records):
         for record in chunk:
             if not any(c["source"] in common.HUMAN for c in record["candidates"]):

@@ -16,10 +16,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 import common
-import runtime
 from collecting import scoring
-from common import UserError
-from runtime import say
+from common import UserError, say
 
 
 class RewardModelConfig(GPTNeoXConfig):
@@ -64,13 +62,12 @@ REWARD_TOKENS = 1024  # of a dialogue, whoever asks, as released: 512 for one us
 def load_reward_model(name, device, flag, allow_pickle):
     """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`, in
     float32 as released: bf16 has ties."""
-    model, info = runtime.load_pretrained(
+    model, info = common.load_pretrained(
         AutoModelForSequenceClassification, name, flag, allow_pickle, dtype=torch.float32, output_loading_info=True
     )
     if getattr(model.config, "num_labels", 1) != 1 and not isinstance(model, RewardModel) or info["missing_keys"]:
         raise UserError(f"{flag} {name}: not a reward model (a sequence classifier with one output is wanted)")
-    tokenizer = runtime.load_tokenizer(name, flag)
-    runtime.check_vocabulary(model, tokenizer, f"{flag} {name}")
+    tokenizer = common.load_tokenizer(name, flag, model)
     form = "oasst" if isinstance(model, RewardModel) else "chat_template" if tokenizer.chat_template else "plain"
     return model.to(device).eval(), tokenizer, getattr(model.config, "dialogue_form", form)
 
@@ -117,7 +114,6 @@ def score_dialogues(model, dialogues):
     def values_of(batch):
         if batch.position_ids is None:
             return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits[:, 0].float()
-        common.refuse_misread(model.config, batch)
         inputs = {"attention_mask": batch.attention_mask, "position_ids": batch.position_ids, "use_cache": False}
         states = model.base_model(batch.input_ids, **inputs).last_hidden_state[0]  # [T, H]
         return model.score(states[batch.last_positions])[:, 0].float()
@@ -126,7 +122,7 @@ def score_dialogues(model, dialogues):
         if not hasattr(model, "score"):
             raise UserError("its head does not read the last token's state")
         alone = torch.cat([values_of(common.pack_padded([s]).to(model.device)) for s in some])
-        gap = ((values_of(scoring.pack(model, some)) - alone).abs().max() / alone.abs().max()).item()
+        gap = ((values_of(common.pack_for(model, some)) - alone).abs().max() / alone.abs().max()).item()
         if not gap <= 1e-3:
             raise UserError(f"packed and single sequences differ by {gap:.2g}")
 
@@ -150,7 +146,7 @@ def rank_by_reward(records, args):
             candidates.sort(key=lambda c: -c["reward"])
             candidates = [c | {"rank": sum(x["reward"] > c["reward"] for x in candidates)} for c in candidates]
             yield record | {"candidates": candidates, "reward_model": args.reward_model}
-    agrees, differs, equal = runtime.all_sum([outcome[x] for x in ("agrees", "differs", "equal")])
+    agrees, differs, equal = common.all_sum([outcome[x] for x in ("agrees", "differs", "equal")])
     if total := agrees + differs + equal:
         say(
             f"{args.reward_model} prefers the chosen response to the rejected one in {agrees:.0f} of "

@@ -4,13 +4,12 @@ import functools
 import itertools
 from collections import Counter
 
-import runtime
+import common
 from collecting import generation
 from collecting.flags import generation_flags, group, prompt_flags
 from collecting.journal import open_collected
 from collecting.prompts import shown_prompts
-from common import in_range
-from runtime import say
+from common import in_range, say
 
 
 # fmt: off
@@ -93,11 +92,11 @@ def similar_pairs(responses, limit):
 
 
 def sample(args):
-    process, processes, device = runtime.init_distributed()
-    name = runtime.run_name(args.model)
+    process, processes, device = common.init_distributed()
+    name = common.run_name(args.model)
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 128)
-    of_run = f"-{name}" if runtime.run_settings(args.model) else ""  # the samples of two students never share a file
+    of_run = f"-{name}" if common.run_settings(args.model) else ""  # the samples of two students never share a file
     records, journal = open_collected(args, "train", f"sampled{of_run}", process=process, processes=processes)
     by = {"source": args.source, "teacher": name}
     options, count, diversity = generation.options_of(args), Counter(), Counter()
@@ -119,11 +118,11 @@ def sample(args):
             count["empty"] += sum(not r["text"] for r in responses)
         journal.write(r for r in batch if r["id"] not in journal.done)
     journal.finish()
-    totals = runtime.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
+    totals = common.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
     say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
     if args.max_rouge_l is not None:
         trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
         kinds = ["kept at once", "too similar", *trials, "least similar kept"]
         kinds += ["pairs", "similar pairs before", "similar pairs after"]
-        totals = runtime.all_sum([diversity[k] for k in kinds])
+        totals = common.all_sum([diversity[k] for k in kinds])
         say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds, totals)))

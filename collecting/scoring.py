@@ -7,13 +7,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
-import runtime
-from common import Encoded, UserError
-from runtime import say
+from common import Encoded, UserError, say
 
 ROW_TOKENS = {"cuda": 8192, "cpu": 1024}  # of a packed row, or three times the longest sequence: most of it is shared
 CHUNK_ROWS = 4  # records of about that many rows are planned, shared out over processes, and then written, at once
-MAX_LOGITS = 2**24  # at a time
 
 
 def chunks(records):
@@ -45,11 +42,11 @@ def score_rows(model, sequences, values_of, check):
     """
     device = model.device
     if model.config._attn_implementation == "sdpa":
-        runtime.set_attention(model, "flex" if device.type == "cuda" else "blocks")
+        common.set_attention(model, device)
     budget = max(ROW_TOKENS[device.type], 3 * max(s.num_tokens for s in sequences))
-    values, plan = [None] * len(sequences), runtime.plan_rows(sequences, budget, 1)[0]
+    values, plan = [None] * len(sequences), common.plan_rows(sequences, budget, 1)[0]
     rows = [[sequences[i] for i in row] for row, _ in plan]
-    with token_bar(sum(map(runtime.unique_tokens, rows))) as bar:
+    with token_bar(sum(s.num_tokens for s in sequences)) as bar:
         for (row, _), some in zip(plan, rows):
             scored = None
             try:
@@ -58,7 +55,7 @@ def score_rows(model, sequences, values_of, check):
                     check([by_length[0], by_length[-1]])
                     model.reads_rows = True
                 if model.reads_rows:
-                    scored = values_of(pack(model, some))
+                    scored = values_of(common.pack_for(model, some))
             except UserError as e:
                 say(f"{model.config._name_or_path}: {e}; now one sequence at a time")
                 model.reads_rows = False
@@ -66,12 +63,8 @@ def score_rows(model, sequences, values_of, check):
                 scored = [values_of(common.pack_padded([s]).to(device))[0] for s in some]
             for i, value in zip(row, scored, strict=True):
                 values[i] = value
-            bar.update(runtime.unique_tokens(some))
+            bar.update(sum(s.num_tokens for s in some))
     return torch.stack(values)
-
-
-def pack(model, sequences):
-    return runtime.pack_for(model.config._attn_implementation, sequences, model.device)
 
 
 def score_candidates(model, tokenizer, records, max_length=512, max_prompt_length=None, eos=True, cut=None):
@@ -90,11 +83,8 @@ def score_encoded(model, encoded):
     """score_candidates of records that are encoded already."""
 
     def values_of(batch):
-        return torch.stack(common.candidate_logprobs(model, batch, MAX_LOGITS), 1)  # [N, 2]
-
-    def check(some):
-        common.check_packing(model, some, lambda s: pack(model, s))
+        return torch.stack(common.candidate_logprobs(model, batch), 1)  # [N, 2]
 
     sequences = [Encoded(e.id, e.prompt_ids, [r], 0, 0) for e in encoded for r in e.responses]
-    values = score_rows(model, sequences, values_of, check)
+    values = score_rows(model, sequences, values_of, lambda some: common.check_packing(model, some))
     return [v.unbind(1) for v in values.split([len(e.responses) for e in encoded])]

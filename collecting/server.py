@@ -9,8 +9,7 @@ import os
 import urllib.parse
 
 from collecting.generation import unescape
-from common import UserError
-from files import is_number
+from common import UserError, is_number
 
 MAX_REPLY = 8 * 2**20  # bytes of one reply
 FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt

@@ -2,14 +2,13 @@
 
 from collections import Counter
 
-import runtime
+import common
 from collecting import asking, generation
 from collecting.flags import api_flags, collected_flags, prompt_flags
 from collecting.journal import open_collected
 from collecting.prompts import shown_prompts
 from collecting.server import BUDGET_SPENT
-from common import UserError, in_range
-from runtime import say
+from common import UserError, in_range, say
 
 
 def teacher_flags(add):
@@ -42,7 +41,7 @@ def ask_each(args, records, journal, prompt, finish, **options):
 def teacher(args):
     """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here. A record
     with `messages` goes as these turns, unless --completions."""
-    name = runtime.run_name(args.model)
+    name = common.run_name(args.model)
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 256)
     records, journal = open_collected(args, "train", "teacher")

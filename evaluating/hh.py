@@ -7,10 +7,10 @@ import pathlib
 import warnings
 
 import common
-import runtime
 from collecting import generation, reward_models
+from collecting.files import load_candidates, read_rows
 from collecting.flags import generation_flags, group
-from common import UserError, in_range
+from common import UserError, in_range, say
 from evaluating.shared import (
     by_subset,
     draw_per_subset,
@@ -22,8 +22,6 @@ from evaluating.shared import (
     predict,
     write_metrics,
 )
-from files import load_candidates, read_rows
-from runtime import say
 
 EVALUATION_REWARD_MODEL = "OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1"  # PRO's; its training data's is the 1.4B
 
@@ -95,7 +93,7 @@ def chosen_text(record):
 
 def reward_models_of_training(model):
     """The reward models that a run of ours was trained with, from its args.json and its data, where they are there."""
-    settings = runtime.run_settings(model)
+    settings = common.run_settings(model)
     names, data = [settings.get("reward_model")], settings.get("data")
     if isinstance(data, str) and pathlib.Path(data).is_file():
         names += [row.get("reward_model") for _, row in itertools.islice(read_rows(data), 1)]

@@ -5,13 +5,12 @@ import re
 from collections import Counter
 
 from collecting import asking
+from collecting.files import read_rows
 from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
 from collecting.prompts import fill, read_template
-from common import UserError, in_range
+from common import UserError, in_range, say
 from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, write_metrics
-from files import read_rows
-from runtime import say
 
 JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
 

@@ -5,14 +5,12 @@ import math
 import torch
 
 import common
-import runtime
 from collecting import generation
+from collecting.files import load_candidates
 from collecting.flags import group
 from collecting.scoring import chunks, score_encoded
-from common import UserError, in_range
+from common import UserError, in_range, say
 from evaluating.shared import mean, model_flags, predict, write_metrics
-from files import load_candidates
-from runtime import say
 
 
 def hybrid(c):
@@ -63,7 +61,7 @@ def nll_flags(add):
 
 def as_trained(args):
     """Fill the flags that were not given: from args.json of the run that left --model, else WITHOUT_A_RUN."""
-    settings = runtime.run_settings(args.model)
+    settings = common.run_settings(args.model)
     missing = [k for k in WITHOUT_A_RUN if getattr(args, k, 0) is None]
     for k in missing:
         setattr(args, k, settings.get(k, WITHOUT_A_RUN[k]))

@@ -8,9 +8,8 @@ from collections import Counter
 
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
-from common import UserError, in_range
+from common import UserError, in_range, write_atomically
 from evaluating.shared import answer, mean, model_flags, write_metrics
-from files import write_atomically
 
 ARGUMENT_ORDER = {  # core tasks whose two arguments may change places
     *("more_letters", "less_letters", "first_alphabetically", "rhyming_word", "homophones"),

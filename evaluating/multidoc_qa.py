@@ -1,11 +1,11 @@
 """The verb multidoc-qa: gold answers in generated ones, by the gold passage's place (RESCUE Sec. 6.3, Table 2)."""
 
 from collecting.answers import has_answer
+from collecting.files import read_records
 from collecting.flags import generation_flags
 from common import UserError, in_range
 from evaluating.plots import plot_positions
 from evaluating.shared import answer, beside, mean, model_flags, write_metrics
-from files import read_records
 
 
 def multidoc_qa_flags(add):

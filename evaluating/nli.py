@@ -1,13 +1,12 @@
 """The verb nli: labels of generated answers (RESCUE, Table 1)."""
 
 from collecting.answers import NLI_LABELS, parse_nli
+from collecting.files import read_records
 from collecting.flags import generation_flags, prompt_flags
 from collecting.prompts import shown_prompts
-from common import UserError, in_range
+from common import UserError, in_range, say
 from evaluating.plots import plot_nli
 from evaluating.shared import beside, generate_answers, mean, model_flags, predict, write_metrics
-from files import read_records
-from runtime import say
 
 
 def nli_flags(add):

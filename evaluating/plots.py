@@ -3,13 +3,12 @@
 import pathlib
 from statistics import fmean
 
-import runtime
+import common
 from collecting.answers import NLI_LABELS
-from common import UserError
+from collecting.files import read_rows
+from common import UserError, say
 from evaluating.shared import wilson
 from evaluating.tables import without_seed
-from files import read_rows
-from runtime import say
 
 
 def new_figure(width=6.4, height=4.0, columns=1):
@@ -104,7 +103,7 @@ def plot_setting(systems, path, setting):
         document = need_verb(documents, name, "nli")
         model = document["settings"]["--model"]
         # kept beside the figures, or where the run is
-        trained = runtime.run_settings(document["folder"] / "model") or runtime.run_settings(model)
+        trained = common.run_settings(document["folder"] / "model") or common.run_settings(model)
         if setting not in trained:
             raise UserError(f"--plot {setting}: {name} is no run with --{setting}, as its RUN/args.json says")
         evaluated = {

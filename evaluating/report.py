@@ -3,13 +3,11 @@
 import functools
 import pathlib
 
-from common import UserError
+from common import UserError, say, write_atomically
 from evaluating.claims import claims_page
 from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, paired_bootstrap
 from evaluating.tables import beside_paper, items_of, markdown, tables_of, with_intervals
-from files import write_atomically
-from runtime import say
 
 PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), accuracy by train_size and by gold_position, Fig. 5 and 6
 (sources), the runs' logs (training); PLOT.png beside --output, sources in each system's folder"""

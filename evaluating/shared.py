@@ -11,12 +11,11 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import runtime
+import common
 from collecting import generation
+from collecting.files import read_rows
 from collecting.journal import Journal, settings_of
-from common import UserError
-from files import is_number, read_rows, write_atomically
-from runtime import say
+from common import UserError, is_number, say, write_atomically
 
 EVAL_FOLDER = pathlib.Path("runs/eval")
 
@@ -35,7 +34,7 @@ def system_name(args):
     """--name, else the responses' source, else the model's folder, or the run's where that is `model` or `best`."""
     if args.name or not args.model:
         return args.name or args.source
-    return runtime.run_name(args.model)
+    return common.run_name(args.model)
 
 
 def predict(args, verb, records, compute, batches_of=None):
@@ -43,7 +42,7 @@ def predict(args, verb, records, compute, batches_of=None):
     (batches_of(records), or by length) -> all predictions, in order, on process 0; elsewhere nothing."""
     if not records:
         raise UserError(f"{verb}: the input holds no records")
-    process, world, device = runtime.init_distributed()
+    process, world, device = common.init_distributed()
     args.name = system_name(args)
     args.output = args.output or str(EVAL_FOLDER / args.name / f"{verb}.jsonl")
     journal = Journal(args.output, [r["id"] for r in records], settings_of(args), process, world)

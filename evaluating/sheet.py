@@ -6,13 +6,12 @@ import pathlib
 import random
 import statistics
 
+from collecting.files import load_candidates, read_records, read_rows
 from collecting.prompts import task_of
 from collecting.rank_likelihood import spearman
-from common import UserError, in_range
+from common import UserError, in_range, say, write_atomically
 from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
 from evaluating.tables import markdown
-from files import load_candidates, read_records, read_rows, write_atomically
-from runtime import say
 
 PAGE = pathlib.Path(__file__).with_name("sheet.html")
 

@@ -9,7 +9,6 @@ import torch
 from transformers import AutoModel, AutoTokenizer
 
 import common
-import runtime
 from collecting.flags import alpaca_flags, generation_flags, group
 from collecting.prompts import alpaca_prompt, read_template
 from collecting.sample import rouge_scorer
@@ -45,7 +44,7 @@ def superni(args):
     listed = pathlib.Path(args.input).read_text().split()
     if unknown := set(args.tasks or ()) - set(listed):
         raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
-    tokenizer = runtime.load_tokenizer(args.model)
+    tokenizer = common.load_tokenizer(args.model)
     records = []
     for name in args.tasks or listed:
         records += superni_records(root / f"tasks/{name}.json", tokenizer, args)
@@ -127,8 +126,8 @@ def bert_f1(texts, references, name, layer):
     """BERTScore F1 of each text, the best over its references: every token is matched with the most similar one of the
     other text, by the cosine of their states in `layer`; no idf weights, special tokens left out, no rescaling."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = runtime.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
-    tokenizer = runtime.load_pretrained(AutoTokenizer, name, "--bertscore")
+    model = common.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
+    tokenizer = common.load_pretrained(AutoTokenizer, name, "--bertscore")
 
     @functools.cache
     def states(text):  # -> [tokens, d] unit vectors

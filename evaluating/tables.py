@@ -5,9 +5,9 @@ import pathlib
 import re
 import statistics
 
-from common import UserError
+from collecting.files import as_object, parse_json
+from common import UserError, is_number
 from evaluating.shared import wilson
-from files import as_object, is_number, parse_json
 
 
 def read_document(path, **fields):

@@ -2,11 +2,11 @@
 
 import itertools
 
+from collecting.files import read_rows
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import ALPACA_TEMPLATE, alpaca_prompt, read_template
 from common import UserError, in_range
 from evaluating.shared import answer, length_figures, model_flags, write_metrics
-from files import read_rows
 
 
 # fmt: off

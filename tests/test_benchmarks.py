@@ -120,7 +120,7 @@ def test_kept_bytes_of_a_layer():
 def reading_report(tiny, tmp_path, monkeypatch, *more):
     argv = ["reading.py", "--model", tiny, "--repeats", 1, "--output", tmp_path / "r.json", *more]
     monkeypatch.setattr(sys, "argv", [*map(str, argv)])
-    bench.runtime.run_cli(reading.main)
+    bench.common.run_cli(reading.main)
     return json.loads((tmp_path / "r.json").read_text())
 
 
@@ -163,7 +163,7 @@ def test_pipeline(tiny, tokenizer, tmp_path, monkeypatch):
     pipeline.main()
     [turn] = json.loads(output.read_text())["turns"]
     assert [*turn["ours"]] == [*turn["plain"]] == ["prepare", "sample", "rank", "score", "train", "evaluate", "report"]
-    model = bench.runtime.load_pretrained(bench.AutoModelForCausalLM, str(tiny))
+    model = bench.common.load_pretrained(bench.AutoModelForCausalLM, str(tiny))
     drawn = []
     for generate in (pipeline.generation.generate, pipeline.plain_generate):
         torch.manual_seed(0)

@@ -147,8 +147,8 @@ def test_no_import_goes_round_in_a_package(package):
     ],
 )
 def test_a_copied_script_trains(tiny, reward_folder, tmp_path, script, flags):
-    """Beside common.py, files.py, runtime.py and run.py alone; PRO's bootstrapping also has collecting/."""
-    for name in (f"{script}.py", "common.py", "files.py", "runtime.py", "run.py"):
+    """Beside common.py, files.py, common.py and run.py alone; PRO's bootstrapping also has collecting/."""
+    for name in (f"{script}.py", "common.py", "files.py", "common.py", "run.py"):
         shutil.copy(ROOT / name, tmp_path)
     if "bootstrap" in flags:
         shutil.copytree(ROOT / "collecting", tmp_path / "collecting")

@@ -3,7 +3,7 @@
 import pytest
 from conftest import HH, TWO_TURNS, pair, read_jsonl, run, write_jsonl
 
-from files import load_candidates
+from collecting.files import load_candidates
 
 
 def test_prepare_hh(prepared):

@@ -5,7 +5,6 @@ from conftest import RANKABLE, make_model, make_tokenizer, read_jsonl, run, writ
 from transformers import AutoModelForCausalLM
 
 import common
-import runtime
 from collecting.rank_likelihood import spearman
 from collecting.scoring import score_candidates
 
@@ -18,7 +17,7 @@ def rank(monkeypatch, tmp_path, records, *flags, output="o.jsonl"):
 
 def test_responses_of_512_tokens_are_scored_whole(tmp_path, tiny, cli):
     """--by logprob and --by prm read 1,024 tokens, as tuna.py does, and say what did not fit."""
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     ids = tokenizer(" ".join(["Two men play"] * 400), add_special_tokens=False).input_ids
     text = tokenizer.decode(ids[:512]).strip()
     record = RANKABLE | {"candidates": [{"text": text, "source": "m"}, {"text": "a", "source": "m"}]}
@@ -69,7 +68,7 @@ def test_rank_by_logprob_and_prm(tmp_path, tiny, monkeypatch, capsys):
     flags = ["--model", tiny, "--batch_size", 2]
     scored = rank(monkeypatch, tmp_path, records, "--by", "logprob", *flags)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     for record in scored:
         for c in record["candidates"]:
             prompt = common.prompt_ids(tokenizer, record["prompt"])

@@ -7,7 +7,6 @@ import torch
 from conftest import read_jsonl, run, write_jsonl
 
 import common
-import runtime
 from collecting import reward_models
 from collecting.rank import expand_ranking, rank_flags
 
@@ -132,7 +131,7 @@ def test_a_causal_lm_is_no_reward_model(monkeypatch, capsys, tiny, prepared, tmp
 
 @pytest.mark.parametrize("form", ["plain", "chat_template"])
 def test_dialogue_forms(tiny, form):
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
     record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
     text = tokenizer.decode(reward_models.dialogue_ids(tokenizer, record, {"text": "Yes"}, form))
@@ -181,7 +180,7 @@ def test_long_dialogues_are_read_to_1024_tokens_by_whoever_asks(tiny, reward_fol
 
 
 def test_a_cut_response_has_no_eos_for_a_model_of_ours(tiny):
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     for finished in (True, False):
         ids = reward_models.dialogue_ids(tokenizer, {"prompt": "p"}, {"text": "x", "finished": finished}, "plain")
         assert (ids[-1] == tokenizer.eos_token_id) == finished

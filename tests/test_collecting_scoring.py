@@ -10,7 +10,6 @@ import transformers
 from conftest import command, make_model, make_records, make_tokenizer, read_jsonl, run, write_jsonl
 
 import common
-import runtime
 from collecting import reward_models, scoring
 
 SIZES = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -36,9 +35,9 @@ def make_classifier(kind, **more):
 
 def test_likelihoods_are_those_of_one_sequence_at_a_time(monkeypatch):
     tokenizer, model, records = make_tokenizer(), make_model().eval(), make_records(5)
-    rows, pack_for = [], runtime.pack_for
+    rows, pack_for = [], common.pack_for
     monkeypatch.setitem(scoring.ROW_TOKENS, "cpu", 600)
-    monkeypatch.setattr(runtime, "pack_for", lambda *x: rows.append(len(x[1])) or pack_for(*x))
+    monkeypatch.setattr(common, "pack_for", lambda *x: rows.append(len(x[1])) or pack_for(*x))
     got = scoring.score_candidates(model, tokenizer, records, max_length=200)
     assert rows == [
         1,

@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import common
 import reward_model
-import runtime
 from common import candidate_logprobs, encode, pack, pack_padded
 
 
@@ -183,7 +182,7 @@ class TestPacking:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             want, _ = candidate_logprobs(load(tmp_path), pack(encoded))
             model = load(tmp_path, attn_implementation="flex_attention").eval()
-            got, _ = candidate_logprobs(model, runtime.pack_for("flex_attention", encoded, torch.device("cpu")))
+            got, _ = candidate_logprobs(model, common.pack_for("flex_attention", encoded, torch.device("cpu")))
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
     def test_length_normalisation_ignores_padding(self, tokenizer):
@@ -217,10 +216,10 @@ HYBRIDS = {
 @pytest.mark.parametrize("attn", ["blocks", "sdpa"])
 @pytest.mark.parametrize("encoded", [ENCODED, TREE], ids=["two prompts", "tree"])
 def test_gradients_packed_and_padded(kind, attn, encoded, monkeypatch):
-    monkeypatch.setattr(runtime, "CPU_BLOCK", 16)  # a span begins and ends within one, and reaches over several
+    monkeypatch.setattr(common, "CPU_BLOCK", 16)  # a span begins and ends within one, and reaches over several
     model = make(kind)
     model.set_attn_implementation(attn)
-    packed, grads = gradients(model, runtime.pack_for(attn, encoded, torch.device("cpu")))
+    packed, grads = gradients(model, common.pack_for(attn, encoded, torch.device("cpu")))
     padded, padded_grads = gradients(model, pack_padded(encoded))
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
     assert_same_gradients(grads, padded_grads)
@@ -327,7 +326,7 @@ class TestCheckPacking:
 
 
 def test_a_wrapped_model_and_a_device_by_name():
-    runtime.init_distributed()
+    common.init_distributed()
     model = make("llama")
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     common.check_packing(wrapped, ENCODED)
@@ -348,7 +347,7 @@ class TestChunks:
         model, batch = make("llama", tie_word_embeddings=True), pack(ENCODED)
         want, want_grads = gradients(model, batch)
         if sharded:
-            runtime.init_distributed()
+            common.init_distributed()
             fully_shard(model.model.layers[0])
             fully_shard(model)
         seen, head = [], type(model.lm_head)
@@ -367,7 +366,7 @@ class TestChunks:
     def test_models_that_change_their_logits_are_found_out(self, kind, plain):
         model = make(kind, **({"final_logit_softcapping": 0.5} if kind == "gemma3_text" else {}))
         args = argparse.Namespace(padded=False, attn="sdpa", model=kind)
-        runtime.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
+        common.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
         assert model.plain_head is plain
         want, _ = gradients(model, pack(ENCODED))
         got, _ = gradients(model, pack(ENCODED), max_logits=1)  # a scaled or capped model's stay whole

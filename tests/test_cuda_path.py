@@ -16,7 +16,6 @@ import common
 import pro
 import rescue
 import reward_model
-import runtime
 import tuna
 from recipes.tiny import make_model, make_tokenizer
 
@@ -72,7 +71,7 @@ def test_a_step_waits_as_often_for_many_prompts(script, flags, cli, tiny, tmp_pa
     """From the scores of a row to its gradients: a row of 6 prompts against one of 2."""
     module, found = importlib.import_module(script), {}
     score = "candidate_rewards" if script == "reward_model" else "candidate_logprobs"
-    forward, clip = getattr(module, score), runtime.clip_grad_norm
+    forward, clip = getattr(module, score), common.clip_grad_norm
 
     def begin(model, batch):
         scores = forward(model, batch)
@@ -84,8 +83,8 @@ def test_a_step_waits_as_often_for_many_prompts(script, flags, cli, tiny, tmp_pa
         return clip(model, max_norm)
 
     monkeypatch.setattr(module, score, begin)
-    monkeypatch.setattr(runtime, "clip_grad_norm", end)
-    monkeypatch.setattr(runtime, "check_packing", lambda *args: None)  # it scores too
+    monkeypatch.setattr(common, "clip_grad_norm", end)
+    monkeypatch.setattr(common, "check_packing", lambda *args: None)  # it scores too
     monkeypatch.setattr(reward_model, "check_packing", lambda *args: None)
     for n in (2, 6):
         records, waits = make_records(n), Waits()
@@ -106,7 +105,7 @@ def generate(process, folder, attention, results):
 
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{attention}", rank=process, world_size=2)
-    model = runtime.shard(make_model(num_attention_heads=2).train(), torch.device("cpu"))
+    model = common.shard(make_model(num_attention_heads=2).train(), torch.device("cpu"))
     model.set_attn_implementation(attention)
     seen, plain = set(), generation.generate
 
@@ -148,8 +147,8 @@ def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
     torch._dynamo.reset()
     shapes = [((11, [5, 3, 7]), (6, [4, 9])), ((200, [5, 30]),), ((70, [90, 90, 90]),)]
     model = make_model(layers=10, num_attention_heads=2).eval()
-    runtime.init_distributed()
-    runtime.compile_layers(compiled := copy.deepcopy(model), backend="aot_eager")
+    common.init_distributed()
+    common.compile_layers(compiled := copy.deepcopy(model), backend="aot_eager")
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     for layer in compiled.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -159,7 +158,7 @@ def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
         for records in (make_encoded(*s) for s in shapes):
             want, _ = common.candidate_logprobs(model, common.pack(records))
             got, _ = common.candidate_logprobs(
-                compiled, runtime.pack_for("flex_attention", records, torch.device("cpu"))
+                compiled, common.pack_for("flex_attention", records, torch.device("cpu"))
             )
             torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
     graphs = torch._dynamo.eval_frame._debug_get_cache_entry_list(type(compiled.model.layers[0]).forward.__code__)

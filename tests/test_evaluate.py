@@ -7,7 +7,7 @@ import pytest
 from conftest import make_records, metrics_of, read_jsonl, refused, write_jsonl
 from transformers import AutoModelForCausalLM
 
-import runtime
+import common
 from evaluating import likelihood, nli
 
 
@@ -154,8 +154,6 @@ def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
 def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
     import torch
 
-    import common
-
     cli(
         "evaluate",
         "ranking",
@@ -170,7 +168,7 @@ def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
         "--length_scaling",
         0.85,
     )
-    tokenizer = runtime.load_tokenizer(str(tiny))
+    tokenizer = common.load_tokenizer(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny)
     for record, row in zip(make_records(5), read_jsonl(here / "runs/eval/a/ranking.jsonl")):
         with torch.no_grad():

@@ -6,7 +6,6 @@ from conftest import make_records, metrics_of, refused, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
-import runtime
 
 
 def test_nll_against_one_by_one(cli, tiny, here):
@@ -14,7 +13,7 @@ def test_nll_against_one_by_one(cli, tiny, here):
     write_jsonl(here / "d.jsonl", records)
     assert cli("evaluate", "nll", "--model", tiny, "--name", "tiny", "--input", "d.jsonl").code == 0
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     values = []
     for record in records:
         prompt = common.prompt_ids(tokenizer, record["prompt"])

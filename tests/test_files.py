@@ -10,11 +10,9 @@ import sys
 import pytest
 from conftest import ROOT, make_records, refused, write_jsonl
 
-import files
-from collecting import downloads
+from collecting import downloads, files
 from collecting.downloads import read_rows
-from common import UserError
-from files import write_atomically
+from common import UserError, write_atomically
 
 
 class TestReaders:

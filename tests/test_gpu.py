@@ -11,7 +11,7 @@ from conftest import ROOT, command
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu  # noqa: E402
 
-import runtime  # noqa: E402
+import common  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 CHECKS = gpu.CHECKS if CUDA else [gpu.kernel, gpu.packed, gpu.tolerance, gpu.head, gpu.memory]
@@ -20,7 +20,7 @@ CHECKS = gpu.CHECKS if CUDA else [gpu.kernel, gpu.packed, gpu.tolerance, gpu.hea
 @pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
 def test_check(check):
     torch._dynamo.reset()  # row lengths of earlier tests make sizes dynamic, and torch 2.13's C++ for flex then fails
-    _, _, device = runtime.init_distributed()
+    _, _, device = common.init_distributed()
     try:
         result = check(device)
     finally:

@@ -11,8 +11,7 @@ from conftest import command, read_jsonl
 
 import common
 import pro
-import runtime
-from files import load_candidates
+from collecting.files import load_candidates
 
 
 def naive_loss(scores, rewards=None, first_only=False):
@@ -170,7 +169,7 @@ def write_data(path, num_records=6, rewards=(0.5, 2.0, -1.0), **more):
 
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["pro.py", *map(str, argv)])
-    runtime.run_cli(pro.main)
+    common.run_cli(pro.main)
 
 
 def read_log(output):
@@ -226,7 +225,7 @@ def test_the_logged_loss_is_the_loss_of_the_records(first_steps, tiny, tmp_path)
     """The first step's figures again, one candidate a forward and the printed equations."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), runtime.load_tokenizer(tiny)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
     losses, nlls = [], []
     for record in load_candidates(write_data(tmp_path / "d.jsonl")):
         ranking = sorted(record["candidates"], key=lambda c: -c["reward"])
@@ -338,7 +337,7 @@ def test_held_out_figures_are_the_records(held_out_run):
     from transformers import AutoModelForCausalLM
 
     tiny, held_out = argv[argv.index("--model") + 1], argv[argv.index("--eval_data") + 1]
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), runtime.load_tokenizer(tiny)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
     losses = []
     for record in load_candidates(held_out):
         logprobs, lengths = common.candidate_logprobs(
@@ -353,7 +352,7 @@ def test_evaluation_survives_a_kill(held_out_run, cli, monkeypatch, tmp_path):
     from safetensors.torch import load_file
 
     argv, whole = held_out_run
-    calls, clip = [], runtime.clip_grad_norm
+    calls, clip = [], common.clip_grad_norm
 
     def die_at_sixth(*args):
         calls.append(1)
@@ -361,9 +360,9 @@ def test_evaluation_survives_a_kill(held_out_run, cli, monkeypatch, tmp_path):
             raise ConnectionError("the machine went away")
         return clip(*args)
 
-    monkeypatch.setattr(runtime, "clip_grad_norm", die_at_sixth)
+    monkeypatch.setattr(common, "clip_grad_norm", die_at_sixth)
     assert cli("pro", *argv, "--output", tmp_path / "run").code == 2
-    monkeypatch.setattr(runtime, "clip_grad_norm", clip)
+    monkeypatch.setattr(common, "clip_grad_norm", clip)
     assert cli("pro", *argv, "--output", tmp_path / "run", "--resume").code == 0
     assert eval_lines(tmp_path / "run") == eval_lines(whole)
     for folder in ("best", "model"):
@@ -486,7 +485,7 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
         part.write_text("".join(lines[:5]))  # killed within the batch: it must be drawn again whole
         monkeypatch.setattr(generation, "generate", generate)
     else:
-        clip = runtime.clip_grad_norm
+        clip = common.clip_grad_norm
 
         def die_at_fourth(*args):
             calls.append(1)
@@ -494,9 +493,9 @@ def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_fo
                 raise ConnectionError("the machine went away")
             return clip(*args)
 
-        monkeypatch.setattr(runtime, "clip_grad_norm", die_at_fourth)
+        monkeypatch.setattr(common, "clip_grad_norm", die_at_fourth)
         assert cli("pro", *argv).code == 2
-        monkeypatch.setattr(runtime, "clip_grad_norm", clip)
+        monkeypatch.setattr(common, "clip_grad_norm", clip)
         monkeypatch.setattr(generation, "generate", None)  # the second split is sampled: nothing to generate
     result = cli("pro", *argv, "--resume")
     assert result.code == 0, result.err

@@ -9,13 +9,13 @@ import types
 import pytest
 import torch
 from conftest import command, make_records, nli, read_jsonl, refused, write_jsonl
+from run import Run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
 from common import pair_statistics
 from rescue import load_data, preference, ranking_loss, select_candidates, sft_loss, sft_target
-from run import Run
 
 
 def naive_ranking_loss(scores, ranks):

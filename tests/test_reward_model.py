@@ -10,8 +10,7 @@ from conftest import command, read_jsonl, write_jsonl
 
 import common
 import reward_model
-import runtime
-from files import load_candidates
+from collecting.files import load_candidates
 
 
 def test_two_responses_by_hand():
@@ -50,7 +49,7 @@ def write_data(path, num_records=8):
 
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["reward_model.py", *map(str, argv)])
-    runtime.run_cli(reward_model.main)
+    common.run_cli(reward_model.main)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +57,7 @@ def trained(tiny, tmp_path_factory):
     """A run of 30 steps that must learn its few pairs by heart."""
     folder = tmp_path_factory.mktemp("reward")
     data = write_data(folder / "d.jsonl")
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     tokenizer.pad_token = tokenizer.eos_token  # as many have it: the saved model needs another
     tokenizer.save_pretrained(folder / "base")
     for name in ("config.json", "model.safetensors"):

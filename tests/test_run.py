@@ -11,14 +11,14 @@ import pytest
 import torch
 from architectures import ENCODED, make
 from conftest import ROOT, command, make_model, read_jsonl, refused
+from run import Run, learning_rate, peak_flops, speed
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import LlamaForCausalLM
 
-import files
-import runtime
+import common
+from collecting import files
 from common import pack
-from run import Run, learning_rate, peak_flops, speed
 
 
 def train(cli, model, data, output, *more):
@@ -179,7 +179,7 @@ import rescue, runtime
 sys.argv = ["rescue.py", *{argv!r}]
 if os.environ["RANK"] == "1":
     {change}
-runtime.run_cli(rescue.main)
+common.run_cli(rescue.main)
 """
 
 
@@ -206,7 +206,7 @@ def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
 
 def test_rows_are_the_plan_in_order():
     """Each row with its own prompts' tokens and values; the repeated one has weight 0."""
-    runtime.init_distributed()
+    common.init_distributed()
     run = object.__new__(Run)
     run.args = argparse.Namespace(padded=False, attn="sdpa", seed=0)
     run.device, run.process, run.world, run.step, run.seen, run.signal = torch.device("cpu"), 0, 1, 0, [], None
@@ -221,7 +221,7 @@ def test_rows_are_the_plan_in_order():
 
 
 def test_mfu_counts_layers_alone(monkeypatch):
-    runtime.init_distributed()
+    common.init_distributed()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100 80GB HBM3")
     layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32)  # q, o; k, v; MLP; norms
     figures = speed(make("llama"), 1000, 0.5, torch.device("cuda"))

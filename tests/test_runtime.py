@@ -1,4 +1,4 @@
-"""runtime.py: the row plan, attention's masks, loading, memory; what a user is told."""
+"""common.py: the row plan, attention's masks, loading, memory; what a user is told."""
 
 import json
 import os
@@ -18,9 +18,7 @@ from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHead
 from transformers import AutoModelForSequenceClassification as CLASSIFIER
 
 import common
-import runtime
-from common import Encoded, UserError, pack
-from runtime import plan_rows
+from common import Encoded, UserError, pack, plan_rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import scale  # noqa: E402
@@ -46,13 +44,13 @@ class TestPlan:
 def test_blocks_never_hold_what_no_token_sees(monkeypatch):
     """Prompts of 8, each with 4 responses of 6, in blocks of 8 queries: their keys are the prompt (but for a block of
     its own) and at most two responses, never the other prompt, and the mask is not T x T in memory."""
-    monkeypatch.setattr(runtime, "CPU_BLOCK", 8)
+    monkeypatch.setattr(common, "CPU_BLOCK", 8)
     seen, sdpa = [], F.scaled_dot_product_attention
     spy = lambda q, k, v, **options: seen.append((q.shape[2], k.shape[2])) or sdpa(q, k, v, **options)  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     model, encoded = make("llama", num_hidden_layers=1), make_encoded(*[(8, [6] * 4)] * 2)
     model.set_attn_implementation("blocks")
-    batch = runtime.pack_for("blocks", encoded, torch.device("cpu"))
+    batch = common.pack_for("blocks", encoded, torch.device("cpu"))
     common.candidate_logprobs(model, batch)
     assert seen == [(8, 8), (8, 16), (8, 18), (8, 20)] * 2
     assert batch.attention_mask.untyped_storage().nbytes() == 1
@@ -62,7 +60,7 @@ class TestFlex:
     @pytest.mark.parametrize("encoded", [LONG, LONG[1:2], make_encoded((128, [64, 64])), FEW_SHOT, TREE])
     def test_blocks_are_those_of_the_dense_mask(self, encoded):
         """Block by block: partly visible, wholly visible, or absent, as the T x T mask says; nothing is left out."""
-        T, flex = pack(encoded).input_ids.shape[1], runtime.pack_for("flex_attention", encoded, torch.device("cpu"))
+        T, flex = pack(encoded).input_ids.shape[1], common.pack_for("flex_attention", encoded, torch.device("cpu"))
         filled, mask = flex.input_ids.shape[1], flex.attention_mask
         index = torch.arange(filled)
         dense = mask.mask_mod(0, 0, index[:, None], index[None])
@@ -84,7 +82,7 @@ class TestFlex:
         flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend="aot_eager")
         for n in range(1, 6):
             encoded = make_encoded(*[(60 + 40 * n, [20 * n, 30])] * n)
-            plain, flex = pack(encoded), runtime.pack_for("flex_attention", encoded, torch.device("cpu"))
+            plain, flex = pack(encoded), common.pack_for("flex_attention", encoded, torch.device("cpu"))
             T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
             q, k, v = torch.randn(3, 1, 2, filled, 16)
             with torch.no_grad():
@@ -98,13 +96,13 @@ class TestFlex:
 @pytest.mark.parametrize("every, twice", [(1, [2, 2, 2, 2]), (2, [2, 1, 2, 1])])
 def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkeypatch):
     make("llama", num_hidden_layers=4).save_pretrained(tmp_path)
-    monkeypatch.setattr(runtime, "load_tokenizer", lambda name: types.SimpleNamespace(get_vocab=lambda: {"a": 0}))
-    runtime.init_distributed()
+    monkeypatch.setattr(common, "load_tokenizer", lambda name: types.SimpleNamespace(get_vocab=lambda: {"a": 0}))
+    common.init_distributed()
     args = types.SimpleNamespace(model=str(tmp_path), attn="sdpa", padded=False, max_length=64, allow_pickle=False)
     args.compile = args.bf16 = False
     found = []
     for args.activation_checkpointing in ("auto", every):  # auto: none on a CPU
-        model, _ = runtime.load_for_training(args, torch.device("cpu"))
+        model, _ = common.load_for_training(args, torch.device("cpu"))
         count = [0] * 4
         for i, layer in enumerate(model.model.layers):
             layer.input_layernorm.register_forward_hook(lambda m, x, y, i=i: count.__setitem__(i, count[i] + 1))
@@ -117,7 +115,7 @@ def test_activation_checkpointing_every_nth_layer(every, twice, tmp_path, monkey
 
 def test_an_unfilled_model_is_the_loaded_one_without_its_weights():
     model = make("llama", tie_word_embeddings=True)
-    empty = runtime.unfilled(transformers.AutoModelForCausalLM, model.config, model.generation_config)
+    empty = common.unfilled(transformers.AutoModelForCausalLM, model.config, model.generation_config)
     assert empty.lm_head.weight is empty.model.embed_tokens.weight and empty.device.type == "cpu"
     assert empty.generation_config is model.generation_config
     empty.load_state_dict(model.state_dict())
@@ -130,7 +128,7 @@ def test_describe_plan():
     """Two processes: rows of 80 and 60 tokens, then 50 and 70; the wait is for 80 + 70 = 150, the mean is 130."""
     plan = [[([0], 1.0), ([1, 2], 1.0)], [([3], 1.0), ([4], 1.0)]]
     encoded = make_encoded((70, [5, 5]), (15, [5]), (20, [10]), (50, [10]), (60, [10]))
-    text = runtime.describe_plan(plan, encoded, 100)
+    text = common.describe_plan(plan, encoded, 100)
     assert text == "2 rows each, 65% full, the slowest process 15% over the mean"
 
 
@@ -138,10 +136,10 @@ def test_prompts_that_share_a_start_are_planned_into_one_row():
     """Three templates of 50 tokens, three prompts each: 3 rows of 50 + 3 (2 + 5) = 71, where unshared it takes 9."""
     templates = [e.prompt_ids for e in make_encoded(*[(50, [1])] * 3)]
     encoded = [Encoded(str(i), templates[i % 3] + [60, i], [[7, 8, 9, 3, 1]], 0, 0) for i in range(9)]
-    plan = runtime.plan_rows(encoded, 80, 1)
+    plan = common.plan_rows(encoded, 80, 1)
     assert sorted(plan[0]) == [([i, i + 3, i + 6], 1.0) for i in range(3)]
-    assert runtime.unique_tokens([encoded[i] for i in plan[0][0][0]]) == 50 + 1 + 3 * 6
-    assert runtime.describe_plan(plan, encoded, 80).startswith("3 rows each, 86% full")
+    assert common.unique_tokens([encoded[i] for i in plan[0][0][0]]) == 50 + 1 + 3 * 6
+    assert common.describe_plan(plan, encoded, 80).startswith("3 rows each, 86% full")
 
 
 class TestAttention:
@@ -157,26 +155,26 @@ class TestAttention:
     )
     def test_models_that_flex_is_not_for(self, kind, more, why):
         model = make(kind, **more)
-        assert runtime.set_attention(model, "flex") == "blocks" == model.config._attn_implementation
+        assert common.set_attention(model, "flex") == "blocks" == model.config._attn_implementation
         with pytest.raises(common.UserError, match=why):
-            runtime.set_attention(model, "flex", asked="flex")
+            common.set_attention(model, "flex", asked="flex")
 
     def test_models_that_flex_is_for(self):
-        assert runtime.set_attention(make("llama", num_attention_heads=2), "flex") == "flex_attention"
+        assert common.set_attention(make("llama", num_attention_heads=2), "flex") == "flex_attention"
 
     def test_blocks_survive_the_way_to_the_device(self, monkeypatch):
         """Pinning returns another tensor, without the attribute: a stand-in for CUDA does as much."""
         monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: x.clone())
         monkeypatch.setattr(torch.Tensor, "to", lambda x, *args, **kwargs: x.clone())
-        batch = runtime.pack_for("blocks", ENCODED, torch.device("cpu"))
+        batch = common.pack_for("blocks", ENCODED, torch.device("cpu"))
         moved = batch.to(torch.device("cuda"))
         assert moved.attention_mask.blocks and moved.input_ids is not batch.input_ids
 
     @pytest.mark.parametrize("inside, after", [("flex_attention", "sdpa"), ("blocks", "blocks")])
     def test_generation_in_training_is_not_flexs(self, inside, after):
-        runtime.init_distributed()
+        common.init_distributed()
         model = make("llama", attn_implementation=inside)
-        with runtime.gathered(model), torch.no_grad():
+        with common.gathered(model), torch.no_grad():
             assert model.config._attn_implementation == after
             model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
         torch.distributed.destroy_process_group()
@@ -188,15 +186,15 @@ class TestMemory:
     def test_bytes_are_those_of_scale(self, name, world):
         want = scale.predict(scale.SHAPES[name], world)
         fixed = sum(want[k] for k in ("state", "gathered", "reduced", "logits"))
-        got = runtime.training_bytes(scale.build(scale.SHAPES[name], "meta"), scale.T, world)
+        got = common.training_bytes(scale.build(scale.SHAPES[name], "meta"), scale.T, world)
         assert got == (fixed + want["activations"], fixed + want["checkpointed"])
 
     @pytest.mark.parametrize("free, every", [(80e9, 0), (1e9, 1)])
     def test_auto_decides_by_free_memory(self, free, every, monkeypatch, capsys):
-        runtime.init_distributed()
+        common.init_distributed()
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free), int(80e9)))
         args = types.SimpleNamespace(max_tokens_per_row=None)
-        assert runtime.decide_checkpointing(make("llama"), args, torch.device("cuda")) == every
+        assert common.decide_checkpointing(make("llama"), args, torch.device("cuda")) == every
         torch.distributed.destroy_process_group()
         line = "a GPU needs 1 GB as it is, 1 GB with activation checkpointing, and has"
         assert line in (out := capsys.readouterr().out) and out.count("\n") == 1
@@ -219,9 +217,9 @@ class TestMemory:
         monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args: None)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (int(free * 1e9), int(85e9)))
         args = types.SimpleNamespace(max_tokens_per_row=None)
-        every = runtime.decide_checkpointing(model, args, torch.device("cuda"))
+        every = common.decide_checkpointing(model, args, torch.device("cuda"))
         assert capsys.readouterr().out == f"{line} layer is checkpointed\n" and every == line.endswith("every")
-        assert runtime.training_bytes(model, 8192, 4) == (
+        assert common.training_bytes(model, 8192, 4) == (
             pytest.approx(79.73e9, rel=1e-3),
             pytest.approx(34.51e9, rel=1e-3),
         )
@@ -231,7 +229,7 @@ class TestMemory:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total ...")
 
         with pytest.raises(SystemExit) as left:
-            runtime.run_cli(main)
+            common.run_cli(main)
         message = capsys.readouterr().err
         assert left.value.code == 2 and message.count("\n") == 1
         assert "Tried to allocate 2.50 GiB" in message and "--activation_checkpointing" in message
@@ -241,19 +239,19 @@ class TestMemory:
             monkeypatch.delenv("PYTORCH_ALLOC_CONF", raising=False)
             if own:
                 monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", own)
-            runtime.init_distributed()
+            common.init_distributed()
             torch.distributed.destroy_process_group()
             assert os.environ.get("PYTORCH_ALLOC_CONF") == want
 
 
 def test_compiled_layers_learn_the_same():
     """Before fully_shard, over rows of two lengths; aot_eager traces as on CUDA and leaves inductor's minutes out."""
-    runtime.init_distributed()
+    common.init_distributed()
     found = []
     for compiled in (False, True):
         model = make("llama", num_hidden_layers=1)
         if compiled:
-            runtime.compile_layers(model, backend="aot_eager")
+            common.compile_layers(model, backend="aot_eager")
         for layer in model.model.layers:
             fully_shard(layer, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
         fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (1,)))
@@ -297,9 +295,9 @@ class TestModelFolders:
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
         save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
         for auto_class, options in ((AutoModelForCausalLM, {}), (CLASSIFIER, {"num_labels": 1}), (AutoModel, {})):
-            runtime.load_pretrained(auto_class, own, **options)
-        runtime.load_pretrained(AutoModelForCausalLM, own).model.save_pretrained(tmp_path / "body")
-        runtime.load_pretrained(CLASSIFIER, tmp_path / "body", num_labels=1)
+            common.load_pretrained(auto_class, own, **options)
+        common.load_pretrained(AutoModelForCausalLM, own).model.save_pretrained(tmp_path / "body")
+        common.load_pretrained(CLASSIFIER, tmp_path / "body", num_labels=1)
         gpt2 = GPT2LMHeadModel(
             GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
         )
@@ -307,15 +305,15 @@ class TestModelFolders:
         weights = load_file(tmp_path / "gpt2/model.safetensors")
         masks = {f"transformer.h.{i}.attn.{k}": torch.zeros(1) for i in (0, 1) for k in ("bias", "masked_bias")}
         save_file(weights | masks, tmp_path / "gpt2/model.safetensors", metadata={"format": "pt"})
-        runtime.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+        common.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
         weights = {k.removeprefix("transformer."): v for k, v in (weights | masks).items()}  # as the hub's gpt2
         save_file(weights, tmp_path / "gpt2/model.safetensors", metadata={"format": "pt"})
-        runtime.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+        common.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
         (tmp_path / "gpt2/config.json").write_text(
             (tmp_path / "gpt2/config.json").read_text().replace('"n_layer": 2', '"n_layer": 1')
         )
         with pytest.raises(UserError, match="no place for 11 of its weights: h.1."):
-            runtime.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+            common.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
 
     def test_a_classifiers_missing_layer_is_not_made_up(self, cli, own, data, tmp_path):
         weights = load_file(own / "model.safetensors")
@@ -362,10 +360,10 @@ class TestTheGuard:
 
         monkeypatch.setattr(sys, "argv", ["x.py"])
         with pytest.raises(SystemExit) as left:
-            runtime.run_cli(main)
+            common.run_cli(main)
         said = capsys.readouterr().err
         assert left.value.code == code and word in said and "Traceback" not in said and said.count("\n") == 1
         monkeypatch.setattr(sys, "argv", ["x.py", "--debug"])
         with pytest.raises(SystemExit):
-            runtime.run_cli(main)
+            common.run_cli(main)
         assert "Traceback" in capsys.readouterr().err and sys.argv == ["x.py"]

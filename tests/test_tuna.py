@@ -10,13 +10,12 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, command, read_jsonl, refused, write_jsonl
+from run import Run
 from transformers import AutoModelForCausalLM
 
 import common
-import runtime
 import tuna
-from files import load_candidates
-from run import Run
+from collecting.files import load_candidates
 
 
 def naive_loss(scores, ranks, margin, mean_by_distance):
@@ -137,7 +136,7 @@ def write_data(path, num_records=6, annotate=True, reference=True, candidates=4)
 
 def run(monkeypatch, *argv):
     monkeypatch.setattr(sys, "argv", ["tuna.py", *map(str, argv)])
-    runtime.run_cli(tuna.main)
+    common.run_cli(tuna.main)
 
 
 def read_log(output):
@@ -177,7 +176,7 @@ def test_alpaca_mul_is_eq_2_on_every_response(tmp_path, tiny, monkeypatch, cli):
     write_data(tmp_path / "d.jsonl", num_records=2, annotate=False)
     flags = ["--stage", "sft", "--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 10]
     run(monkeypatch, *flags, "--all_candidates", "--output", tmp_path / "mul")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), runtime.load_tokenizer(tiny)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), common.load_tokenizer(tiny)
     losses = []
     for record in load_candidates(tmp_path / "d.jsonl"):
         e = common.encode(tokenizer, record)
@@ -248,7 +247,7 @@ def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
     flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 2, "--output", tmp_path / "out"]
     run(monkeypatch, "--stage", "probabilistic", *flags)
     model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = runtime.load_tokenizer(tiny)
+    tokenizer = common.load_tokenizer(tiny)
     rank_loss = mle = 0.0
     for record in load_candidates(tmp_path / "d.jsonl"):
         e = common.encode(tokenizer, record)

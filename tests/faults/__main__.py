@@ -38,7 +38,7 @@ from safetensors.torch import load_file  # noqa: E402
 from test_evaluating_lmentry import make_lmentry  # noqa: E402
 from test_evaluating_superni import make_superni  # noqa: E402
 
-import runtime  # noqa: E402
+import common  # noqa: E402
 from recipes.tiny import make_reward_model  # noqa: E402
 
 PARTS = ("train1", "train2", "collect", "calls", "changed", "processes")
@@ -66,7 +66,7 @@ class Child:
                 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
             calls = count_calls(die_at) if die_at else ()
-            runtime.run_cli(importlib.import_module(script).main)
+            common.run_cli(importlib.import_module(script).main)
             code = 0
             print(f"CALLS {len(calls)}")
         except SystemExit as e:

@@ -8,16 +8,16 @@ import itertools
 import json
 import os
 import pathlib
-import shutil
 import zlib
 
+import torch
 import torch.distributed as dist
 
-from common import HUMAN, UserError
+import common
+from common import UserError, sync
 
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
 SAMPLED = 16 * 2**20  # bytes from which on a model's file is not read whole
-GIVEN = ("chosen", "rejected", "release", *HUMAN)  # sources of the ranking that data came with
 NO_PATHS = {"output", "name", "names", "source", "task", "tasks", "verb", "by", "stop", "columns"}
 
 
@@ -85,26 +85,12 @@ def as_dict(value):
     return value if isinstance(value, dict) else {}
 
 
-def is_number(x):
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and -1e300 < x < 1e300  # an integer may be longer
-
-
 def is_message(m):
     roles = ("user", "assistant", "system")
     return isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str)
 
 
 TEXT = (lambda x: x is None or isinstance(x, str), "a string or null")
-CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
-    "label": (lambda x: x is None or isinstance(x, str), "a string or null"),
-    "correct": (lambda x: isinstance(x, bool), "true or false"),
-    "finished": (lambda x: isinstance(x, bool), "true or false"),
-    "logprob": (is_number, "a finite number"),
-    "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
-    "reward": (is_number, "a finite number"),
-    "similarity": (is_number, "a finite number"),
-    "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
-}
 TEXTS = ("label", "task", "instruction", "input", "premise", "hypothesis", "question", "subset")
 RECORD_FIELDS = dict.fromkeys(TEXTS, TEXT) | {
     "answers": (
@@ -140,29 +126,25 @@ def load_candidates(path, limit=None):
 
 
 def check_record(record, where):
-    """Raise UserError, naming `where` and the field, unless `record` has the form that all scripts share."""
-    for field in ("id", "prompt"):
-        if not isinstance(record.get(field), str) or not record[field].strip():
-            raise UserError(f"{where}: field {field!r} must be a non-empty string")
+    """common.check_record, and the fields that only collecting and evaluating read."""
     for field, (valid, expected) in RECORD_FIELDS.items():
         if field in record and not valid(record[field]):
             raise UserError(f"{where}: field {field!r} must be {expected}")
-    candidates = record.get("candidates")
-    if not isinstance(candidates, list) or not candidates:
-        raise UserError(f"{where}: field 'candidates' must be a non-empty list")
-    for i, candidate in enumerate(candidates):
-        if not isinstance(candidate, dict):
-            raise UserError(f"{where}: candidates[{i}] must be an object")
-        for field in ("text", "source"):
-            if not isinstance(candidate.get(field), str):
-                raise UserError(f"{where}: candidates[{i}].{field} must be a string")
-        if not candidate["source"] or (candidate["source"] in HUMAN and not candidate["text"].strip()):
-            raise UserError(
-                f"{where}: candidates[{i}] has an empty source, or an empty text from {candidate['source']!r}"
-            )
-        for field, (valid, expected) in CANDIDATE_FIELDS.items():
-            if field in candidate and not valid(candidate[field]):
-                raise UserError(f"{where}: candidates[{i}].{field} must be {expected}")
+    common.check_record(record, where)
+
+
+def on_process0(fn):
+    """Call fn on process 0 and give every process its result, or its UserError."""
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = fn()
+        except UserError as e:
+            box[1] = str(e)
+    dist.broadcast_object_list(box, device=torch.device("cpu"))
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
 
 
 class Claim:
@@ -246,37 +228,3 @@ def folder_digest(folder):
 def file_digest(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def write_atomically(path, text):
-    """Replace a file's content so that a crash leaves the old or the new text, never a part."""
-    part = path.with_name(path.name + ".part")
-    with open(part, "w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(part, path)
-    sync(path.parent)
-
-
-def rename_synced(part, folder):
-    """Rename a folder that is whole; it and its files stay so even when the power goes."""
-    for path in (*part.iterdir(), part):
-        sync(path)
-    os.replace(part, folder)
-    sync(folder.parent)
-    sync(folder.parent.parent)
-
-
-def sync(path):
-    fd = os.open(path, os.O_RDONLY)
-    os.fsync(fd)
-    os.close(fd)
-
-
-def remove(path):
-    """Delete a file, a folder, or a link and not what it points to; nothing where it is missing."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
