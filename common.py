@@ -7,7 +7,7 @@ such a prefix once: it is a prefix tree, and the model reads it in one forward. 
 itself, and its position id is its depth. Logits are computed only where a response token is predicted.
 
     flags     Parser, in_range, add_training_flags, run_cli
-    records   read_jsonl, load_candidates, check_record
+    records   load_candidates, check_record
     rows      encode, pack, pack_padded, plan_rows, rows, shuffled_batches
     scores    candidate_logprobs, length_normalized, pair_statistics, means, check_packing
     machine   init_distributed, load_model, attention over packed rows, clip_grad_norm
@@ -47,9 +47,9 @@ import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.nn.attention.flex_attention import BlockMask
+from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -144,19 +144,18 @@ def run_cli(main):
     except (Exception, KeyboardInterrupt) as e:
         if debug:
             traceback.print_exc()
-        code, said = 2, " ".join(str(e).split())[:500]
+        code, said = 2, f"error: {type(e).__name__}: {' '.join(str(e).split())[:500]}"
         if isinstance(e, KeyboardInterrupt):
             code, said = 130, "interrupted: what was written stays, and the same command continues"
         elif isinstance(e, UserError):
             said = f"error: {e}"
         elif isinstance(e, OUTSIDE):
-            said = f"error: {type(e).__name__}: {said} (check files, flags, memory and disk; --debug shows where)"
+            said += " (check files, flags, memory and disk; --debug shows where)"
         else:
-            code, said = 1, f"error: {type(e).__name__}: {said} (a bug: please report what --debug prints)"
+            code, said = 1, said + " (a bug: please report what --debug prints)"
         if process := int(os.environ.get("RANK", 0)):
-            # Process 0 usually says the same, and torchrun then ends this process.
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(2)
+            time.sleep(2)  # process 0 usually says the same, and torchrun then ends this process
             name += f", process {process}"
         print(f"{name}: {said}", file=sys.stderr, flush=True)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -584,8 +583,8 @@ def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scalin
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register("blocks", attend_blocks)
-AttentionMaskInterface.register("blocks", sdpa_mask)  # the mask of padded rows and of generation
+transformers.AttentionInterface.register("blocks", attend_blocks)
+transformers.AttentionMaskInterface.register("blocks", sdpa_mask)  # the mask of padded rows and of generation
 
 
 def key_blocks(end, device="cpu"):
@@ -603,17 +602,10 @@ def key_blocks(end, device="cpu"):
 
 
 def block_mask(end, device):
-    """FlexAttention's mask on `device`, from end [T] of a row of whole blocks. Nothing of size T x T is made."""
-    ends = end.view(-1, FLEX_BLOCK)
-    first = torch.arange(0, len(end), FLEX_BLOCK)[:, None]  # the first query of each block
-    partial = (ends.amax(1) > first).tril()  # [query blocks, key blocks]: some pair is visible
-    whole = (ends.amin(1) >= first + FLEX_BLOCK).tril(-1)  # all pairs are
-    end = end.to(device, non_blocking=True)
-    ordered = []
-    for blocks in (partial & ~whole, whole):
-        order = torch.argsort(blocks.int(), dim=-1, descending=True, stable=True)
-        ordered += [x.int()[None, None].to(device, non_blocking=True) for x in (blocks.sum(-1), order)]
-    return BlockMask.from_kv_blocks(*ordered, BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, q, k: sees(end, q, k))
+    """FlexAttention's mask on `device`, from end [T] of a row of whole blocks."""
+    end = end.to(device)
+    T, sees_it = len(end), lambda b, h, query, key: sees(end, query, key)
+    return create_block_mask(sees_it, None, None, T, T, device=device, BLOCK_SIZE=FLEX_BLOCK)
 
 
 def init_distributed(minutes=30):
@@ -769,8 +761,9 @@ def open_run(args):
         if changed := [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]:
             raise UserError(f"--resume {output}: arguments differ from the run's: {', '.join(changed)}")
         if not begun:
-            about = {"settings": settings, "command": shlex.join(sys.argv), "torch": torch.__version__}
-            write_atomically(file, json.dumps(about | {"transformers": transformers.__version__}, indent=1))
+            versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+            about = {"command": shlex.join(sys.argv), "settings": settings, "versions": versions}
+            file.write_text(json.dumps(about, indent=1))
     dist.barrier()
     if not file.exists() or json.loads(file.read_text())["settings"] != settings:
         raise UserError(f"--output {output}: this process has other arguments, or sees another folder, than process 0")
@@ -792,14 +785,6 @@ def run_name(model):
     """What a model is called in records and reports: the name of its run, or else of its folder."""
     path = pathlib.Path(model)
     return path.parent.name + "-best" * (path.name == "best") if run_settings(model) else path.name
-
-
-def write_atomically(path, text):
-    """Replace a file. After a crash or a power loss it has the old or the new content, never a part."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    os.replace(part, path)
 
 
 def sync(path):
@@ -904,12 +889,15 @@ def open_log(args, output, start):
 
     Later lines are dropped: their steps are taken again. Raises UserError where --track's package is not installed.
     """
-    file, track = output / "log.jsonl", None
-    lines = file.read_text().splitlines() if file.exists() else []
-    lines = [json.loads(x) for x in lines if x.startswith("{") and x.endswith("}")]  # the last one may be torn
-    lines = [x for x in lines if x["step"] <= start]
+    file, track, kept = output / "log.jsonl", None, []
+    for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
+        if not line.endswith(b"}\n") or json.loads(line)["step"] > start:  # the last line may be torn
+            break
+        kept.append(line)
+    dist.barrier()
     if dist.get_rank() == 0:
-        write_atomically(file, "".join(json.dumps(x) + "\n" for x in lines))
+        file.touch()
+        os.truncate(file, sum(map(len, kept)))
         track = args.track and open_tracker(args, output, start)
 
     def log(line):
@@ -920,7 +908,7 @@ def open_log(args, output, start):
                 track(line)
         say("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in line.items()))
 
-    return {x["step"]: x for x in lines if "eval_loss" in x}, log
+    return {x["step"]: x for x in map(json.loads, kept) if "eval_loss" in x}, log
 
 
 def is_best(evaluations, step):
@@ -944,21 +932,15 @@ def open_tracker(args, output, start):
     return lambda line: run.log(line, step=line["step"])  # trackio has wandb's interface
 
 
-STOP = {"asked": 0.0, "save": None}  # when a signal came; what to do then
+STOP = {"asked": False, "save": None}  # whether a signal came, and what to do then
 
 
 def on_stop(save):
     """From now on SIGTERM, SIGINT and SIGHUP stop the run after the current row: `save` is called, the command that
-    continues is printed, and the exit code is 0. Signals within ten seconds are one request; a later one kills."""
-
-    def handler(number, frame):
-        if STOP["asked"] and time.time() > STOP["asked"] + 10:
-            os._exit(128 + number)
-        STOP["asked"] = STOP["asked"] or time.time()
-
-    STOP.update(asked=0.0, save=save)
+    continues is printed, and the exit code is 0."""
+    STOP.update(asked=False, save=save)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, handler)
+        signal.signal(number, lambda *_: STOP.update(asked=True))
 
 
 def stop_if_asked():

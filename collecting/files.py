@@ -228,3 +228,12 @@ def folder_digest(folder):
 def file_digest(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def write_atomically(path, text):
+    """Replace a file. After a crash or a power loss it has the old or the new content, never a part."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    sync(part)
+    os.replace(part, path)
+    sync(path.parent)

@@ -8,9 +8,9 @@ from collections import Counter
 
 import common
 from collecting import asking
-from collecting.files import read_rows
+from collecting.files import read_rows, write_atomically
 from collecting.prompts import CONTEXTUAL_TEMPLATE, alpaca_prompt, read_template, task_of
-from common import say, write_atomically
+from common import say
 
 CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the form asked for, from first line to last:
 a score for every response that is ranked, and the ranking in a line of its own at the end."""

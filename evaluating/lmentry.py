@@ -6,9 +6,10 @@ import pathlib
 import sys
 from collections import Counter
 
+from collecting.files import write_atomically
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
-from common import UserError, in_range, write_atomically
+from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, write_metrics
 
 ARGUMENT_ORDER = {  # core tasks whose two arguments may change places

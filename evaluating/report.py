@@ -3,7 +3,8 @@
 import functools
 import pathlib
 
-from common import UserError, say, write_atomically
+from collecting.files import write_atomically
+from common import UserError, say
 from evaluating.claims import claims_page
 from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
 from evaluating.shared import EVAL_FOLDER, paired_bootstrap

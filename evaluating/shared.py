@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 import common
 from collecting import generation
-from collecting.files import read_rows
+from collecting.files import read_rows, write_atomically
 from collecting.journal import Journal, settings_of
-from common import UserError, is_number, say, write_atomically
+from common import UserError, is_number, say
 
 EVAL_FOLDER = pathlib.Path("runs/eval")
 
