@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import common
 from collecting import scoring
-from collecting.files import GIVEN, load_candidates
+from collecting.files import load_candidates
 from collecting.flags import api_flags, group
 from collecting.journal import open_collected
 from collecting.rank_asked import rank_by_gpt
@@ -108,7 +108,7 @@ def taken(path, args):
 def expand_ranking(record, args):
     """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Sec. 4.8.1)."""
     candidates = record["candidates"]
-    ranking = [c for c in candidates if c["source"] in GIVEN]
+    ranking = [c for c in candidates if c["source"] in common.GIVEN]
     sources = list(args.expand_sources)  # the weakest first
     if args.expand == "descending":
         sources.reverse()
