@@ -56,10 +56,7 @@ import run as training_run  # noqa: E402
 
 import common  # noqa: E402
 from collecting.files import write_atomically  # noqa: E402
-from common import (
-    in_range,  # noqa: E402
-    say,  # noqa: E402
-)
+from common import in_range, say  # noqa: E402
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
     "e-SNLI": [(250, 5, 40)],

@@ -47,10 +47,7 @@ from collecting import (  # noqa: E402
     scoring,
 )
 from collecting.files import write_atomically  # noqa: E402
-from common import (
-    in_range,  # noqa: E402
-    say,  # noqa: E402
-)
+from common import in_range, say  # noqa: E402
 
 LONG = 1500  # tokens of a prompt with its documents
 CONTENDERS = ["flat", "rows", "padded", "plain"]
