@@ -61,9 +61,9 @@ LONG = make_encoded((150, [40, 90, 1]), (1, [1, 1]), (300, [128] * 3), (20, [60,
 FEW_SHOT = [dataclasses.replace(e, prompt_ids=LONG[2].prompt_ids + e.prompt_ids) for e in LONG]
 
 
-def gradients(model, batch, **options):
+def gradients(model, batch):
     model.zero_grad()
-    logprobs, lengths = candidate_logprobs(model, batch, **options)
+    logprobs, lengths = candidate_logprobs(model, batch)
     (common.length_normalized(logprobs, lengths, 0.85) * torch.linspace(-1, 2, len(logprobs))).sum().backward()
     full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
     return logprobs.detach(), {n: full(p.grad).clone() for n, p in model.named_parameters()}

@@ -16,6 +16,7 @@ import tempfile
 import pytest
 import torch
 import warm
+from safetensors.torch import load_file
 from transformers import AutoModelForSequenceClassification
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -23,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 torch.set_num_threads(1)
 
+import common  # noqa: E402
 from recipes.tiny import ROWS, make_model, make_tokenizer  # noqa: E402
 
 LABELS = ("entailment", "neutral", "contradiction")
@@ -108,11 +110,11 @@ def cli(capfd, monkeypatch):
     def run(script, *args):
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         capfd.readouterr()
         code = 0
         try:
-            importlib.import_module("runtime").run_cli(module.main)
+            common.run_cli(module.main)
         except SystemExit as e:
             code = e.code or 0
         finally:
@@ -121,6 +123,57 @@ def cli(capfd, monkeypatch):
         return Result(code, *capfd.readouterr())
 
     return run
+
+
+@contextlib.contextmanager
+def stopped_after(steps):
+    """Within it a run gets SIGTERM when it has taken so many steps: it stops in its next row."""
+    with pytest.MonkeyPatch.context() as patch:
+        taken, on_stop, clip = [], common.on_stop, common.clip_grad_norm
+
+        def signal_if_due():
+            if len(taken) == steps:
+                signal.raise_signal(signal.SIGTERM)
+
+        def on_stop_then(save):
+            on_stop(save)
+            signal_if_due()
+
+        def clip_then(*args):
+            taken.append(1)
+            signal_if_due()
+            return clip(*args)
+
+        patch.setattr(common, "on_stop", on_stop_then)
+        patch.setattr(common, "clip_grad_norm", clip_then)
+        yield
+
+
+@contextlib.contextmanager
+def killed_in_step(step):
+    """Within it a run ends, as if killed, in this step's gradient: its process saves nothing more."""
+    with pytest.MonkeyPatch.context() as patch:
+        begun, clip = [], common.clip_grad_norm
+
+        def clip_or_die(*args):
+            begun.append(1)
+            if len(begun) == step:
+                raise ConnectionError("the machine went away")
+            return clip(*args)
+
+        patch.setattr(common, "clip_grad_norm", clip_or_die)
+        yield
+
+
+def weights(output, name="model"):
+    return load_file(output / name / "model.safetensors")
+
+
+def difference(one, other):
+    """The largest absolute difference of two runs' weights."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    return max((a[k] - b[k]).abs().max().item() for k in a)
 
 
 def refused(result, *words):
@@ -172,7 +225,7 @@ def call(monkeypatch, *argv):
 
 def run(monkeypatch, *argv):
     """The same as a command: an error is a sentence and an exit code."""
-    importlib.import_module("runtime").run_cli(lambda: call(monkeypatch, *argv))
+    common.run_cli(lambda: call(monkeypatch, *argv))
 
 
 def metrics_of(folder, verb, name="tiny"):
