@@ -59,9 +59,11 @@ import common
 from common import UserError, candidate_logprobs, in_range, pair_statistics, say
 
 
-def pro_loss(scores, rewards=None, first_only=False):
+def pro_loss(scores, rewards=None, first_only=False, score_scale=1.0, target_margin=0.0):
     """Eq. 8, or with rewards Eq. 9-11. scores [n] fp32, best first; rewards [n], descending -> scalar.
 
+    Ours: score_scale multiplies the scores, and every s_i with i > k gains target_margin. For n = 2 without rewards
+    that is SimPO (arXiv 2405.14734, Eq. 6) with beta = score_scale and gamma = target_margin.
     first_only keeps the term k = 1 (Table 5). Fewer than two scores give 0. Rewards that ascend give NaN, which ends a
     run at its next log line: an exception here would wait for the GPU at every prompt.
     """
@@ -72,7 +74,9 @@ def pro_loss(scores, rewards=None, first_only=False):
             gaps = rewards[k] - rewards[k + 1 :]  # [n - k - 1], 1 / T_k^i, Eq. 10
             own = gaps.max(0, keepdim=True).values  # 1 / T_k^k, Eq. 11: the smallest temperature is the largest gap
             z = z * torch.cat([own, gaps])  # Eq. 9
-        loss = loss + torch.logsumexp(z - z[0], 0)  # -log of exp(z_k) / sum over i >= k of exp(z_i)
+        z = score_scale * (z - z[0])
+        z = torch.cat([z[:1], z[1:] + target_margin])
+        loss = loss + torch.logsumexp(z, 0)  # -log of exp(z_k) / sum over i >= k of exp(z_i)
     return loss if rewards is None else torch.where((rewards.diff() > 0).any(), torch.nan, loss)
 
 
@@ -107,6 +111,8 @@ def parse_args():
     add("--no_sft", action="store_true", help="drop L_SFT (Table 5)")
     add("--first_only", action="store_true", help="the best against the rest alone (Table 5: -L_PRO^{k>1})")
     add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Sec. 4.4)")
+    add("--score_scale", type=in_range(float, above=0), default=1.0, help="ours: factor of the scores, SimPO's beta")
+    add("--target_margin", type=in_range(float, 0), default=0.0, help="ours: wanted gap of the scores, SimPO's gamma")
     add = parser.add_argument_group("Algorithm 1").add_argument
     add("--bootstrap_splits", type=in_range(int, 1), help="K: sample, score, insert before each split")
     add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of the sampled responses")
@@ -120,6 +126,8 @@ def parse_args():
     args = parser.parse_args()
     if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
         parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
+    if (args.score_scale, args.target_margin) != (1, 0) and not args.no_temperature:
+        parser.error("--score_scale and --target_margin belong to Eq. 8: add --no_temperature")
     if args.bootstrap_splits and not args.reward_model:
         parser.error("--bootstrap_splits needs --reward_model")
     if args.reward_model and not (args.bootstrap_splits or args.eval_data):
@@ -245,7 +253,8 @@ def row_losses(model, batch, levels, args):
     prompts = []
     for s, logp, length, r in zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, levels))):  # [n] each
         ranked = s[:1] if args.no_ranking else s  # best first; of one response L_PRO is 0
-        pro_term = pro_loss(ranked, None if args.no_temperature or args.no_ranking else r, args.first_only)
+        rewards = None if args.no_temperature or args.no_ranking else r
+        pro_term = pro_loss(ranked, rewards, args.first_only, args.score_scale, args.target_margin)
         sft_term = sft_loss(logp, length, args.sft_reduction)
         beta = 1.0 if args.no_ranking else 0.0 if args.no_sft else args.beta * (len(s) - 1) ** 2  # Sec. 4.3
         loss = pro_term + beta * sft_term  # Eq. 7

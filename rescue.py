@@ -56,14 +56,26 @@ import common
 from common import UserError, candidate_logprobs, in_range, pair_statistics, say
 
 
-def ranking_loss(scores, levels):
+def ranking_loss(scores, levels, margin=0.0, weights=1.0):
     """Eq. 2 in the released form: the sum over pairs with levels[i] > levels[j] of max(0, scores[j] - scores[i]).
 
-    scores [n] fp32; levels [n] preferences, larger better -> scalar. Ties are not compared; no pairs give 0.
+    scores [n] fp32; levels [n] preferences, larger better -> scalar. Ties are not compared; no pairs give 0. Ours: a
+    margin inside the hinge, and weights [n, n] of the pairs.
     """
     better = levels[:, None] > levels[None, :]  # [n, n]
-    violation = (scores[None, :] - scores[:, None]).clamp(min=0)  # [n, n], s_worse - s_better where `better` holds
-    return (violation * better).sum()
+    violation = (scores[None, :] - scores[:, None] + margin).clamp(min=0)  # [n, n], s_worse - s_better where `better`
+    return (violation * better * weights).sum()
+
+
+def lambda_weights(scores, levels):
+    """LiPO's lambda weights (arXiv 2402.01878, Sec. 4.2): |G_i - G_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|.
+
+    rank: by the scores, 1 for the highest. G = 2 ** level - 1 with the levels numbered from 0. -> [n, n].
+    """
+    rank = 1 + (scores[:, None] < scores[None, :]).sum(1)  # [n]
+    gain = 2.0 ** levels.unique(return_inverse=True)[1] - 1  # [n]
+    discount = 1 / torch.log(1.0 + rank)
+    return (gain[:, None] - gain[None, :]).abs() * (discount[:, None] - discount[None, :]).abs()
 
 
 def sft_loss(logprobs, lengths, target):
@@ -148,6 +160,8 @@ def parse_args():
     add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses, Sec. 7")
     add("--num_candidates", type=in_range(int, 1), default=5, help="a prompt's, the human one among them; Fig. 4")
     add("--no_sft", action="store_true", help="drop Eq. 1, as multi-document QA does, Sec. 6.3")
+    add("--margin", type=in_range(float, 0), default=0.0, help="ours: in the hinge; helps where --no_sft degenerates")
+    add("--pair_weights", choices=["none", "lambda"], default="none", help="ours: LiPO's weights of pairs, 2402.01878")
     # fmt: on
     defaults = {"lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
     common.add_training_flags(parser, model="meta-llama/Llama-2-7b-hf", **defaults)
@@ -202,7 +216,7 @@ def load_data(args, path, limit=None):
     if left := sum(max(0, len(r["candidates"]) - args.num_candidates) for r in records):
         say(f"--num_candidates {args.num_candidates} leaves out {left} model responses, a seeded draw")
     if args.no_sft:
-        say("no SFT term: length-normalised ranking alone can degenerate, so watch best_score and the evaluation")
+        say("no SFT term: length-normalised ranking alone can degenerate, so watch best_score, or set --margin")
     return kept
 
 
@@ -217,7 +231,7 @@ def encode(tokenizer, data, args):
 LOSSES = ("loss", "rank_loss", "sft_loss")
 
 
-def row_losses(model, batch, lambdas, levels, target, alpha):
+def row_losses(model, batch, lambdas, levels, target, args):
     """Forward, scores and losses of one row -> [P, 7]: for each of its P prompts the LOSSES, then pair_statistics.
 
     The row has N candidates, and batch.sizes says how many of them belong to each prompt. lambdas, levels, target [N].
@@ -227,8 +241,9 @@ def row_losses(model, batch, lambdas, levels, target, alpha):
     columns = (x.split(batch.sizes) for x in (scores, logprobs, lengths, levels, target))
     prompts = []
     for s, logp, length, level, y in zip(*columns):  # [n] each: pairs never cross prompts
-        rank_term, sft_term = ranking_loss(s, level), sft_loss(logp, length, y)
-        loss = sft_term + alpha * rank_term  # Eq. 3
+        weights = lambda_weights(s.detach(), level) if args.pair_weights == "lambda" else 1.0
+        rank_term, sft_term = ranking_loss(s, level, args.margin, weights), sft_loss(logp, length, y)
+        loss = sft_term + args.alpha * rank_term  # Eq. 3
         prompts.append(torch.stack([loss, rank_term, sft_term, *pair_statistics(s, level)]))
     return torch.stack(prompts)
 
@@ -238,7 +253,7 @@ def evaluate(model, tokenizer, prompts, args):
     """-> the figures of held-out prompts, for the log."""
     model.eval()
     rows = common.rows(prompts, model, tokenizer, args)
-    terms = [(weight, batch, row_losses(model, batch, *columns, args.alpha)) for weight, batch, *columns in rows]
+    terms = [(weight, batch, row_losses(model, batch, *columns, args)) for weight, batch, *columns in rows]
     model.train()
     return {f"eval_{k}": v for k, v in common.means(LOSSES, terms, len(prompts)).items()}
 
@@ -276,7 +291,7 @@ def main():
             group["lr"] = common.learning_rate(step, len(batches), args)
 
         for weight, batch, *columns in common.rows(batch_prompts, model, tokenizer, args):
-            row = row_losses(model, batch, *columns, args.alpha)  # [P, 7]
+            row = row_losses(model, batch, *columns, args)  # [P, 7]
             # FSDP averages over processes. The loss is the mean over the prompts of the global batch.
             (weight * row[:, 0].sum() * world / len(batch_prompts)).backward()
             terms.append((weight, batch, row.detach()))
