@@ -68,7 +68,7 @@ def ranking_loss(scores, levels, margin=0.0, weights=1.0):
 
 
 def lambda_weights(scores, levels):
-    """LiPO's lambda weights (arXiv 2402.01878, Sec. 4.2): |G_i - G_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|.
+    """LiPO's lambda weights (arXiv 2402.01878): |G_i - G_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|.
 
     rank: by the scores, 1 for the highest. G = 2 ** level - 1 with the levels numbered from 0. -> [n, n].
     """
