@@ -169,9 +169,9 @@ def weights(output, name="model"):
     return load_file(output / name / "model.safetensors")
 
 
-def difference(one, other):
+def difference(one, other, name="model"):
     """The largest absolute difference of two runs' weights."""
-    a, b = weights(one), weights(other)
+    a, b = weights(one, name), weights(other, name)
     assert a.keys() == b.keys()
     return max((a[k] - b[k]).abs().max().item() for k in a)
 

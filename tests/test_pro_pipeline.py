@@ -22,8 +22,8 @@ def test_from_rows_to_a_table(cli, tiny, monkeypatch, tmp_path):
     ok("collect_candidates", "prepare", "--task", "hh", "--input", rows, "--validation", 3)
     data, held_out = tmp_path / "data" / "hh", tmp_path / "data" / "hh" / "validation.jsonl"
     small = ["--epochs", 1, "--batch_size", 4, "--max_length", 64, "--max_prompt_length", 48]
-    out = ok("reward_model", "--model", tiny, "--eval_data", held_out, *small)
-    assert "best on --eval_data: step" in out
+    ok("reward_model", "--model", tiny, "--eval_data", held_out, *small)
+    assert [x["best"] for x in read_jsonl("runs/reward-rank/log.jsonl") if "best" in x] == [False, True]
     reward = tmp_path / "runs" / "reward-rank" / "model"
     more = ["--max_new_tokens", 8, "--num_samples", 1, "--source", "alpaca-7b"]
     ok("collect_candidates", "sample", "--task", "hh", "--model", tiny, *more, "--stop", "Human:", "Assistant:")

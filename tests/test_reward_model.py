@@ -34,8 +34,8 @@ def test_ties_are_not_compared():
     loss = reward_model.ranking_loss(torch.tensor([5.0, -5.0, 0.0]), levels)
     assert loss.item() == pytest.approx((math.log1p(math.exp(-5)) + 5 + math.log1p(math.exp(-5))) / 2, abs=1e-5)
     assert reward_model.ranking_loss(torch.tensor([5.0, -5.0]), torch.ones(2)).item() == 0
-    right, pairs, gap = common.pair_statistics(torch.tensor([5.0, -5.0, 0.0]), levels)
-    assert (right.item(), pairs.item(), gap.item()) == (1, 2, 0.0)
+    best, right, pairs, gap = common.pair_statistics(torch.tensor([5.0, -4.0, 0.0]), levels)
+    assert (best.item(), right.item(), pairs.item(), gap.item()) == (0.5, 1, 2, 1.0)
 
 
 def write_data(path, num_records=8):
@@ -73,7 +73,7 @@ def test_it_learns_and_reports(trained):
     assert log[1]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the head starts at zero
     first, last = (line for line in log if "eval_loss" in line)
     assert (first["step"], first["eval_loss"]) == (0, pytest.approx(math.log(2), abs=1e-6))
-    assert last["eval_pair_accuracy"] > 0.9 and last["eval_pairs"] == 4 * 1 + 4 * 3
+    assert last["eval_pair_accuracy"] > 0.9
     log = [line for line in log if "loss" in line]
     assert log[-1]["loss"] < 0.3 and (trained / "best" / "config.json").exists()
 
