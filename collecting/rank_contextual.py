@@ -83,13 +83,14 @@ def parse_contextual(reply, n):
     """A ranker's reply about responses 0..n-1, its own being n -> {type, reference, repeated, scores {number: total},
     ratings {number: [3]}, ranking [numbers], best first: by score, ties as stated}.
 
-    Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`;
-    marks of emphasis, carriage returns, words around the form and other cases are let pass. With a line `Duplicates:`
-    exactly the repetitions that it names are not ranked; without one (Table 9) what is not ranked is a repetition.
-    ValueError with the reason where ranking or scores are missing, or contradict the duplicates.
+    Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`.
+    Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. With a line
+    `Duplicates:` exactly the repetitions that it names are not ranked. Without one (Table 9) what is not ranked is a
+    repetition. A reply without any score is ranked as stated: the released code reads the ranking alone. ValueError
+    with the reason where the ranking is missing, has a response without a score, or contradicts the duplicates.
     """
     raw = reply.splitlines()
-    lines = [re.sub(r"[*`#]+|^\s*[-•]\s+", "", line).strip() for line in raw]
+    lines = [re.sub(r"[*`#\"'‘’“”]+|^\s*[-•]\s+", "", line).strip() for line in raw]
     end, ranking = read_ranking(lines)
     found = {}  # number -> total, ratings: the last line that gives them, below the heading if there is one
     heading = max(
@@ -100,7 +101,7 @@ def parse_contextual(reply, n):
             found[int(m[1])] = score
     if len(set(ranking)) < len(ranking) or not set(ranking) <= set(range(n + 1)):
         raise ValueError("the ranking names a response twice, or one that is not there")
-    if unscored := sorted(set(ranking) - found.keys()):
+    if found and (unscored := sorted(set(ranking) - found.keys())):
         raise ValueError(f"response {unscored[0]} has no score (three numbers from 0 to 5, or their sum)")
     repeated, groups = set(range(n)) - set(ranking), read_duplicates(lines[:end])
     if groups is not None:
@@ -116,32 +117,39 @@ def parse_contextual(reply, n):
         "repeated": sorted(repeated),
         "scores": {k: total for k, (total, _) in found.items()},
         "ratings": {k: ratings for k, (_, ratings) in found.items()},
-        "ranking": sorted(ranking, key=lambda k: -found[k][0]),
+        "ranking": sorted(ranking, key=lambda k: -found[k][0]) if found else ranking,
     }
 
 
-SCORE_LINE = re.compile(r"(?i)\|?\s*(?:response\s+)?(\d+)\s*[:.)|=-]\s*(.*)$")
-ASPECTS = r"(?i)\b(level of|relevance|details?|justification|accuracy|clarity|overall|total|sum|scores?|and)\b|/\s*15\b"
+SCORE_LINE = re.compile(r"(?i)\|?\s*(?:response\s+)?(\d+)\s*(?:overall|total)?\s*(?:score|rating)?\s*[:.)|=-]\s*(.*)$")
+ASPECTS = r"""(?ix)\b(level\ of|relevance|details?|justification|accuracy|clarity|overall|total|sum|scores?|and)\b
+    | /\s*15\b | \bout\ of\ (5|15)\b"""
+RANKING_LINE = re.compile(r"(?i)(?:.*\b)?rank(?:ing)?(?: order)?(?: is| would be)?\s*[:=](.*)")
+NUMBERS = re.compile(r"\d+(?:(?:\s*(?:[>,;≥→]|>=|->)\s*|\s+)\d+)*\s*(?:$|[.;(])")
 
 
 def read_ranking(lines):
-    """-> (index of the last line `Ranking:` or `rank:`, its numbers, which may stand on the next line)."""
-    heads = [(i, re.match(r"(?i)(?:final |overall )?rank(?:ing)?\s*[:=](.*)", line)) for i, line in enumerate(lines)]
-    if not (heads := [(i, m[1]) for i, m in heads if m]):
+    """-> (index of the last line with `ranking:` or `rank:` and numbers, these numbers, best first). The numbers may
+    stand on the next line."""
+    heads = [(i, m[1].strip()) for i, m in enumerate(map(RANKING_LINE.match, lines)) if m]
+    if not heads:
         raise ValueError("there is no line with the ranking")
-    end, payload = heads[-1]
-    payload = payload.strip() or next(filter(None, lines[end + 1 :]), "")
-    payload = re.sub(r"(?i)responses?|[\[\]()]", " ", payload).strip(" .")
-    if not re.fullmatch(r"\d+(\s*[>,]\s*\d+)*", payload):
-        raise ValueError("the ranking is not numbers, best first")
-    return end, [int(k) for k in re.findall(r"\d+", payload)]
+    for i, payload in reversed(heads):
+        payload = payload or next(filter(None, lines[i + 1 :]), "")
+        inner = re.match(r"\[([^\]]*)\]", payload)
+        if m := NUMBERS.match(re.sub(r"(?i)responses?|[\[\]]", " ", inner[1] if inner else payload).strip()):
+            return i, [int(k) for k in re.findall(r"\d+", m[0])]
+    raise ValueError("the ranking is not numbers, best first")
 
 
 def read_score(text):
     """What stands behind a response's number -> (total, its three ratings or None), or None where that is no score."""
     inner = re.match(r"\[([^\]]*)\]", text)
     inner = re.sub(ASPECTS, " ", inner[1] if inner else text)
-    values = [int(v) for v in re.findall(r"\d+", inner)] if re.fullmatch(r"[\d\s,+/=:;|().]*", inner) else []
+    if len(re.findall(r"\d\s*/\s*5\b", inner)) == 3:  # 3/5 4/5 5/5; but 3/4/5 are three ratings
+        inner = re.sub(r"/\s*5\b", " ", inner)
+    numbers = re.findall(r"\d+(?:\.\d+)?", inner) if re.fullmatch(r"[\d\s,+/=:;|().]*", inner) else []
+    values = [float(v) if "." in v else int(v) for v in numbers]
     if len(values) in (3, 4) and max(values[:3]) <= 5:  # a fourth is their sum, which is made here
         return sum(values[:3]), values[:3]
     return (values[0], None) if len(values) == 1 and values[0] <= 15 else None
@@ -151,9 +159,11 @@ def read_duplicates(lines):
     """The groups of the last line `Duplicates:`, sets of numbers; None where there is no such line."""
     heads = [m[1] for m in (re.match(r"(?i)duplicates?(?: responses?)?\s*:(.*)", line) for line in lines) if m]
     text = re.sub(r"(?i)responses?|[\[\]()]", " ", heads[-1]).strip(" .,").lower() if heads else ""
-    if not heads or text in ("", "none", "no", "no duplicates"):
+    if not heads or not text or re.fullmatch(r"[^\d]*\b(?:none|no|not|nil)\b[^\d]*", text):
         return [] if heads else None
-    groups = [re.split(r"\s*(?:=|&|and)\s*", group.strip()) for group in re.split("[,;]", text)]
+    same = r"\b(?:is|are) (?:a |the |nearly |almost )*(?:duplicates?|same|identical|copy)(?: of| as| to)?"
+    text = re.sub(same, "=", text)
+    groups = [re.split(r"\s*(?:=|&|and)\s*", group.strip(" =")) for group in re.split("[,;]", text)]
     if not all(len(group) > 1 and all(k.isdecimal() for k in group) for group in groups):
         raise ValueError("the duplicates are no groups such as 1=3")
     return [{int(k) for k in group} for group in groups]
@@ -182,7 +192,7 @@ def contextual_candidates(candidates, shown, verdict, args):
         c = candidates[shown[k] if k < len(shown) else -1]
         if c["text"].strip() not in texts:
             texts.add(c["text"].strip())
-            c |= {"rank": place, "score": verdict["scores"][k]}
-            c |= {"ratings": verdict["ratings"][k]} if verdict["ratings"][k] else {}
+            given = {"score": verdict["scores"].get(k), "ratings": verdict["ratings"].get(k)}
+            c |= {"rank": place} | {name: value for name, value in given.items() if value is not None}
             place += 1
     return candidates

@@ -84,6 +84,56 @@ def test_replies_that_parse(reply, ranking, repeated, reference):
     assert verdict["type"] == "closed" and verdict["scores"][0] == 5
 
 
+LENIENT = {  # what a ranker may write instead -> the ranking it means
+    "a quoted ranking": (changed("rank: [1, 3, 0, 2]", "'rank: [1, 3, 0, 2]'", TABLE_9), ORDER),
+    "quoted as in print": (changed("rank: [1, 3, 0, 2]", "‘rank: [1, 3 ,0, 2]’.", TABLE_9), ORDER),
+    "a numbered last line": (changed("rank: [1, 3, 0, 2]", "5. rank: [1, 3, 0, 2]", TABLE_9), ORDER),
+    "Last, ...": (changed("rank: [1, 3, 0, 2]", "Last, the ranking is: [1, 3, 0, 2]", TABLE_9), ORDER),
+    "the final rank is": (changed("rank: [1, 3, 0, 2]", "The final rank is: [1, 3, 0, 2]", TABLE_9), ORDER),
+    "words behind the ranking": (changed("0, 2]", "0, 2], so response 1 is best (of 4).", TABLE_9), ORDER),
+    "a line on the ranking behind it": (TABLE_9 + "\nThis ranking: by accuracy first.", ORDER),
+    "no commas": (changed("[1, 3, 0, 2]", "1 3 0 2", TABLE_9), ORDER),
+    "no scores at all": (re.sub(r"Response \d: \[\d+\]\n", "", TABLE_9), ORDER),
+    "no duplicates, in a sentence": (changed("none", "There are no duplicate responses."), ORDER),
+    "one duplicate": (changed("none", "Response 2 is a duplicate of Response 0.").replace(" > 2", ""), ORDER[:3]),
+    "duplicates, in a sentence": (changed("none", "0 and 2 are identical").replace(" > 2", ""), ORDER[:3]),
+    "scores of 5": (changed("3 2 0 = 5", "3/5 2/5 0/5").replace("5 5 5 = 15", "5/5, 5/5, 5/5 (15/15)"), ORDER),
+    "slashes alone": (changed("3 2 0 = 5", "3/2/0").replace("5 5 5 = 15", "5/5/5"), ORDER),
+    "out of": (changed("3 2 0 = 5", "accuracy 3 out of 5, details 2 out of 5, clarity 0 out of 5"), ORDER),
+    "half points": (changed("1 0 1 = 2", "1.5 0 1"), ORDER),
+    "a word behind the number": (TABLE_9.replace("Response 0: [5]", "Response 0 score: 5/15"), ORDER),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reply, ranking", LENIENT.values(), ids=LENIENT)
+def test_replies_in_a_rankers_own_words(reply, ranking):
+    assert parse_contextual(reply, 3)["ranking"] == ranking
+
+
+def test_half_points_and_fifths_are_summed():
+    verdict = parse_contextual(LENIENT["half points"][0], 3)
+    assert verdict["scores"][2] == 2.5 and verdict["ratings"][2] == [1.5, 0, 1]
+    assert parse_contextual(LENIENT["scores of 5"][0], 3)["scores"] == {0: 5, 1: 15, 2: 2, 3: 14}
+    assert parse_contextual(LENIENT["no scores at all"][0], 3)["scores"] == {}
+
+
+def released_ranking(reply):
+    """How the released code reads a reply: every number behind the first `rank:`, or else the first `ranking:`."""
+    return [int(k) for k in re.findall(r"\d+", re.split("rank:|ranking:", reply.lower())[1])]
+
+
+def test_what_the_released_code_reads_ours_reads():
+    """Where what it takes is a ranking, each response at most once, ours has the same responses."""
+    both = 0
+    for name, (reply, *_) in (READ | LENIENT).items():
+        if re.search("rank:|ranking:", reply.lower()):
+            theirs = released_ranking(reply)
+            if len(set(theirs)) == len(theirs) and set(theirs) <= {0, 1, 2, 3}:
+                assert set(parse_contextual(reply, 3)["ranking"]) == set(theirs), name
+                both += 1
+    assert both >= 30
+
+
 def test_there_are_25_of_them():
     assert len(READ) == 25
 
