@@ -46,7 +46,7 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -451,6 +451,7 @@ def rows(prompts, model, tokenizer, args):
     budget = args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
     budget = 1 if args.padded else budget  # 1: a prompt per row
     plan = plan_rows([encoded for encoded, *_ in prompts], budget, dist.get_world_size())[dist.get_rank()]
+    whole = isinstance(model, FSDPModule) and stays_whole(model)
 
     def make(row):
         encoded, *columns = zip(*(prompts[i] for i in row))
@@ -462,6 +463,9 @@ def rows(prompts, model, tokenizer, args):
         for n, (_, weight) in enumerate(plan, 1):
             made = waiting.pop().result()
             waiting += [thread.submit(make, row) for row, _ in plan[n : n + 1]]
+            if whole:  # the last row alone sums the gradients over processes and frees the gathered weights
+                model.set_requires_gradient_sync(n == len(plan))
+                model.set_reshard_after_backward(n == len(plan))
             yield weight, *made
             stop_if_asked()
 
@@ -527,8 +531,7 @@ def check_packing(model, encoded_records, score=None):
     if not gap <= max(1e-3, min(wrong) / 4):  # false for NaN
         raise UserError(f"packed and padded rows differ by {gap:.2g}, a wrong mask by {min(wrong):.2g}: add --padded")
     model.train(training)
-    if hasattr(model, "reshard"):
-        model.reshard()  # FSDP leaves the root's weights gathered after a forward
+    reshard(model)
 
 
 def length_normalized(logprobs, lengths, exponent):
@@ -696,9 +699,23 @@ def shard(model, device, bf16=False):
     if dist.get_world_size() > 1 or dtype is torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
+        again = False if stays_whole(model) else None  # None: the layers', not the root's
         for part in (*decoder_layers(model), model):  # embedding and head stay with the root: they may be tied
-            fully_shard(part, mesh=mesh, mp_policy=policy)
+            fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     return model
+
+
+def stays_whole(model):
+    """Whether each process keeps all weights and gradients of `model` during a step, which saves most of the traffic
+    between processes (benchmarks/SCALE.md). That takes 6 bytes a parameter in bf16, 8 in fp32."""
+    return sum(p.numel() for p in model.parameters()) < 1.5e9
+
+
+def reshard(model):
+    """Free the weights that FSDP2 leaves gathered after a forward without a backward."""
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()
 
 
 def decoder_layers(model):
@@ -827,6 +844,7 @@ def drop_checkpoints(output):
 
 def training_state(model, optimizer):
     """-> (the tensors of a checkpoint, the optimizer's settings; these come from the flags and are not saved)."""
+    reshard(model)  # a stop between two rows finds them gathered
     weights, of_optimizer = states.get_state_dict(model, optimizer)
     return {"model": untied(model, weights), "optimizer": of_optimizer["state"]}, of_optimizer["param_groups"]
 

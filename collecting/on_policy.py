@@ -30,7 +30,7 @@ def gathered(model):
         yield model
     finally:
         for m in parts:
-            m.set_reshard_after_forward(m is not model, recurse=False)  # fully_shard's default
+            m.set_reshard_after_forward(m is not model and not common.stays_whole(model), recurse=False)  # as in shard
             m.reshard()
         if attention == "flex_attention":
             model.set_attn_implementation(attention)
