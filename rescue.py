@@ -160,7 +160,7 @@ def parse_args():
     add("--human_length_scaling", type=in_range(float, 0), default=1.0, help="lambda of human responses, Sec. 7")
     add("--num_candidates", type=in_range(int, 1), default=5, help="a prompt's, the human one among them; Fig. 4")
     add("--no_sft", action="store_true", help="drop Eq. 1, as multi-document QA does, Sec. 6.3")
-    add("--margin", type=in_range(float, 0), default=0.0, help="ours: in the hinge; helps where --no_sft degenerates")
+    add("--margin", type=in_range(float, 0), default=0.0, help="ours: M in max(0, s(worse) - s(better) + M)")
     add("--pair_weights", choices=["none", "lambda"], default="none", help="ours: LiPO's weights of pairs, 2402.01878")
     # fmt: on
     defaults = {"lr": 2e-5, "schedule": "cosine", "warmup": 0.03, "epochs": 1, "batch_size": 64}
@@ -216,7 +216,7 @@ def load_data(args, path, limit=None):
     if left := sum(max(0, len(r["candidates"]) - args.num_candidates) for r in records):
         say(f"--num_candidates {args.num_candidates} leaves out {left} model responses, a seeded draw")
     if args.no_sft:
-        say("no SFT term: length-normalised ranking alone can degenerate, so watch best_score, or set --margin")
+        say("no SFT term: length-normalised ranking alone can degenerate, so watch best_score (and see --margin)")
     return kept
 
 
