@@ -1,8 +1,7 @@
-"""common.py: encoding, packed against padded rows in values and gradients, what is refused, chunks."""
+"""common.py: flags, records, encoding, the row plan, packed against padded rows in values and gradients, what is
+refused."""
 
-import argparse
 import dataclasses
-import types
 
 import pytest
 import torch
@@ -10,12 +9,11 @@ import torch.nn.functional as F
 import transformers
 from architectures import ARCHITECTURES, ENCODED, TREE, assert_same_gradients, gradients, make, make_encoded
 from conftest import make_model, make_records, make_tokenizer
-from torch.distributed.fsdp import fully_shard
 from transformers import AutoModelForCausalLM
 
 import common
 import reward_model
-from common import candidate_logprobs, encode, pack, pack_padded
+from common import Encoded, candidate_logprobs, encode, pack, pack_padded, plan_rows
 
 
 class TestEncode:
@@ -117,6 +115,31 @@ class TestEncode:
         assert plain.bos_token_id not in e.prompt_ids
 
 
+class TestPlan:
+    @pytest.mark.parametrize("world", [1, 2, 4])
+    @pytest.mark.parametrize("budget", [1, 100, 5000])
+    def test_every_prompt_once_equal_rows_within_budget(self, world, budget):
+        lengths = [30, 500, 70, 40, 99, 10, 55, 23, 41]
+        encoded = [Encoded(str(i), [i] * (n - 2), [[1, 2]], 0, 0) for i, n in enumerate(lengths)]
+        plan = plan_rows(encoded, budget, world)
+        assert len(plan) == world and len({len(rows) for rows in plan}) == 1
+        counted = sorted(i for rows in plan for row, weight in rows if weight for i in row)
+        assert counted == list(range(len(lengths)))
+        assert all(len(row) == 1 or sum(lengths[i] for i in row) <= budget for rows in plan for row, _ in rows)
+
+    def test_fewer_prompts_than_ranks(self):
+        plan = plan_rows([Encoded("a", [1] * 8, [[1, 2]], 0, 0)], 100, 4)
+        assert [rows[0][1] for rows in plan] == [1.0, 0.0, 0.0, 0.0]
+
+    def test_prompts_that_share_a_start_stand_in_one_row(self):
+        """Three templates of 50 tokens, three prompts each: 3 rows of 50 + 1 + 3 x 6, where unshared it takes 9."""
+        templates = [e.prompt_ids for e in make_encoded(*[(50, [1])] * 3)]
+        encoded = [Encoded(str(i), templates[i % 3] + [60, i], [[7, 8, 9, 3, 1]], 0, 0) for i in range(9)]
+        [rows] = plan_rows(encoded, 80, 1)
+        assert sorted(rows) == [([i, i + 3, i + 6], 1.0) for i in range(3)]
+        assert all(pack([encoded[i] for i in row]).input_ids.shape == (1, 69) for row, _ in rows)
+
+
 def scores_and_gradients(model, batch, exponent=0.85):
     model.zero_grad()
     logprobs, lengths = candidate_logprobs(model, batch)
@@ -182,7 +205,7 @@ class TestPacking:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             want, _ = candidate_logprobs(load(tmp_path), pack(encoded))
             model = load(tmp_path, attn_implementation="flex_attention").eval()
-            got, _ = candidate_logprobs(model, common.pack_for("flex_attention", encoded, torch.device("cpu")))
+            got, _ = candidate_logprobs(model, common.pack_for(model, encoded))
         torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-4)
 
     def test_length_normalisation_ignores_padding(self, tokenizer):
@@ -219,7 +242,7 @@ def test_gradients_packed_and_padded(kind, attn, encoded, monkeypatch):
     monkeypatch.setattr(common, "CPU_BLOCK", 16)  # a span begins and ends within one, and reaches over several
     model = make(kind)
     model.set_attn_implementation(attn)
-    packed, grads = gradients(model, common.pack_for(attn, encoded, torch.device("cpu")))
+    packed, grads = gradients(model, common.pack_for(model, encoded))
     padded, padded_grads = gradients(model, pack_padded(encoded))
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
     assert_same_gradients(grads, padded_grads)
@@ -228,39 +251,32 @@ def test_gradients_packed_and_padded(kind, attn, encoded, monkeypatch):
 class TestRefused:
     """Never silently wrong: what would give other scores than padded rows is an error, padded rows still work."""
 
-    @pytest.mark.parametrize(
-        "attn, kind",
-        [("eager", k) for k in ("llama", "gpt2", "opt", "gpt_neox")]
-        + [("flex_attention", k) for k in ("llama", "opt")],
-    )
-    def test_attention_that_misreads_the_mask(self, attn, kind):
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
+    def test_attention_that_misreads_the_mask(self, kind):
         model = make(kind)
-        model.set_attn_implementation(attn)
-        with pytest.raises(common.UserError, match=attn):
-            candidate_logprobs(model, pack(ENCODED))
-        if attn == "eager":
-            got, _ = candidate_logprobs(model, pack_padded(ENCODED))
-            want, _ = candidate_logprobs(make(kind), pack(ENCODED))
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+        model.set_attn_implementation("eager")
+        with pytest.raises(common.UserError, match="its attention 'eager' misreads packed rows: add --padded"):
+            common.check_packing(model, ENCODED)
+        got, _ = candidate_logprobs(model, pack_padded(ENCODED))
+        want, _ = candidate_logprobs(make(kind), pack(ENCODED))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
 
-    @pytest.mark.parametrize("window, refused", [(17, True), (18, False)])
-    def test_a_window_shorter_than_prompt_and_response(self, window, refused):
-        model = make("mistral", sliding_window=window)  # the longest prompt and response: 11 + 7 tokens
-        if refused:
-            with pytest.raises(common.UserError, match="window of 17 is shorter than 18"):
-                candidate_logprobs(model, pack(ENCODED))
-        else:
-            got, want = (candidate_logprobs(model, make_row(ENCODED))[0] for make_row in (pack, pack_padded))
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
+    def test_a_window_shorter_than_prompt_and_response(self):
+        """The longest prompt and response: 11 + 7 tokens."""
+        with pytest.raises(common.UserError, match="window of 17 is shorter than the longest sequence: add --padded"):
+            common.check_packing(make("mistral", sliding_window=17), ENCODED)
+        model = make("mistral", sliding_window=18)
+        common.check_packing(model, ENCODED)
+        got, want = (candidate_logprobs(model, make_row(ENCODED))[0] for make_row in (pack, pack_padded))
+        torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-5)
 
     @pytest.mark.parametrize("kind", sorted(HYBRIDS))
     def test_layers_whose_state_runs_on(self, kind):
         """Barely trained, some of them come within rounding of padded rows: their config tells."""
         model = make(kind, **HYBRIDS[kind])
         assert model.config._attn_implementation == "sdpa"
-        for read in (candidate_logprobs, reward_model.candidate_rewards):
-            with pytest.raises(common.UserError, match="read a packed row as one text"):
-                read(model, pack(ENCODED))
+        with pytest.raises(common.UserError, match="read a packed row as one text"):
+            common.check_packing(model, ENCODED)
         assert candidate_logprobs(model, pack_padded(ENCODED))[0].isfinite().all()
 
 
@@ -310,19 +326,18 @@ class TestCheckPacking:
 
     @pytest.mark.parametrize("encoded", DATA_SETS)
     def test_reward_models(self, bf16, encoded):
-        args = types.SimpleNamespace(padded=False, attn="sdpa", model="x")
         config = type(bf16.config).from_dict(bf16.config.to_dict() | {"num_labels": 1})
         model = transformers.AutoModelForSequenceClassification.from_config(config).bfloat16()
         model.score.weight.data.zero_()
         reward_model.add_score_forward(model)
-        reward_model.check_packing(model, encoded, args, make_tokenizer(), torch.device("cpu"))
+        reward_model.check_packing(model, encoded)
         forward = model.forward
         ignores = lambda ids, mask, positions, last: forward(  # noqa: E731
             ids, mask, positions if positions is None else torch.arange(ids.shape[1])[None], last
         )
         model.forward = ignores
         with pytest.raises(common.UserError, match="add --padded"):
-            reward_model.check_packing(model, encoded, args, make_tokenizer(), torch.device("cpu"))
+            reward_model.check_packing(model, encoded)
 
 
 def test_a_wrapped_model_and_a_device_by_name():
@@ -330,44 +345,11 @@ def test_a_wrapped_model_and_a_device_by_name():
     model = make("llama")
     wrapped = torch.nn.parallel.DistributedDataParallel(model)
     common.check_packing(wrapped, ENCODED)
-    assert wrapped.training and model.plain_head
+    assert wrapped.training
     want, want_grads = gradients(model, pack(ENCODED))
     wrapped.zero_grad()
-    got, lengths = candidate_logprobs(wrapped, pack(ENCODED).to("cpu"), max_logits=4 * 64)
+    got, lengths = candidate_logprobs(wrapped, pack(ENCODED).to("cpu"))
     (got / lengths**0.85 * torch.linspace(-1, 2, len(got))).sum().backward()
     torch.distributed.destroy_process_group()
     torch.testing.assert_close(got.detach(), want, atol=1e-5, rtol=1e-5)
     assert_same_gradients({n: p.grad for n, p in model.named_parameters()}, want_grads)
-
-
-class TestChunks:
-    @pytest.mark.parametrize("sharded", [False, True])
-    def test_same_scores_and_gradients(self, sharded):
-        """7 chunks of at most 4 of the 28 response tokens; under FSDP2 the head's weight is there again for them."""
-        model, batch = make("llama", tie_word_embeddings=True), pack(ENCODED)
-        want, want_grads = gradients(model, batch)
-        if sharded:
-            common.init_distributed()
-            fully_shard(model.model.layers[0])
-            fully_shard(model)
-        seen, head = [], type(model.lm_head)
-        model.lm_head.register_forward_hook(lambda m, i, o: seen.append(o.shape))
-        model.plain_head = True
-        got, grads = gradients(model, batch, max_logits=4 * 64)
-        assert seen == [(1, 28, 1)] and model.lm_head.forward.__func__ is head.forward
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-        assert_same_gradients(grads, want_grads)
-        if sharded:
-            torch.distributed.destroy_process_group()
-
-    @pytest.mark.parametrize(
-        "kind, plain", [("llama", True), ("gpt2", True), ("cohere", False), ("gemma3_text", False)]
-    )
-    def test_models_that_change_their_logits_are_found_out(self, kind, plain):
-        model = make(kind, **({"final_logit_softcapping": 0.5} if kind == "gemma3_text" else {}))
-        args = argparse.Namespace(padded=False, attn="sdpa", model=kind)
-        common.check_packing(model, ENCODED, args, make_tokenizer(), torch.device("cpu"))
-        assert model.plain_head is plain
-        want, _ = gradients(model, pack(ENCODED))
-        got, _ = gradients(model, pack(ENCODED), max_logits=1)  # a scaled or capped model's stay whole
-        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
