@@ -67,6 +67,7 @@ class UserError(Exception):
 
 # Errors that bad input or the environment can cause. Anything else is a bug.
 OUTSIDE = (OSError, ValueError, KeyError, EOFError, RecursionError, MemoryError, SafetensorError)
+OUTSIDE += (torch.OutOfMemoryError,)
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
