@@ -642,7 +642,8 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
         hint = f"; python demo/get_{name[5:]}.py makes it" if name in ("demo/model", "demo/encoder") else ""
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}){hint}") from e
     whole = auto_class is AutoModelForCausalLM  # other tasks have other heads, but the same numbered layers
-    if odd := [k for k in {*info["missing_keys"], *info["unexpected_keys"]} if whole or re.search(r"\.\d+\.", k)]:
+    odd = {*info["missing_keys"], *info["unexpected_keys"]}
+    if odd := [k for k in odd if (whole or re.search(r"\.\d+\.", k)) and not k.endswith(".masked_bias")]:  # old GPT-2s
         raise UserError(f"{flag} {name}: its weights do not fit its config.json: {', '.join(sorted(odd)[:3])}")
     return (model, info) if kwargs.get("output_loading_info") else model
 
