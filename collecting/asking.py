@@ -8,6 +8,7 @@ import torch
 from tqdm import tqdm
 
 from collecting import generation
+from collecting.prompts import render_chat
 from collecting.server import ask_server
 
 RE_ASKS = 2  # after an answer that could not be used
@@ -57,17 +58,17 @@ def ask_local(args, dialogues, count, *, completions, **options):
     """One batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device, args.bf16)
-    prompts = {
+    texts = {
         i: dialogue[0]["content"]
         if completions
-        else tokenizer.apply_chat_template(dialogue, tokenize=False, add_generation_prompt=True)
+        else render_chat(tokenizer, dialogue, add_generation_prompt=True)
         if tokenizer.chat_template
         else "\n\n".join(message["content"] for message in dialogue) + "\n"
         for i, dialogue in dialogues.items()
     }
     options = generation.options_of(args) | options
-    torch.manual_seed(zlib.crc32(f"{args.seed} {next(iter(prompts.values()))}".encode()))
-    responses = generation.generate(model, tokenizer, [*prompts.values()], **options)
-    for i, samples in zip(prompts, responses):
+    torch.manual_seed(zlib.crc32(f"{args.seed} {next(iter(texts.values()))}".encode()))
+    responses = generation.generate(model, tokenizer, [*texts.values()], **options)
+    for i, samples in zip(texts, responses):
         count["tokens"] += sum(r["num_tokens"] for r in samples)
         yield i, samples, None

@@ -5,7 +5,7 @@ import pathlib
 
 import common
 from collecting.files import is_message
-from collecting.prompts import fill
+from collecting.prompts import fill, render_chat
 from common import UserError, is_number
 
 KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -190,4 +190,4 @@ def render(context, where, tokenizer):
     if not tokenizer:
         raise UserError(f"{where}: the prompt is messages: name the model whose template renders them, --chat_template")
     messages = [{k: m[k] for k in ("role", "content")} for m in messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), messages
+    return render_chat(tokenizer, messages, add_generation_prompt=True), messages

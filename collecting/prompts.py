@@ -3,7 +3,17 @@
 import pathlib
 import re
 
+from jinja2 import TemplateError
+
 from common import UserError
+
+
+def render_chat(tokenizer, messages, **options):
+    """The text that the tokenizer's chat template makes of messages. UserError where the template refuses them."""
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except TemplateError as e:
+        raise UserError(f"the chat template of {tokenizer.name_or_path} refuses the messages: {e}") from e
 
 
 def fill(template, fields, where):

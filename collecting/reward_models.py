@@ -17,6 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import common
 from collecting import scoring
+from collecting.prompts import render_chat
 from common import UserError, say
 
 
@@ -84,7 +85,7 @@ def dialogue_ids(tokenizer, record, candidate, form, max_length=REWARD_TOKENS):
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
     messages = [*messages, {"role": "assistant", "content": candidate["text"]}]
     if form == "chat_template":
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = render_chat(tokenizer, messages)
     else:
         marks = {"user": "<|prompter|>", "assistant": "<|assistant|>", "system": "<|system|>"}
         text = "".join(marks[m["role"]] + m["content"] + tokenizer.eos_token for m in messages)
