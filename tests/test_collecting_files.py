@@ -1,4 +1,5 @@
-"""files.py and collecting/downloads.py: what is broken is one sentence, in bounded memory; what is written is whole."""
+"""collecting/files.py, collecting/downloads.py and common.py's records: what is broken is one sentence, in bounded
+memory; what is written is whole."""
 
 import gzip
 import json
@@ -10,9 +11,13 @@ import sys
 import pytest
 from conftest import ROOT, make_records, refused, write_jsonl
 
+import common
 from collecting import downloads, files
 from collecting.downloads import read_rows
-from common import UserError, write_atomically
+from collecting.files import write_atomically
+from common import UserError
+
+LOADERS = pytest.mark.parametrize("load", [common.load_candidates, files.load_candidates], ids=["common", "collecting"])
 
 
 class TestReaders:
@@ -76,22 +81,45 @@ class TestReaders:
             ({"candidates": [{"text": "x", "source": "m", "num_tokens": 0}]}, ["candidates[0].num_tokens"]),
         ],
     )
-    def test_bad_records(self, tmp_path, change, words):
+    @LOADERS
+    def test_bad_records(self, tmp_path, change, words, load):
         path = write_jsonl(tmp_path / "c.jsonl", [make_records(1)[0], make_records(2)[1] | change])
         with pytest.raises(UserError) as e:
-            files.load_candidates(path)
+            load(path)
         assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
 
-    def test_duplicates_and_limits(self, tmp_path):
+    @LOADERS
+    def test_duplicates_and_limits(self, tmp_path, load):
         path = write_jsonl(tmp_path / "c.jsonl", make_records(2) + make_records(1))
         with pytest.raises(UserError, match=r"c.jsonl:3.*'r0'.*c.jsonl:1"):
-            files.load_candidates(path)
-        assert len(files.load_candidates(path, limit=2)) == 2
+            load(path)
+        assert len(load(path, limit=2)) == 2
 
-    def test_empty_file(self, tmp_path):
-        (tmp_path / "c.jsonl").write_text("\n\n")
-        with pytest.raises(UserError, match="no records"):
-            files.load_candidates(tmp_path / "c.jsonl")
+    @LOADERS
+    @pytest.mark.parametrize(
+        "content, words",
+        [
+            (b"\n\n", "no records"),
+            (b'{"id": "a"', "c.jsonl:1"),
+            (b'\n{"id": "\xff"}\n', "c.jsonl"),
+            (b"[1]\n", "c.jsonl:1"),
+            (b'"a"\n', "c.jsonl:1"),
+            (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "c.jsonl:1"),
+        ],
+    )
+    def test_broken_files(self, tmp_path, load, content, words):
+        (tmp_path / "c.jsonl").write_bytes(content)
+        with pytest.raises(UserError, match=words) as e:
+            load(tmp_path / "c.jsonl")
+        assert "\n" not in str(e.value)
+
+    @LOADERS
+    def test_bom_crlf_and_blank_lines(self, tmp_path, load):
+        text = "\n\n".join(json.dumps(r, ensure_ascii=False) for r in make_records(2))
+        (tmp_path / "c.jsonl").write_text("\ufeff" + text.replace("\n", "\r\n"))
+        with gzip.open(tmp_path / "c.jsonl.gz", "wt") as f:
+            f.write(text)
+        assert load(tmp_path / "c.jsonl") == make_records(2) == load(tmp_path / "c.jsonl.gz")
 
 
 def test_atomic_write(tmp_path):
@@ -114,10 +142,9 @@ def record(**fields):
         {"documents": [{"title": "x"}]},
     ],
 )
-def test_a_field_of_another_type(cli, tiny, tmp_path, wrong):
+def test_a_field_of_another_type(cli, tmp_path, wrong):
     data = write_jsonl(tmp_path / "d.jsonl", [record(**wrong)])
-    done = cli("rescue", "--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "o")
-    refused(done, "d.jsonl:1", *wrong)
+    refused(cli("collect_candidates", "hindsight", "--input", data, "--output", tmp_path / "o"), "d.jsonl:1", *wrong)
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400])
