@@ -8,6 +8,7 @@
     rank      + annotations: label and correctness, similarity, reward, a stronger model's ranking
     hindsight ranked records -> one response that names the better and the worse answer (PRO's baseline CoH)
     export    ranked records -> the files that TRL's trainers read (RLHF, DPO, CPO), or ranked lists
+    convert   a model whose weights are .bin files -> a folder with safetensors, as OpenAssistant's reward models need
 
 A verb writes finished prompts, whole lines, to OUTPUT.part<rank>, and at the end joins them in the input's order into
 OUTPUT. Killed and run again with the same arguments it keeps what is there and does the rest; OUTPUT.args.json holds
@@ -28,6 +29,7 @@ the arguments. Each verb is a module of its name in collecting/ (hindsight stand
 
 import common
 from collecting.anchor import anchor, anchor_flags
+from collecting.convert import convert, convert_flags
 from collecting.export import export, export_flags, hindsight, hindsight_flags
 from collecting.flags import run_verb
 from collecting.flip import flip, flip_flags
@@ -45,6 +47,7 @@ VERBS = {
     "rank": (rank_flags, rank),
     "hindsight": (hindsight_flags, hindsight),
     "export": (export_flags, export),
+    "convert": (convert_flags, convert),
 }
 
 

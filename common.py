@@ -637,8 +637,10 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
         model, info = auto_class.from_pretrained(name, **kwargs | options | {"output_loading_info": True})
     except Exception as e:  # a folder may hold anything
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
-        if list(pathlib.Path(name).glob("*.bin")) and not list(pathlib.Path(name).glob("*.safetensors")):
-            reason = "its weights are pickles, which can run code: convert them to safetensors, or add --allow_pickle"
+        folder, hub = pathlib.Path(name), re.search("use_safetensors|safetensors conversion", str(e))
+        if hub or list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
+            reason = "its weights are pickles, which can run code. If you trust their author, add --allow_pickle, or "
+            reason += f"make safetensors of them: python collect_candidates.py convert --model {name} --output FOLDER"
         hint = f"; python demo/get_{name[5:]}.py makes it" if name in ("demo/model", "demo/encoder") else ""
         raise UserError(f"{flag} {name}: cannot be loaded ({reason}){hint}") from e
     whole = auto_class is AutoModelForCausalLM  # other tasks have other heads, but the same numbered layers

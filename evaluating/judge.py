@@ -39,9 +39,9 @@ def judge_flags(add):
     add("--limit", type=in_range(int, 1), help="so many questions of each subset, drawn by --seed")
     add(
         "--verdicts",
-        choices=["agree", "average"],
+        choices=["agree", "average", "mean"],
         default="agree",
-        help="a win needs both orders; or is each one's half",
+        help="a win needs both orders; is each one's half; goes to the mean of the two",
     )
     api_flags(add, 512)
 # fmt: on
@@ -49,7 +49,8 @@ def judge_flags(add):
 
 def judge(args):
     """A model compares two systems' answers in both orders, at temperature 0. --verdicts agree: a win needs both, and
-    all else is a tie; average: each order's verdict counts half (PRO Sec. 4.2, Table 3)."""
+    all else is a tie; average: each order's verdict counts half (PRO Sec. 4.2, Table 3); mean: a question goes to the
+    mean of its two verdicts, so a win and a tie are a win."""
     args.input = args.answers
     systems = [{check_answer(*pair)["id"]: pair[1] for pair in read_rows(path)} for path in args.answers]
     shared = [row for i, row in systems[0].items() if i in systems[1]]
@@ -105,12 +106,19 @@ def verdict(text):
 SWAPPED = {"A": "B", "B": "A", "C": "C", None: None}
 
 
+def agreed(pair, verdicts):
+    """The verdict on a question from its two, both as system 1 sees them: the one that both gave, or by their mean."""
+    sides = {*pair} - {"C"} if verdicts == "mean" else {*pair}
+    return sides.pop() if len(sides) == 1 else "C"
+
+
 def judge_items(ids, pairs, verdicts):
     """-> {"win", "lose": {id: value}}, the mean of which is judge_metrics'."""
     seen = {i: (first, SWAPPED[second]) for i, (first, second) in zip(ids, pairs)}
     if verdicts == "average":
         return {name: {i: pair.count(v) / 2 for i, pair in seen.items()} for name, v in (("win", "A"), ("lose", "B"))}
-    return {name: {i: float(pair == (v, v)) for i, pair in seen.items()} for name, v in (("win", "A"), ("lose", "B"))}
+    one = {i: None if None in pair else agreed(pair, verdicts) for i, pair in seen.items()}
+    return {name: {i: float(x == v) for i, x in one.items()} for name, v in (("win", "A"), ("lose", "B"))}
 
 
 def judge_metrics(pairs, verdicts):
@@ -122,7 +130,7 @@ def judge_metrics(pairs, verdicts):
     if verdicts == "average":
         outcomes, n = Counter(v for pair in pairs for v in pair), 2 * len(pairs)
     else:
-        outcomes, n = Counter(a if a == b else "C" for a, b in parsed), len(pairs)
+        outcomes, n = Counter(agreed(pair, verdicts) for pair in parsed), len(pairs)
         outcomes[None] = n - len(parsed)
     shown = [a == "A" for a, b in pairs if a in ("A", "B")] + [b == "B" for a, b in pairs if b in ("A", "B")]
     shares = {name: outcomes[v] / n for name, v in (("win", "A"), ("tie", "C"), ("lose", "B"), ("unparsed", None))}

@@ -64,7 +64,7 @@ def between(args, draw):
         raise UserError(f"{args.input}: no record has a text in each of {', '.join(args.systems)}")
     records = draw.sample(records, min(args.limit, len(records)))
     orders = [draw.sample(range(len(names)), len(names)) for _ in records]
-    items = [{"prompt": r["prompt"], "responses": [texts[s][r["id"]] for s in o]} for r, o in zip(records, orders)]
+    items = [{"prompt": task_of(r), "responses": [texts[s][r["id"]] for s in o]} for r, o in zip(records, orders)]
     return items, {"systems": names, "ids": [r["id"] for r in records], "orders": orders}
 
 

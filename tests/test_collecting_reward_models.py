@@ -1,10 +1,12 @@
 """collecting/reward_models.py for PRO: reward models, ranking by them, longer rankings."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from conftest import read_jsonl, run, write_jsonl
+from conftest import make_records, read_jsonl, refused, run, write_jsonl
+from safetensors.torch import load_file
 
 import common
 from collecting import reward_models
@@ -33,6 +35,32 @@ def test_the_oasst_class_is_saved_and_loaded(oasst):
     assert config["model_type"] == "gpt_neox_reward_model" and config["pooling"] == "last"
     _, tokenizer, form = reward_models.load_reward_model(str(oasst), torch.device("cpu"), "--reward_model", False)
     assert form == "oasst"
+
+
+def test_bin_weights_are_converted_once(oasst, tmp_path, cli, monkeypatch):
+    """A folder and a hub id with .bin weights alone are refused, with both ways out; `convert` keeps the rewards."""
+    hub = tmp_path / "hub/models--some--rm"
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs/main").write_text("abc")
+    pickled = hub / "snapshots/abc"
+    shutil.copytree(oasst, pickled)
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    write_jsonl(tmp_path / "train.jsonl", make_records(3))
+    rank = ["collect_candidates", "rank", "--by", "reward", "--input", str(tmp_path / "train.jsonl"), "--output"]
+    ways = ("--allow_pickle", "collect_candidates.py convert --model")
+    refused(cli(*rank, str(tmp_path / "a.jsonl"), "--reward_model", str(pickled)), *ways)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(cli(*rank, str(tmp_path / "b.jsonl"), "--reward_model", "some/rm"), *ways)
+    safe = tmp_path / "safe"
+    for said in ("safe", "is there"):
+        result = cli("collect_candidates", "convert", "--model", str(pickled), "--output", str(safe))
+        assert result.code == 0 and said in result.out
+    for model, out in ((oasst, "c.jsonl"), (safe, "d.jsonl")):
+        assert cli(*rank, str(tmp_path / out), "--reward_model", str(model)).code == 0
+    rewards = [[c["reward"] for r in read_jsonl(tmp_path / x) for c in r["candidates"]] for x in ("c.jsonl", "d.jsonl")]
+    assert rewards[0] == rewards[1] and (safe / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])

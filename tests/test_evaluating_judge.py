@@ -70,7 +70,21 @@ def test_both_readings_of_two_orders(pairs, average, agree):
         assert (got["win"], got["tie"], got["lose"]) == want
 
 
+def test_a_win_by_the_mean_of_both_orders():
+    """A win and a tie are a win, a tie and a loss a loss, a win and a loss a tie; one order unparsed is no verdict."""
+    pairs = [("A", "C"), ("C", "B"), ("C", "A"), ("A", "A"), ("C", "C"), ("B", "A"), ("A", None), ("A", "B")]
+    got = judge.judge_metrics(pairs, "mean")
+    assert (got["win"], got["tie"], got["lose"], got["unparsed"]) == (3 / 8, 2 / 8, 2 / 8, 1 / 8)
+    items = judge.judge_items("abcdefgh", pairs, "mean")
+    assert [sum(items[k].values()) for k in ("win", "lose")] == [3, 2]
+
+
 QUESTIONS = [{"question_id": k, "category": "generic", "turns": [f"What {{is}} {k}?"]} for k in range(3)]
+QUESTIONS[2] = {
+    "question_id": 2,
+    "category": "generic",
+    "text": QUESTIONS[2]["turns"][0],
+}  # as in FastChat's first files
 
 
 def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
