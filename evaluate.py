@@ -34,12 +34,10 @@ from evaluating.hh import hh, hh_flags
 from evaluating.judge import judge, judge_flags
 from evaluating.likelihood import nll, nll_flags, ranking, ranking_flags
 from evaluating.lmentry import lmentry, lmentry_flags
-from evaluating.multidoc_qa import multidoc_qa, multidoc_qa_flags
-from evaluating.nli import nli, nli_flags
+from evaluating.questions import multidoc_qa, multidoc_qa_flags, nli, nli_flags, vicuna, vicuna_flags
 from evaluating.report import report, report_flags
 from evaluating.sheet import sheet, sheet_flags
 from evaluating.superni import superni, superni_flags
-from evaluating.vicuna import vicuna, vicuna_flags
 
 VERBS = {
     "ranking": (ranking_flags, ranking),

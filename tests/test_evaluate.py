@@ -8,7 +8,7 @@ from conftest import make_records, metrics_of, read_jsonl, refused, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
-from evaluating import likelihood, nli
+from evaluating import likelihood, questions
 
 
 class TestMetrics:
@@ -41,7 +41,7 @@ class TestMetrics:
             return {"label": gold, "prediction": predicted, "well_formed": predicted is not None, "text": text}
 
         e, n, c = "entailment", "neutral", "contradiction"
-        got = nli.nli_metrics([row(e, e), row(e, n), row(n, n), row(c, None, "x y z w")])
+        got = questions.nli_metrics([row(e, e), row(e, n), row(n, n), row(c, None, "x y z w")])
         assert (
             got["accuracy"] == 0.5
             and got["unparsed"] == 0.25

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import make_records, read_jsonl, refused, write_jsonl
 
-from evaluating import multidoc_qa, plots, shared
+from evaluating import plots, questions, shared
 
 
 def qa(i, position, answers=("Oslo",)):
@@ -19,7 +19,7 @@ def answered(position, text, answers=("Oslo",)):
 def test_multidoc_metrics_by_hand():
     rows = [answered(1, "In Oslo."), answered(1, "Bergen"), answered(5, "Bergen\nor oslo"), answered(5, "x\ny")]
     rows += [answered(3, "the OS-LO!"), answered(3, "Oslo"), answered(3, "no"), answered(3, "no\nno")]
-    metrics = multidoc_qa.multidoc_qa_metrics(rows)
+    metrics = questions.multidoc_qa_metrics(rows)
     assert [metrics[f"accuracy_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.5]
     assert [metrics[f"first_line_at_{p}"] for p in (1, 3, 5)] == [0.5, 0.5, 0.0]
     assert metrics["accuracy"] == 0.5 and metrics["first_line"] == pytest.approx(1 / 3)  # positions weigh alike
