@@ -1,13 +1,16 @@
 """Files in and out: what is read is checked, line by line; what is written is whole, or not there at all."""
 
 import contextlib
+import csv
 import fcntl
 import gzip
 import hashlib
+import io
 import itertools
 import json
 import os
 import pathlib
+import re
 import zlib
 
 import torch
@@ -17,39 +20,135 @@ import common
 from common import UserError, sync
 
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
+CHUNK = 2**16  # characters of a JSON array that are read at once
 SAMPLED = 16 * 2**20  # bytes from which on a model's file is not read whole
 NO_PATHS = {"output", "name", "names", "source", "task", "tasks", "verb", "by", "stop", "columns"}
 
 
-@contextlib.contextmanager
-def open_data(path, kinds):
-    """Open a data file of one of these kinds, plain or .gz -> (its kind, the file of bytes); UserError where it cannot
-    be read."""
-    path = pathlib.Path(path)
+def read_source(name, split="train", config=None, subset=None):
+    """Yield (where, row) of a data file, of a folder of data files, or of a data set of the hub; streams.
+
+    split, config, subset: which files of a folder or of a data set, as datasets' load_dataset calls them (split, name,
+    data_dir). datasets says which files these are, and read_rows reads them. Raises UserError, also where a folder's
+    README.md names a file outside the folder.
+    """
+    if not os.path.isdir(name) and (os.path.isfile(name) or kind_of(name) in READERS):
+        yield from read_rows(name)
+        return
+    import datasets
+
+    folder = os.path.realpath(name) if os.path.isdir(name) else None
+    try:
+        builder = datasets.load_dataset_builder(folder or name, config, data_dir=subset)
+        splits = {str(k): list(files) for k, files in (builder.config.data_files or {}).items()}
+        if split not in splits:
+            raise UserError(f"{name} has the splits {', '.join(splits)}, not {split}: choose one by --split")
+        for file in splits[split]:
+            file = os.path.normpath(file) if folder else file
+            if not file.startswith(folder + os.sep if folder else "hf://"):
+                raise UserError(f"{name} names a file outside of it, {file}: name that file by --input")
+            yield from read_rows(file if folder else datasets.DownloadManager().download(file))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
+        reason = str(e.__cause__ or e).strip().partition("\n")[0]
+        raise UserError(f"{name} cannot be read ({reason}): name files by --input, a part by --split, --config") from e
+
+
+def kind_of(path):
+    return pathlib.Path(path).name.removesuffix(".gz").rpartition(".")[2].lower()
+
+
+def read_rows(path):
+    """Yield (where, dict) for every row of a data file: JSONL, JSON (an array, or a row a line), CSV, also .gz; and
+    Parquet. `where` is "file:line" for messages.
+
+    Streams: no line, and no object of an array, is longer than MAX_LINE. No value is guessed: a text stays as the file
+    has it. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
+    """
+    path, kind = pathlib.Path(path), kind_of(path)
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    kind = path.name.removesuffix(".gz").rpartition(".")[2].lower()
-    if kind not in kinds:
-        raise UserError(f"{path}: expected .{' or .'.join(kinds)}, plain or .gz")
+    if kind not in READERS:
+        raise UserError(f"{path}: expected .{', .'.join(READERS)}, plain or .gz")
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
-            yield kind, f
-    except (EOFError, OSError, zlib.error) as e:  # a torn or false .gz
+            yield from READERS[kind](path, f)
+    except (EOFError, OSError, UnicodeError, RecursionError, zlib.error) as e:  # torn, a false .gz, not UTF-8
         raise UserError(f"{path}: cannot be read ({e})") from e
 
 
-def read_rows(path, kinds=("jsonl",)):
-    """Yield (where, dict) for every line of a JSONL file, plain or .gz; `where` is "file:line" for messages.
+def read_lines(path, f):
+    for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
+        where = f"{path}:{number}"
+        if len(line) > MAX_LINE:
+            raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
+        if line.strip():
+            yield where, as_object(parse_json(line, where), where)
 
-    Streams. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
-    """
-    with open_data(path, kinds) as (_, f):
-        for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
-            where = f"{path}:{number}"
+
+def read_array(path, f):
+    """The objects of a JSON array, one after the other."""
+    if f.peek(16).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] != b"[":
+        yield from read_lines(path, f)  # data sets call a row a line .json too
+        return
+    text, decoder = io.TextIOWrapper(f, encoding="utf-8-sig"), json.JSONDecoder()
+    rest, number = re.sub(r"\[\s*\]", "]", text.read(CHUNK).lstrip(), count=1), 0
+    while rest[0] != "]":  # it begins with the sign in front of an object, [ or ,
+        rest, number, after, more = rest[1:].lstrip(), number + 1, "", True
+        while not after and more and len(rest) <= MAX_LINE:  # read on until the sign behind the object is there
+            try:
+                end = decoder.raw_decode(rest)[1]
+                after = rest[end:].lstrip()
+            except ValueError:
+                end = MAX_LINE
+            more = "" if after else text.read(max(CHUNK, len(rest)))
+            rest += more
+        where = f"{path}:{number}"
+        row = as_object(parse_json(rest[:end].encode(), where), where)
+        if after[:1] not in (",", "]"):
+            raise UserError(f"{where}: cannot be read: no JSON array of objects of at most {MAX_LINE >> 20} MiB")
+        yield where, row
+        rest = after
+    if rest[1:].strip() or text.read(CHUNK).strip():
+        raise UserError(f"{path}: something follows the array")
+
+
+def read_csv(path, f):
+    csv.field_size_limit(MAX_LINE)
+    text = io.TextIOWrapper(f, encoding="utf-8-sig", newline="")
+
+    def lines():
+        while line := text.readline(MAX_LINE + 1):
             if len(line) > MAX_LINE:
-                raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
-            if line.strip():
-                yield where, as_object(parse_json(line, where), where)
+                raise csv.Error(f"the line is longer than {MAX_LINE >> 20} MiB")
+            yield line
+
+    reader = csv.DictReader(lines(), strict=True)
+    try:
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error("the row has more or fewer fields than the header")
+            yield f"{path}:{reader.line_num}", row
+    except csv.Error as e:
+        raise UserError(f"{path}:{reader.line_num}: cannot be read as CSV ({e})") from e
+
+
+def read_parquet(path, f):
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(f).iter_batches(batch_size=128)
+        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
+    except pyarrow.ArrowException as e:
+        raise UserError(f"{path}: cannot be read as Parquet ({e})") from e
+
+
+READERS = {"jsonl": read_lines, "json": read_array, "csv": read_csv, "parquet": read_parquet}
+
+
+def row_id(row, default):
+    """A row's own id as a text, or `default` where it has none."""
+    return default if row.get("id") in (None, "") else str(row["id"])
 
 
 def parse_json(line, where):
@@ -64,7 +163,7 @@ def parse_json(line, where):
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
         return value
     except (ValueError, RecursionError) as e:
-        raise UserError(f"{where}: not valid JSON in UTF-8 ({str(e).splitlines()[0]})") from e
+        raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({str(e).splitlines()[0]})") from e
 
 
 def as_object(value, where):

@@ -4,7 +4,7 @@ import itertools
 import pathlib
 import re
 
-from collecting.downloads import read_rows
+from collecting.files import read_source
 from collecting.prompts import fill
 from common import UserError, say
 
@@ -79,27 +79,16 @@ def prepare_hh_release(row, where, index, template):
     return hh_record(f"{row['subset']}-{index}", row, context, candidates, template, where)
 
 
-def hub_rows(name, split, subset=None):
-    """Yield (where, row) of a data set on the hub."""
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, data_dir=subset, split=split)
-    except (OSError, ValueError, RuntimeError) as e:
-        raise UserError(f"{name} cannot be read from the hub ({e}); give its files by --input") from e
-    yield from ((f"{name}/{subset or ''}{split}:{i}", row) for i, row in enumerate(rows, 1))
-
-
 def hh_rows(args):
     """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
     if args.from_release:
         for file in args.input:
-            yield from ((where, row | {"subset": release_subset(row, file)}) for where, row in read_rows(file))
+            yield from ((where, row | {"subset": release_subset(row, file)}) for where, row in read_source(file))
         return
     if args.input and len(args.input) != len(args.subset):
         raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
     for subset, file in zip(args.subset, args.input or itertools.repeat(None)):
-        rows = read_rows(file) if file else hub_rows("Anthropic/hh-rlhf", args.split, subset)
+        rows = read_source(file) if file else read_source("Anthropic/hh-rlhf", args.split, subset=subset)
         yield from ((where, row | {"subset": subset}) for where, row in rows)
 
 

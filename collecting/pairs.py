@@ -1,96 +1,82 @@
-"""Preference data of one's own as records: pairs, ranked lists, chats and ratings, from files or the hub."""
+"""Preference data of one's own as records: pairs, ranked lists, chats and ratings."""
 
 import functools
-import pathlib
+import itertools
 
 import common
-from collecting.files import is_message
+from collecting.files import is_message, row_id
 from collecting.prompts import fill, render_chat
 from common import UserError, is_number
 
-KINDS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 COLUMNS = {  # ours -> what else data sets call it
     "id": (),
     "prompt": ("instruction", "question", "query"),  # a text, or messages
     "messages": ("conversation",),
-    "chosen": (),  # a text, a message, or messages that may begin with the prompt
+    "chosen": (),  # a response, or a list of equally good ones
     "rejected": (),
     "chosen_reward": ("score_chosen", "chosen_score", "chosen_rating"),
     "rejected_reward": ("score_rejected", "rejected_score", "rejected_rating"),
-    "responses": ("completions",),  # best first where neither rewards nor ranks are there
-    "rewards": ("ratings", "scores"),  # a number a response, larger better
+    "responses": ("completions", "answers", "all_responses", "all_generated_responses"),
+    "rewards": ("ratings", "scores", "overall_scores", "all_rm_scores"),  # a number a response, larger better
     "ranks": (),  # a number a response, smaller better
     "reference": (),  # a response that a person wrote
 }
-TEXTS, RATINGS = ("text", "response", "content", "completion"), ("reward", "rating", "score", "overall_score")
+TEXTS = ("text", "response", "content", "completion", "answer")
+RATINGS = ("reward", "rating", "score", "overall_score")
 SECTION = "README, section 'Your own data'"
 
 
-def pair_rows(args):
-    """Yield (where, row) of every --input: a file, a folder of files as the hub has them, or a data set of the hub."""
-    import datasets
-
-    for name in args.input:
-        path = pathlib.Path(name)
-        kind = KINDS.get(pathlib.Path(name.removesuffix(".gz")).suffix.lower())
-        if kind and not path.is_file():
-            raise UserError(f"{name}: no such file")
-        if path.is_file() and not kind:
-            raise UserError(f"{name}: expected {', '.join(KINDS)}, a folder, or a data set of the hub")
-        try:
-            of_hub = {"path": name, "name": args.config, "split": args.split}
-            source = {"path": kind, "data_files": name, "split": "train"} if kind else of_hub
-            rows = datasets.load_dataset(**source, streaming=True)
-            yield from ((f"{name}:{i}", row) for i, row in enumerate(rows, 1))
-        except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as e:
-            reason = str(e.__cause__ or e).strip().partition("\n")[0]
-            raise UserError(f"--input {name} cannot be read ({reason}); another split: --split, part: --config") from e
-
-
 def pair_converter(args):
-    """-> prepare_pair with the names of --columns and the tokenizer of --chat_template."""
+    """-> prepare_pair with the names of --columns, the tokenizer of --chat_template, and --rejected_ordered."""
     names = dict(c.partition("=")[::2] for c in args.columns)
     if wrong := [c for c in args.columns if c.partition("=")[0] not in COLUMNS or not c.partition("=")[2]]:
         raise UserError(f"--columns {wrong[0]}: write NAME=COLUMN, NAME one of {', '.join(COLUMNS)}")
     tokenizer = args.chat_template and common.load_tokenizer(args.chat_template, "--chat_template")
     if tokenizer and not tokenizer.chat_template:
         raise UserError(f"--chat_template {args.chat_template}: this model's tokenizer has no chat template")
-    return functools.partial(prepare_pair, names=names, tokenizer=tokenizer)
+    return functools.partial(prepare_pair, names=names, tokenizer=tokenizer, rejected_ordered=args.rejected_ordered)
 
 
-def prepare_pair(row, where, index, template, names, tokenizer):
+def prepare_pair(row, where, index, template, names, tokenizer, rejected_ordered=False):
     """A row with prompt and chosen, rejected or responses -> record; None without two different responses.
 
-    Sources are chosen, rejected and response (or what a response's `source` or `model` says), and reference for the
-    column of that name. `rank` is from rewards, else from ranks, else from the order; responses without a rating, where
-    others have one, are left out.
+    A response is a text, an object, or messages, which may begin with the prompt. Sources are chosen, rejected and
+    response (or what a response's `source` or `model` says), and reference for the column of that name.
     """
-    found = ", ".join(row)
-    row = {ours: column(row, names, ours, where) for ours in COLUMNS}
+    given, row = row, {ours: column(row, names, ours, where) for ours in COLUMNS}
+    responses, order = None, None  # order: a number a response, larger better, for those without rewards and ranks
     if row["chosen"] is not None and row["rejected"] is not None:
-        context, responses = pair_responses(row, where)
+        good, bad = several(row["chosen"]), several(row["rejected"])
+        responses, order = good + bad, [0] * len(good) + [-1 - i * rejected_ordered for i in range(len(bad))]
+        sources = ["chosen"] * len(good) + ["rejected"] * len(bad)
+        rewards = [row["chosen_reward"], row["rejected_reward"]]
+        rewards, ranks = sum(map(several, rewards), []) if rewards != [None, None] else None, None
     elif isinstance(row["responses"], list):
-        context, responses = row["prompt"] or row["messages"], listed_responses(row, where)
-    else:
-        context, responses = None, []
-    if not context or not responses:
+        responses, rewards, ranks, sources = row["responses"], row["rewards"], row["ranks"], itertools.repeat(None)
+        if "responses" in names or given.get("responses") is not None:  # best first; another name does not say that
+            order = [-i for i in range(len(responses))]
+    contexts = [r[:-1] for r in responses or () if isinstance(r, list) and len(r) > 1]  # the prompt is in them
+    context = contexts[0] if contexts else row["prompt"] or row["messages"]
+    if not context or responses is None:
         need = "a prompt (or messages), and chosen and rejected, or responses"
         hint = "name them by --columns prompt=COLUMN chosen=COLUMN rejected=COLUMN"
-        raise UserError(f"{where}: the columns are {found}; a row needs {need}: {hint} ({SECTION})")
+        raise UserError(f"{where}: the columns are {', '.join(given)}; a row needs {need}: {hint} ({SECTION})")
+    if any(c != context for c in contexts):
+        raise UserError(f"{where}: the responses differ before their last message: no prompt in common")
+    if context == given.get("instruction") and isinstance(given.get("input"), str) and given["input"].strip():
+        context += f"\n{given['input']}"  # LLaMA-Factory's pairs have Alpaca's columns
     prompt, messages = render(context, where, tokenizer)
     prompt = fill(template, {"prompt": prompt}, where)
-    if len({c["text"] for c in responses}) < 2:
+    candidates = as_candidates(responses, sources, rewards, ranks, order, where)
+    if len({c["text"] for c in candidates}) < 2:
         return None
-    rated = [c for c in responses if c.get("reward") is not None]
-    if rated:
-        responses = [c | {"rank": sum(r["reward"] > c["reward"] for r in rated)} for c in rated]
-    if row["reference"] is not None:
-        responses = [{"text": response_text(row["reference"], where), "source": "reference"}, *responses]
+    if row["reference"]:  # an empty cell of a CSV file is none
+        candidates = [{"text": response_text(row["reference"], where), "source": "reference"}, *candidates]
     if not prompt[-1:].isspace():  # what common.space_before puts there, and export writes
-        responses = [c | {"text": c["text"].removeprefix(" ")} for c in responses]
-    record = {"id": f"pairs-{index}" if row["id"] is None else str(row["id"]), "task": "pairs", "prompt": prompt}
+        candidates = [c | {"text": c["text"].removeprefix(" ")} for c in candidates]
+    record = {"id": row_id(row, f"pairs-{index}"), "task": "pairs", "prompt": prompt}
     record |= {"messages": messages} if messages else {}
-    return record | {"label": None, "answers": None, "candidates": responses}
+    return record | {"label": None, "answers": None, "candidates": candidates}
 
 
 def column(row, names, ours, where):
@@ -104,42 +90,39 @@ def column(row, names, ours, where):
     return next((row[name] for name in (ours, *COLUMNS[ours]) if row.get(name) is not None), None)
 
 
-def pair_responses(row, where):
-    """-> (the prompt: a text or messages, [chosen, rejected] as candidates)."""
-    context = row["prompt"] or row["messages"]
-    whole = [row[k] if isinstance(row[k], list) else [] for k in ("chosen", "rejected")]
-    if all(len(turns) > 1 for turns in whole):  # conversations with the prompt in them
-        if whole[0][:-1] != whole[1][:-1]:
-            raise UserError(f"{where}: chosen and rejected differ before their last message: no prompt in common")
-        context = whole[0][:-1]
-    candidates = []
-    for rank, name in enumerate(("chosen", "rejected")):
-        candidate = {"text": response_text(row[name], where), "source": name, "rank": rank}
-        reward = number(row[f"{name}_reward"], where)
-        candidates.append(candidate if reward is None else candidate | {"reward": reward})
-    return context, candidates if len({"reward" in c for c in candidates}) == 1 else []
+def several(value):
+    """A value, or a list of them -> a list. Messages with a turn of the user's are one response."""
+    turns = value if isinstance(value, list) else ()
+    one = any(isinstance(turn, dict) and turn.get("role") in ("user", "system") for turn in turns)
+    return value if isinstance(value, list) and not one else [value]
 
 
-def listed_responses(row, where):
-    """The responses as candidates, with `reward` where they are rated, else `rank`."""
-    columns = {}
-    for name in ("rewards", "ranks"):
-        values = row[name] if row[name] is not None else [None] * len(row["responses"])
-        if not isinstance(values, list) or len(values) != len(row["responses"]):
-            raise UserError(f"{where}: {name!r} must be a list of {len(row['responses'])} numbers, one a response")
-        columns[name] = [number(v, where) for v in values]
-    if None in columns["ranks"] and row["ranks"] is not None:
-        raise UserError(f"{where}: 'ranks' must be numbers")
+def as_candidates(responses, sources, rewards, ranks, order, where):
+    """The responses as candidates, best first. `rank` is the number of better ones: by rewards, else by ranks, else by
+    `order`. Rewards and ranks are lists, or fields of response objects. A response without one, where others have one,
+    is left out. Raises UserError where nothing says which is better.
+    """
+    objects = [r if isinstance(r, dict) else {} for r in responses]
+    for name, values in (("rewards", rewards), ("ranks", ranks)):
+        if values is not None and (not isinstance(values, list) or len(values) != len(responses)):
+            raise UserError(f"{where}: {name!r} must be a list of {len(responses)} numbers, one a response")
+    rewards = [rating(o, where) for o in objects] if rewards is None else [number(r, where) for r in rewards]
+    ranks = [number(r, where) for r in ([o.get("rank") for o in objects] if ranks is None else ranks)]
+    orders = (rewards, [None if r is None else -r for r in ranks], order or ())
+    worth = next((o for o in orders if any(w is not None for w in o)), None)
+    if worth is None:
+        if not any({*RATINGS, "rank", "annotations"} & o.keys() for o in objects):
+            raise UserError(f"{where}: no rewards, no ranks: are they best first? --columns responses=COLUMN says so")
+        return []
     candidates = []
-    for i, response in enumerate(row["responses"]):
-        fields = response if isinstance(response, dict) else {}
-        source = next((fields[k] for k in ("source", "model") if isinstance(fields.get(k), str) and fields[k]), None)
-        reward = rating(fields, where) if columns["rewards"][i] is None else columns["rewards"][i]
-        rank = i if row["ranks"] is None else sum(r < columns["ranks"][i] for r in columns["ranks"])
-        candidate = {"text": response_text(response, where), "source": source or "response", "rank": rank}
-        candidate |= {"finished": False} if fields.get("finished") is False else {}  # cut, as export writes it
-        candidates.append(candidate if reward is None else candidate | {"reward": reward})
-    return candidates
+    for response, fields, source, w, reward in zip(responses, objects, sources, worth, rewards):
+        if w is not None:
+            own = (fields[k] for k in ("source", "model") if isinstance(fields.get(k), str) and fields[k])
+            rank = sum(other > w for other in worth if other is not None)
+            c = {"text": response_text(response, where), "source": source or next(own, "response"), "rank": rank}
+            c |= {"finished": False} if fields.get("finished") is False else {}  # cut, as export writes it
+            candidates.append(c if reward is None else c | {"reward": reward})
+    return sorted(candidates, key=lambda c: c["rank"])
 
 
 def rating(fields, where):
@@ -154,9 +137,9 @@ def rating(fields, where):
 
 
 def number(value, where):
-    """A rating -> float; None for none ("N/A" too). UserError for what is neither."""
+    """A rating -> float; None for none ("N/A" and NaN too). UserError for what is neither."""
     try:
-        value = None if value in (None, "", "N/A") else float(value)
+        value = None if value in (None, "", "N/A") or value != value else float(value)
     except (TypeError, ValueError):
         value = where
     if value is not None and not is_number(value):
@@ -167,10 +150,10 @@ def number(value, where):
 def response_text(response, where):
     """The text of a response: itself, of an object the field of TEXTS, of messages the last one, an assistant's."""
     if isinstance(response, list) and response and isinstance(response[-1], dict):
-        if response[-1].get("role") != "assistant":
-            raise UserError(f"{where}: a response's last message must be the assistant's ({SECTION})")
-        response = response[-1]
+        response = {"role": None} | response[-1]
     if isinstance(response, dict):
+        if response.get("role", "assistant") != "assistant":
+            raise UserError(f"{where}: a response's last message must be the assistant's ({SECTION})")
         response = next((response[k] for k in TEXTS if response.get(k) is not None), None)
     if not isinstance(response, str):
         form = f"a text, an object with one of {', '.join(TEXTS)}, or messages"

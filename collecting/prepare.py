@@ -11,12 +11,11 @@ from collections import Counter
 from tqdm import tqdm
 
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
-from collecting.downloads import read_rows
-from collecting.files import as_object, check_record
+from collecting.files import as_object, check_record, read_source, row_id
 from collecting.flags import TEMPLATE_HELP, group
-from collecting.hh import HH_PUBLISHED, hh_rows, hub_rows, prepare_hh, prepare_hh_release, say_counts
+from collecting.hh import HH_PUBLISHED, hh_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import Journal, settings_of
-from collecting.pairs import pair_converter, pair_rows, prepare_pair
+from collecting.pairs import pair_converter, prepare_pair
 from collecting.prompts import (
     ALPACA_TEMPLATE,
     HH_TEMPLATE,
@@ -39,11 +38,16 @@ ESNLI_FIELDS = {
 }
 
 
-def text_field(row, name, where, optional=False):
-    value = row.get(name, "" if optional else None)
+def text_field(row, name, where, optional=False, strip=str.strip):
+    value = "" if optional and row.get(name) is None else row.get(name)
     if not isinstance(value, str) or not (optional or value.strip()):
         raise UserError(f"{where}: field {name!r} must be a non-empty string")
-    return value.strip()
+    return strip(value)
+
+
+def strip_lines(text):
+    """The text without white space at its ends; a first line that is indented, by more than a space, stays so."""
+    return re.sub(r"\A(\s*\n)?( (?=\S))?", "", text.rstrip())
 
 
 def prepare_esnli(row, where, index, template):
@@ -57,7 +61,7 @@ def prepare_esnli(row, where, index, template):
         raise UserError(f"{where}: field 'label' is {fields['label']!r}, not one of {', '.join(NLI_LABELS)}")
     human = {"text": f"{fields['explanation']} #### {fields['label'].capitalize()}", "source": "human"}
     return {
-        "id": str(row.get("id", f"esnli-{index}")),
+        "id": row_id(row, f"esnli-{index}"),
         "task": "esnli",
         "prompt": fill(template, fields, where),
         "premise": fields["premise"],  # for the prompts that collect and evaluate: sample, teacher, nli --shots
@@ -71,17 +75,19 @@ def prepare_esnli(row, where, index, template):
 def prepare_alpaca(row, where, index, template):
     """A row of Alpaca (instruction, input, output) -> record with the output as reference; None where it is empty.
 
-    Also a row of LIMA (conversations: a question, an expert's answer, sometimes more turns): its first turn and answer.
+    Also a row of Dolly (instruction, context, response), and of LIMA (conversations: a question, an expert's answer,
+    sometimes more turns): its first turn and answer.
     """
     turns = row.get("conversations")
     if isinstance(turns, list) and len(turns) > 1:
         row = row | {"instruction": turns[0], "output": turns[1]}
+    row = {"input": row.get("context"), "output": row.get("response")} | row
     fields = {"instruction": text_field(row, "instruction", where)}
-    fields |= {k: text_field(row, k, where, optional=True) for k in ("input", "output")}
+    fields |= {k: text_field(row, k, where, optional=True, strip=strip_lines) for k in ("input", "output")}
     if not fields["output"]:
         return None
     return {
-        "id": str(row.get("id", f"alpaca-{index}")),
+        "id": row_id(row, f"alpaca-{index}"),
         "task": "alpaca",
         "prompt": alpaca_prompt(template, fields, where),
         "instruction": fields["instruction"],
@@ -204,19 +210,21 @@ def prepare_alpaca_release(row, where, index, template, references=None):
     if "orig" in row:
         texts, logprobs, lengths = (released_list(row, k, where) for k in ("text", "logprob", "length"))
         by = {"source": "text-davinci-003", "teacher": "text-davinci-003"}
-        more = [{"text": t.strip(), "logprob": p, "num_tokens": n} | by for t, p, n in zip(texts, logprobs, lengths)]
+        more = [
+            {"text": strip_lines(t), "logprob": p, "num_tokens": n} | by for t, p, n in zip(texts, logprobs, lengths)
+        ]
         original = prepare_alpaca(as_object(row["orig"], where), where, index, template)
         return original and record | original | {"candidates": original["candidates"] + more, "id": record["id"]}
     if "generation" in row:
         texts, order = released_list(row, "generation", where), row.get("ranks", row.get("rank"))
         order = [k for k in dict.fromkeys(order or []) if k in range(len(texts))]  # the last number is GPT-4's own
         ranks = [order.index(k) if k in order else None for k in range(len(texts))]
-        more = [{"text": t.strip(), "source": "tuna-probabilistic", "rank": k} for t, k in zip(texts, ranks)]
+        more = [{"text": strip_lines(t), "source": "tuna-probabilistic", "rank": k} for t, k in zip(texts, ranks)]
         record |= {"prompt": text_field(row, "instruct", where), "candidates": more, "ranked_by": "gpt-4"}
     else:
         texts, scores = (released_list(row, k, where) for k in ("output", "score"))
         ranks = [sum(other > score for other in scores) for score in scores]
-        more = [{"text": t.strip(), "source": "model", "rank": k} for t, k in zip(texts, ranks)]
+        more = [{"text": strip_lines(t), "source": "model", "rank": k} for t, k in zip(texts, ranks)]
         record |= {"prompt": text_field(row, "instruction", where), "candidates": more, "ranked_by": "score"}
     return record if references is None else with_reference(record, references, template, where)
 
@@ -243,7 +251,7 @@ def with_reference(record, references, template, where):
 def read_references(files):
     """Alpaca's own rows -> {(instruction, input): row}, the first of each."""
     references = {}
-    for where, row in itertools.chain.from_iterable(map(read_rows, files)):
+    for where, row in itertools.chain.from_iterable(map(read_source, files)):
         key = text_field(row, "instruction", where), text_field(row, "input", where, optional=True)
         references.setdefault(key, row)
     return references
@@ -273,8 +281,8 @@ RELEASED = {  # for --from_release
 # fmt: off
 def prepare_flags(add):
     add("--task", required=True, choices=sorted(TASKS), help="which data set; pairs: your own preferences")
-    add("--input", nargs="+", help="the files as downloaded, CSV, JSON or JSONL, plain or .gz "
-        "(hh, alpaca: or the hub; pairs: or Parquet, a folder, a hub id)")
+    add("--input", nargs="+", help="files as downloaded: CSV, JSON, JSONL, plain or .gz, Parquet; folders of them; hub "
+        "ids (default of hh, alpaca: the hub)")
     add("--output", help="default: data/TASK/train.jsonl")
     add("--prompt_file", help="a template of your own, {names} as in the built-in one")
     add("--template", choices=["own", "alpaca"], help=f"alpaca's: {TEMPLATE_HELP} (default: own)")
@@ -285,14 +293,15 @@ def prepare_flags(add):
     add("--keep_validation", action="store_true", help="copy them instead (PRO: 280 of the test data)")
     add("--from_release", action="store_true", help="the rows are what the paper's authors released, ranked")
     add("--references", nargs="+", help="alpaca --from_release: alpaca_data.json, which has the original responses")
-    add("--split", default="train", help="of the hub's data set, or what --input is")
+    add("--split", default="train", help="of the folder or the hub's data set, or what --input is")
+    add("--config", metavar="NAME", help="which part of it, where it has several")
 
     hh = group(add, "hh")
     hh("--subset", nargs="+", choices=HH_PUBLISHED, default=["harmless-base"], help="one for each file of --input")
 
     pairs = group(add, "pairs (README, section 'Your own data')")
     pairs("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="prompt=... chosen=...: your columns' names")
-    pairs("--config", metavar="NAME", help="which part of the hub's data set, where it has several")
+    pairs("--rejected_ordered", action="store_true", help="a list of rejected responses is best first (default: equal)")
     pairs("--chat_template", metavar="MODEL", help="render the prompts with this model's template")
 
     qa = group(add, "multidoc_qa")
@@ -313,14 +322,13 @@ def prepare(args):
         raise UserError("--references belongs to --task alpaca --from_release")
     if args.task == "hh":
         rows = hh_rows(args)
-    elif args.task == "pairs" and args.input:
-        rows, convert = pair_rows(args), pair_converter(args)
-    elif args.input:
-        rows = itertools.chain.from_iterable(map(read_rows, args.input))
-    elif args.task == "alpaca":
-        rows = hub_rows("tatsu-lab/alpaca", args.split)
+    elif args.input or args.task == "alpaca":
+        names = args.input or ["tatsu-lab/alpaca"]
+        rows = itertools.chain.from_iterable(read_source(name, args.split, args.config) for name in names)
     else:
         raise UserError(f"--task {args.task} needs --input, the files as downloaded")
+    if args.task == "pairs":
+        convert = pair_converter(args)
     if args.max_words:
         rows = short_passages(rows, args.max_words)
     pool = rows = list(rows) if args.task == "multidoc_qa" or args.shuffle is not None else rows

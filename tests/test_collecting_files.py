@@ -1,4 +1,4 @@
-"""collecting/files.py, collecting/downloads.py and common.py's records: what is broken is one sentence, in bounded
+"""collecting/files.py and common.py's records: what is broken is one sentence, in bounded
 memory; what is written is whole."""
 
 import gzip
@@ -12,9 +12,8 @@ import pytest
 from conftest import ROOT, make_records, refused, write_jsonl
 
 import common
-from collecting import downloads, files
-from collecting.downloads import read_rows
-from collecting.files import write_atomically
+from collecting import files
+from collecting.files import read_rows, write_atomically
 from common import UserError
 
 LOADERS = pytest.mark.parametrize("load", [common.load_candidates, files.load_candidates], ids=["common", "collecting"])
@@ -30,7 +29,7 @@ class TestReaders:
         with gzip.open(tmp_path / "g.jsonl.gz", "wt") as f:
             f.write(text)
         for name in ("r.jsonl", "r.json", "r.csv", "g.jsonl.gz"):
-            assert [row for _, row in downloads.read_rows(tmp_path / name)] == rows, name
+            assert [row for _, row in files.read_rows(tmp_path / name)] == rows, name
 
     @pytest.mark.parametrize(
         "name, content, words",
@@ -54,13 +53,13 @@ class TestReaders:
     def test_refused_by_name(self, tmp_path, name, content, words):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError) as e:
-            list(downloads.read_rows(tmp_path / name))
+            list(files.read_rows(tmp_path / name))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
     def test_deep_nesting(self, tmp_path):
         (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
         with pytest.raises(UserError, match="a.jsonl:1"):
-            list(downloads.read_rows(tmp_path / "a.jsonl"))
+            list(files.read_rows(tmp_path / "a.jsonl"))
 
     @pytest.mark.parametrize(
         "change, words",
@@ -194,7 +193,7 @@ def test_memory_stays_bounded(tmp_path, name):
     code = f"""
 import resource, sys
 sys.path[:0] = [{str(ROOT)!r}]
-from collecting.downloads import read_rows
+from collecting.files import read_rows
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 try:
     for n, _ in enumerate(read_rows({str(tmp_path / name)!r})):

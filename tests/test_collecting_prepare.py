@@ -3,6 +3,7 @@
 import csv
 import gzip
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import call, read_jsonl, refused, run, write_jsonl
@@ -399,13 +400,20 @@ def test_alpaca_from_the_hub(tmp_path, cli, monkeypatch):
     """Without --input the hub's data set is read; where it cannot be, the message says what to do."""
     import datasets
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, data_dir, split: ALPACA if data_dir is None else None)
+    write_jsonl(tmp_path / "train.jsonl", ALPACA)
+
+    def builder(name, config, data_dir):
+        assert (name, config, data_dir) == ("tatsu-lab/alpaca", None, None)
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": ["hf://datasets/x@0/train.jsonl"]}))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", builder)
+    monkeypatch.setattr(datasets.DownloadManager, "download", lambda self, file: str(tmp_path / file[-11:]))
     assert cli("collect_candidates", "prepare", "--task", "alpaca", "--output", tmp_path / "o.jsonl").code == 0
     assert len(read_jsonl(tmp_path / "o.jsonl")) == 3
 
     def offline(*args, **kwargs):
         raise ConnectionError("no route")
 
-    monkeypatch.setattr(datasets, "load_dataset", offline)
+    monkeypatch.setattr(datasets, "load_dataset_builder", offline)
     result = cli("collect_candidates", "prepare", "--task", "alpaca", "--output", tmp_path / "p.jsonl")
     refused(result, "tatsu-lab/alpaca", "no route", "--input")
