@@ -83,6 +83,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, formatter_class=Help, **kwargs)
 
     def error(self, message):
+        message = re.sub(r"(--\S*key)[ =]\S+", r"\1 ***", message)  # --api_key VALUE, typed by mistake
         raise UserError(f"{message} (see --help)")
 
 
