@@ -1,9 +1,19 @@
-"""What an answer says, and whether that is right: NLI labels, and answers to questions."""
+"""What an answer says, and whether that is right: NLI labels, and answers to questions; what is no answer."""
 
 import re
 import string
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
+
+
+class Refusal(str):
+    """Why a prompt has no answer, in the server's words, where asking again would not help."""
+
+
+def without_thinking(text):
+    """An answer without the thinking in <think> tags before it. The opening tag may stand in the prompt."""
+    thinking, end, answer = text.partition("</think>")
+    return answer if end else "" if thinking.lstrip().startswith("<think>") else text
 
 
 def one_label(text):

@@ -1,6 +1,7 @@
 """Answers of a model that takes instructions: behind a server, or on this machine."""
 
-import functools
+import json
+import pathlib
 import zlib
 from collections import Counter
 
@@ -8,10 +9,40 @@ import torch
 from tqdm import tqdm
 
 from collecting import generation
+from collecting.answers import Refusal, without_thinking
+from collecting.files import read_rows, write_atomically
 from collecting.prompts import render_chat
-from collecting.server import ask_server
+from common import UserError, say
 
 RE_ASKS = 2  # after an answer that could not be used
+
+
+def ask_records(args, journal, ids, prompts, **options):
+    """`complete` for the records of a journal -> yields (index, responses, error) as it does, then says what failed.
+
+    Refused prompts are kept in OUTPUT.refused.jsonl. No later run asks them, and `journal.finish` does not miss them,
+    until that file is deleted. Raises UserError where no prompt was ever answered.
+    """
+    file, failed, answered = pathlib.Path(f"{journal.path}.refused.jsonl"), {}, False
+    refused = {row["id"]: row for _, row in read_rows(file)} if journal.done and file.exists() else {}
+    done = {n for n, i in enumerate(ids) if i in journal.done or i in refused}
+    for n, responses, error in complete(args, prompts, done=done, **options):
+        answered = answered or not error
+        if error:
+            failed.setdefault(error, []).append(ids[n])
+        yield n, responses, error
+    for error, those in failed.items():
+        how, more = "refused" if isinstance(error, Refusal) else "failed", f" and {len(those) - 1} more"
+        said = f"{those[0]}{more * (len(those) > 1)} {how}: {error}"
+        say(said)
+        refused |= {i: {"id": i, "reason": error} for i in those if isinstance(error, Refusal)}
+    if failed and not answered and not journal.done:
+        raise UserError(f"--model {args.model}: no prompt was answered; {said}")
+    journal.ids = [i for i in journal.ids if i not in refused]
+    if refused and answered:  # else the request may be at fault, and not the prompts
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in refused.values()))
+    if refused:
+        say(f"{len(refused)} refused prompts are left out; a run that finds no {file} asks them again")
 
 
 # fmt: off
@@ -21,29 +52,34 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
     """Ask the model of `api_flags` each prompt -> yields (index, responses, error) as they finish, each index once.
 
     prompts: texts, sent as one user message each (locally: through the chat template where there is one), or dialogues,
-    lists of {role, content}; or, with completions=True, texts continued as they stand. responses: num_samples of {text,
-    finished, num_tokens and logprob where known} (logprobs=True asks a server for them), or None with `error`, a
-    sentence: such prompts failed and may be asked again another time. follow_up(index, text) -> None, or the message to
-    re-ask with when `text` is no use: RE_ASKS times, the dialogue so far before it. What concerns all prompts (a
-    refused key, an unknown model, no server) is a UserError. done: indices not to yield, from a run before. A local
-    model's batches are those of all prompts, one that is not all done is asked whole, and re-asked by itself: so its
-    answers do not depend on `done`. count: a Counter that several calls share, so that --max_requests bounds them
-    together.
+    lists of {role, content}; or, with completions=True, texts continued as they stand.
+    responses: num_samples of {text, finished, num_tokens and logprob where known} (logprobs=True asks a server for
+    them), fewer where a server gives no more; or None, with the reason in `error`.
+    follow_up(index, text) -> None, or the message to re-ask with when `text` is no use: RE_ASKS times, the dialogue so
+    far before it. done: indices not to yield. A local model's batches are formed over all prompts, so its answers do
+    not depend on `done`. count: a Counter that several calls share, so that --max_requests bounds them together;
+    without it, what was counted is said at the end. Raises UserError for what concerns all prompts: a refused key, an
+    unknown model, no server.
     """
     options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
-    ask = functools.partial(ask_server, logprobs=logprobs) if args.base_url else ask_local
+    ask = ask_local
+    if args.base_url:
+        from collecting.server import ask_server as ask  # openai takes a second to import
+
+        options["logprobs"] = logprobs
+    shared, count = count is not None, Counter() if count is None else count
+    count[args.model, "before"] = len(done)
     dialogues = {i: [{"role": "user", "content": p}] if isinstance(p, str) else p for i, p in enumerate(prompts)}
     order = sorted(dialogues, key=lambda i: -sum(len(message["content"]) for message in dialogues[i]))
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
     batches = [[i for i in dialogues if i not in done]] if args.base_url else batches
-    count = Counter() if count is None else count
     with tqdm(total=len(prompts) - len(done), desc=f"asking {args.model}", leave=False) as bar:
         for batch in batches:
             asked = {i: dialogues[i] for i in batch} if not all(i in done for i in batch) else {}
             for turn in range(1 + RE_ASKS):
                 again = {}
                 for i, responses, error in ask(args, asked, count, **options) if asked else ():
-                    bar.set_postfix(count)
+                    bar.set_postfix_str(counted(count))
                     more = follow_up(i, responses[0]["text"]) if follow_up and responses and turn < RE_ASKS else None
                     if more is not None:
                         answer = {"role": "assistant", "content": responses[0]["text"]}
@@ -52,6 +88,12 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
                         bar.update()
                         yield i, responses, error
                 asked = again
+    if not shared and counted(count):
+        say(f"{args.model}: {counted(count)}")
+
+
+def counted(count):
+    return ", ".join(f"{n} {what}" for what, n in count.items() if n and isinstance(what, str))
 
 
 def ask_local(args, dialogues, count, *, completions, **options):
@@ -71,4 +113,9 @@ def ask_local(args, dialogues, count, *, completions, **options):
     responses = generation.generate(model, tokenizer, [*texts.values()], **options)
     for i, samples in zip(texts, responses):
         count["tokens"] += sum(r["num_tokens"] for r in samples)
+        for k, r in enumerate(samples):
+            text = without_thinking(r["text"]).strip()
+            if text != r["text"] and not args.keep_thinking:  # the likelihood was the thinking's too
+                samples[k] = r = {"text": text, "finished": r["finished"]}
+            count.update({"responses": 1, "cut at --max_new_tokens": not r["finished"], "empty": not r["text"]})
         yield i, samples, None

@@ -8,7 +8,7 @@ from tqdm import tqdm
 
 import common
 from collecting import asking
-from collecting.answers import NLI_LABELS, normalize_answer, one_label
+from collecting.answers import NLI_LABELS, Refusal, normalize_answer, one_label
 from collecting.flags import api_flags, collected_flags
 from collecting.journal import open_collected
 from collecting.prompts import FLIP_TEMPLATE, LABEL_TEMPLATE, fill, read_template
@@ -59,52 +59,51 @@ def flip(args):
             jobs += [job for job in found if job[2]]
             outcome["malformed response"] += sum(not job[2] for job in found)
 
-        def unlike(i, text):
-            return None if clean_sentence(text, jobs[i][2]) else FLIP_AGAIN
+        def usable(asked, prompts, read, again, *, unusable, **options):
+            """{job: prompt} -> {job: what `read(job, answer)` makes of the answer}, where that is not None."""
+            numbers, values = [*prompts], {}
+            options |= {"follow_up": lambda n, text: None if read(numbers[n], text) else again, "count": count}
+            for n, responses, error in asking.complete(asked, [*prompts.values()], **options):
+                record = jobs[numbers[n]][0]
+                if error:
+                    known = count[asked.model, "answered"] or journal.done  # else the request may be at fault
+                    refused = isinstance(error, Refusal) and known
+                    say(f"{record['id']} {'refused' if refused else 'failed'}: {error}")
+                    outcome["refused"] += bool(refused)
+                    failed.update([] if refused else [record["id"]])
+                elif value := read(numbers[n], responses[0]["text"]):
+                    values[numbers[n]] = value
+                else:
+                    outcome[unusable] += 1
+            return values
 
-        sentences, texts = {}, {}  # job -> the rewritten explanation, the whole new response
-        prompts = [fill(template, {"explanation": explanation}, "--prompt_file") for *_, explanation in jobs]
-        options = {"temperature": args.temperature, "follow_up": unlike, "count": count}
-        for i, responses, error in asking.complete(args, prompts, **options):
-            if error:
-                say(f"{jobs[i][0]['id']} failed: {error}")
-                failed.add(jobs[i][0]["id"])
-            elif sentence := clean_sentence(responses[0]["text"], jobs[i][2]):
-                sentences[i] = sentence
-            else:
-                outcome["unusable rewriting"] += 1
-        asked = [i for i in sentences if jobs[i][0]["id"] not in failed]
-        contexts = [{"prompt": jobs[i][0]["prompt"].rstrip(), "explanation": sentences[i]} for i in asked]
-        prompts = [fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
-
-        def labeled(_, text):
-            return None if one_label(text) else LABEL_AGAIN
-
-        done = {n for n, i in enumerate(asked) if jobs[i][0]["id"] in journal.done}
-        for n, responses, error in asking.complete(labeler, prompts, follow_up=labeled, count=count, done=done):
-            record, candidate, _ = jobs[asked[n]]
-            if error:
-                say(f"{record['id']} failed: {error}")
-                failed.add(record["id"])
-            elif label := one_label(responses[0]["text"]):
-                texts[asked[n]] = f"{sentences[asked[n]]} #### {label.capitalize()}"
-                outcome["labelled"] += 1
-                outcome["label differs from the response's"] += label != one_label(
-                    candidate["text"].partition("####")[2]
-                )
-            else:
-                outcome["unusable label"] += 1
+        prompts = {i: fill(template, {"explanation": job[2]}, "--prompt_file") for i, job in enumerate(jobs)}
+        options = {"temperature": args.temperature, "unusable": "unusable rewriting"}
+        sentences = usable(args, prompts, lambda i, text: clean_sentence(text, jobs[i][2]), FLIP_AGAIN, **options)
+        contexts = {
+            i: {"prompt": jobs[i][0]["prompt"].rstrip(), "explanation": sentence}
+            for i, sentence in sorted(sentences.items())
+            if jobs[i][0]["id"] not in failed
+        }
+        prompts = {i: fill(LABEL_TEMPLATE, context, "the template") for i, context in contexts.items()}
+        done = {n for n, i in enumerate(prompts) if jobs[i][0]["id"] in journal.done}
+        options = {"done": done, "unusable": "unusable label"}
+        labels = usable(labeler, prompts, lambda _, text: one_label(text), LABEL_AGAIN, **options)
         new = {record["id"]: [] for record in chunk}
-        for i, text in sorted(texts.items()):
+        for i, label in sorted(labels.items()):
             record, candidate, _ = jobs[i]
-            more = {"text": text, "source": source, "label": one_label(text.partition("####")[2])}
-            new[record["id"]].append(more | provenance | {"flip_of": candidate["source"]})
+            outcome["labelled"] += 1
+            outcome["label differs from the response's"] += label != one_label(candidate["text"].partition("####")[2])
+            text = f"{sentences[i]} #### {label.capitalize()}"
+            more = {"text": text, "source": source, "label": label} | provenance
+            new[record["id"]].append(more | {"flip_of": candidate["source"]})
         for record in (r for r in chunk if r["id"] not in failed | journal.done):
             old = record.get("candidates", [])
             kept = [c for c in old if not args.replace or (c["source"] in common.HUMAN) not in wanted]
             journal.write([record | {"candidates": kept + new[record["id"]]} if old else record])
     journal.finish()
-    say("flipped:", ", ".join(f"{n} {what}" for what, n in outcome.items()))
+    say("flipped:", ", ".join(f"{n} {what}" for what, n in outcome.items() if n) or "nothing")
+    say(f"asked: {asking.counted(count) or 'nothing'}")
 
 
 def explanation_of(text):

@@ -85,9 +85,9 @@ def rank(args):
         todo = [r for chunk in share if not all(r["id"] in journal.done for r in chunk) for r in chunk]
     else:
         todo = [r for r in records if args.by in ASKED or r["id"] not in journal.done]
-    done = {"done": journal.done} if args.by in ASKED else {}
+    more = {"journal": journal} if args.by in ASKED else {}
     bar = tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0)
-    for record in RANKERS[args.by](bar, args, **done):
+    for record in RANKERS[args.by](bar, args, **more):
         journal.write([record] * (record["id"] not in journal.done))
     if journal.finish():
         print_length_by_rank(load_candidates(journal.path), args.by)

@@ -11,13 +11,12 @@ from common import HUMAN, UserError, say
 RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
 
 
-def rank_by_gpt(records, args, done=()):
+def rank_by_gpt(records, args, journal):
     """Set every candidate's `rank` by a stronger model: 0 for the human response, which it is shown as the reference
     and does not rank, then the others, those with the human label first (RESCUE Sec. 4); null for all others where it
     gave no ranking after re-asking.
 
-    The responses are shown in a seeded random order: models prefer some places. done: ids not to yield, from a run
-    before.
+    The responses are shown in a seeded random order: models prefer some places. What the journal holds is not yielded.
     """
     records, template = list(records), read_template(args, GPT_TEMPLATE)
     orders, prompts, count = [], [], Counter()
@@ -36,10 +35,9 @@ def rank_by_gpt(records, args, done=()):
         n = len(orders[i])
         return None if parse_ranking(text, n) else RANK_AGAIN.format(n=n, example=example_ranking(n))
 
-    done = {i for i, r in enumerate(records) if r["id"] in done}
-    for i, responses, error in asking.complete(args, prompts, follow_up=unranked, done=done):
+    ids = [r["id"] for r in records]
+    for i, responses, error in asking.ask_records(args, journal, ids, prompts, follow_up=unranked):
         if error:
-            count[error] += 1
             continue
         ranking = parse_ranking(responses[0]["text"], len(orders[i]))
         count["ranked" if ranking else "unranked"] += 1

@@ -16,14 +16,14 @@ CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the f
 a score for every response that is ranked, and the ranking in a line of its own at the end."""
 
 
-def rank_by_contextual(records, args, done=()):
+def rank_by_contextual(records, args, journal):
     """Set `rank` and `score` as a stronger model sees them, reading all responses at once (Tuna Sec. 2.3, Table 9).
 
     Responses are numbered 0 to n - 1 in a seeded random order (the print is silent about the order), the ranker's own
     is n. The rank goes by the sum of its three scores, ties by the ranking it states. The original response is shown
     only with --rank_original; repetitions get rank null. A reply that cannot be read is asked for again, asking.RE_ASKS
     times; then it is kept in OUTPUT.unparsed.jsonl and its record left for another run, as are requests that failed.
-    done: ids not to yield, from a run before.
+    What the journal holds is not yielded.
     """
     template, count, asked, prompts = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
     by = {"ranked_by": common.run_name(args.model)}
@@ -51,8 +51,8 @@ def rank_by_contextual(records, args, done=()):
             unread[number] = text
             return None, CONTEXTUAL_AGAIN.format(reason=e)
 
-    done = {number for number, (record, _) in enumerate(asked) if record["id"] in done}
-    for number, replies, error in asking.complete(args, prompts, follow_up=lambda i, x: read(i, x)[1], done=done):
+    ids, again = [record["id"] for record, _ in asked], lambda i, text: read(i, text)[1]
+    for number, replies, error in asking.ask_records(args, journal, ids, prompts, follow_up=again):
         record, shown = asked[number]
         verdict = read(number, replies[0]["text"])[0] if replies else None
         if verdict:

@@ -1,197 +1,256 @@
-"""Requests to an OpenAI-compatible server: what may go wrong, and the key that nobody sees. Repeats, pauses and
-Retry-After are the openai client's."""
+"""Requests to an OpenAI-compatible server. Repeats, pauses and Retry-After are the openai client's."""
 
 import asyncio
-import itertools
+import contextlib
 import json
 import math
 import os
+import re
 import urllib.parse
+from collections import Counter
 
+import httpx2  # openai speaks HTTP with it, and repeats a request after one of its errors
+import openai
+
+from collecting.answers import Refusal, without_thinking
+from collecting.files import as_dict
 from collecting.generation import unescape
-from common import UserError, is_number
+from common import UserError, is_number, say
 
-MAX_REPLY = 8 * 2**20  # bytes of one reply
-FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
 BUDGET_SPENT = "--max_requests is reached"
+FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
+# Every other finish_reason is that of a whole response.
+CUT = dict.fromkeys(("length", "max_tokens"), "cut at --max_new_tokens")
+CUT |= dict.fromkeys(("content_filter", "safety", "recitation"), "cut by a content filter")
+CUT |= dict.fromkeys(("error", "abort"), "cut by an error")
+WHOLE = ("", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence")
+# Fields that a server may not take, or not with this value, and the sign of it in its error.
+OPTIONAL = {"max_tokens": "max_completion_tokens", "temperature": "temperature", "top_p": "top_p"}
+OPTIONAL |= {"n": r"\bn\b|completion choice"}
+SPECIAL = re.compile(rb"<[^<>\s]*>|\[[A-Z_/]+\]|")  # what a special token looks like: </s>, <|im_end|>, [EOS], nothing
+OPENAIS_OWN = ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_CUSTOM_HEADERS")
 
 
 def ask_server(args, dialogues, count, **options):
-    """`asking.complete` through the server: at most --concurrency requests under way, results as they come."""
-    loop, waiting, running, failures = asyncio.new_event_loop(), iter(dialogues.items()), set(), 0
-    client = open_client(args, count)
-    try:
-        while True:
-            for i, dialogue in itertools.islice(waiting, args.concurrency - len(running)):
-                running.add(loop.create_task(request(client, args, i, dialogue, count, **options)))
-            if not running:
-                return
-            done, running = loop.run_until_complete(asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))
-            for task in sorted(done, key=lambda task: task.exception() is None):  # errors first: all are fetched
-                i, responses, error = task.result()
-                failures = 0 if responses or error == BUDGET_SPENT else failures + 1
+    """`asking.complete` through a server: at most --concurrency requests at once, results as they come."""
+    failures, results, slots = 0, asyncio.Queue(), asyncio.Semaphore(args.concurrency)
+    with asyncio.Runner() as runner:
+        client, create_task = open_client(args, count), runner.get_loop().create_task
+        tasks = {create_task(ask(client, slots, args, x, count, **options)): i for i, x in dialogues.items()}
+        for task in tasks:  # the exception is read at once: asyncio prints those that nobody reads
+            task.add_done_callback(lambda task: results.put_nowait((task, not task.cancelled() and task.exception())))
+        try:
+            for _ in tasks:
+                task, error = runner.run(results.get())
+                error = error and reason_of(error, args)
+                count[args.model, "answered"] += not error
+                known = count[args.model, "answered"] or count[args.model, "before"]  # the server answers other prompts
+                harmless = not error or error == BUDGET_SPENT or known and isinstance(error, Refusal)
+                failures = 0 if harmless else failures + 1
                 if failures == FAILURES_IN_A_ROW:
-                    raise UserError(
-                        f"--base_url {args.base_url}: {failures} prompts in a row failed; the last: {error}"
-                    )
-                count["failed"] += responses is None
-                yield i, responses, error
-    finally:
-        for task in running:
-            task.cancel()
-        loop.run_until_complete(asyncio.wait([*running, loop.create_task(client.close())]))
-        _ = [task.cancelled() or task.exception() for task in running]  # fetched, or asyncio prints them
-        loop.close()
+                    raise UserError(f"{address(args)}: {failures} prompts in a row failed; the last: {error}")
+                yield tasks[task], None if error else task.result(), error
+        finally:
+            runner.run(client.close())
+
+
+async def ask(client, slots, args, dialogue, count, *, num_samples, logprobs, completions, temperature, top_p):
+    """-> the responses to one prompt: num_samples, or fewer where the server gives no more."""
+    endpoint, responses = client.completions if completions else client.chat.completions, []
+    body = {"prompt": dialogue[0]["content"]} if completions else {"messages": dialogue}
+    body |= {"model": args.model, "max_tokens": args.max_new_tokens, "temperature": temperature}
+    body |= {"top_p": top_p} if top_p < 1 else {}
+    body |= {"stop": list(unescape(args.stop))} if args.stop else {}
+    body |= {"logprobs": 1 if completions else True} if logprobs else {}  # the older endpoint takes a number
+    async with slots:
+        while missing := num_samples - len(responses):
+            fields = body | ({"n": missing} if missing > 1 else {})
+            sent = {k: v for k, v in fields.items() if (args.model, k) not in count}
+            sent |= {} if "max_tokens" in sent else {"max_completion_tokens": args.max_new_tokens}
+            try:
+                reply = await endpoint.with_raw_response.create(**sent)
+                more, tokens = read_reply(reply.http_response.content, count, args.keep_thinking)
+            except openai.APIStatusError as e:
+                if not leave_out(e, sent, args, count):
+                    raise
+            except NoResponse:
+                if not responses:
+                    raise
+                break
+            else:
+                responses += more[:missing]
+                count["tokens"] += tokens
+    return responses
+
+
+def leave_out(error, sent, args, count):
+    """Whether the server refuses an optional field. No request has it from then on, which is said once."""
+    said = f"{error.param}: {words(error.response.text)}"
+    for name, sign in OPTIONAL.items():
+        if name in sent and error.status_code in (400, 422) and re.search(sign, said):
+            if (args.model, name) not in count and not count[args.model, "answered"]:
+                count[args.model, name] = 1
+                say(f"--model {args.model}: the server is asked without {name} {sent[name]}, which it refuses ({said})")
+            return (args.model, name) in count
+    return False
+
+
+class NoResponse(Exception):
+    """What a reply holds instead of a response. Another try would not help."""
+
+
+class Unreadable(httpx2.RequestError):
+    """A reply that is no completion. Being a RequestError, it has the request repeated."""
+
+
+class Client(openai.DefaultAsyncHttpxClient):
+    """Every attempt counts for --max_requests and lasts --timeout seconds at most."""
+
+    def __init__(self, args, count):
+        super().__init__(follow_redirects=False)
+        self._args, self._count = args, count
+
+    async def send(self, request, **kwargs):
+        if self._count["requests"] == self._args.max_requests:
+            raise openai.OpenAIError(BUDGET_SPENT)  # passed on as it is
+        self._count["requests"] += 1
+        try:
+            async with asyncio.timeout(self._args.timeout):
+                response = await super().send(request, **kwargs)
+        except TimeoutError as e:
+            raise httpx2.ReadTimeout(f"no whole reply within {self._args.timeout:g} s", request=request) from e
+        response.encoding = "utf-8"  # whatever the server calls it: zlib is a codec too
+        try:
+            if response.is_success:
+                read_reply(response.content, Counter())
+        except ValueError as e:
+            raise Unreadable(str(e), request=request) from e
+        except NoResponse:
+            pass
+        return response
 
 
 def open_client(args, count):
-    """An openai.AsyncOpenAI that repeats a request --retries times, also where a reply is no completion, and whose
-    every attempt counts for --max_requests, lasts --timeout seconds at most, and reads MAX_REPLY bytes at most."""
-    import httpx2  # what openai speaks HTTP with: its errors are what openai repeats
-    import openai
-
-    class Transport(openai.DefaultAsyncHttpxClient):
-        async def send(self, request, **kwargs):
-            if count["requests"] == args.max_requests:
-                raise openai.OpenAIError(BUDGET_SPENT)  # passed on as it is
-            count["requests"] += 1
-            try:
-                response = await asyncio.wait_for(super().send(request, **kwargs), args.timeout)
-                if response.is_success:
-                    read_reply(response.text)
-                count["errors"] += response.is_error
-                return response
-            except TimeoutError as e:
-                count["errors"] += 1
-                raise httpx2.ReadTimeout(f"no whole reply within {args.timeout:g} s", request=request) from e
-            except (ValueError, LookupError, OverflowError, httpx2.RequestError) as e:
-                count["errors"] += 1
-                raise httpx2.RequestError(str(e) or type(e).__name__, request=request) from e
-
-    return openai.AsyncOpenAI(
-        base_url=args.base_url,
-        api_key=check_server(args.base_url) or "none",  # servers of one's own often want none
-        max_retries=args.retries,
-        timeout=args.timeout,
-        default_headers={"Accept-Encoding": "identity"},  # so that MAX_REPLY bounds what arrives
-        http_client=Transport(follow_redirects=False, event_hooks={"response": [bound_reply]}),
-    )
-
-
-async def request(client, args, i, dialogue, count, *, num_samples, logprobs, completions, temperature, top_p):
-    """One prompt's samples -> (i, responses, None) or (i, None, error). A server that gives fewer is asked again."""
-    import openai
-
-    responses = []
-    endpoint = client.completions if completions else client.chat.completions
-    body = {"prompt": dialogue[0]["content"]} if completions else {"messages": dialogue}
-    body |= {"model": args.model, "temperature": temperature, "top_p": top_p}
-    body |= {"stop": list(unescape(args.stop))} if args.stop else {}
-    body |= {"logprobs": 1 if completions else True} if logprobs else {}  # the older endpoint takes a number
-    while len(responses) < num_samples:
-        missing = num_samples - len(responses)
-        body["n"] = missing if missing > 1 else openai.omit
-        limit = "max_completion_tokens" if count["new names"] else "max_tokens"
-        try:
-            reply = await endpoint.with_raw_response.create(**body, **{limit: args.max_new_tokens})
-        except openai.APIStatusError as e:
-            if e.status_code == 400 and "max_completion_tokens" in e.message and limit == "max_tokens":
-                count["new names"] = 1  # OpenAI's newer models know only this name, many servers only the old one
-                continue
-            return i, None, status_error(e, args)
-        except openai.OpenAIError as e:
-            return i, None, hide_key(str(e.__cause__ or e))
-        more, tokens = read_reply(reply.text)
-        responses += more[:missing]
-        count["tokens"] += tokens
-    return i, responses, None
-
-
-def check_server(url):
-    """Raise UserError unless `url` and OPENAI_API_KEY can be used -> the key, empty where there is none."""
-    parts = urllib.parse.urlsplit(url)
-    try:
-        port = parts.port
-    except ValueError:
-        port = 0
-    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
-        raise UserError("--base_url must be http(s)://host/path, such as http://localhost:8000/v1")
-    if parts.username or parts.password or parts.query or parts.fragment:
-        raise UserError("--base_url must hold no user, password, or query: a key belongs in OPENAI_API_KEY")
+    """An openai.AsyncOpenAI. Raises UserError where --base_url, OPENAI_API_KEY or a proxy's address cannot be used."""
     key = os.environ.get("OPENAI_API_KEY", "").strip()
     if not (key.isascii() and key.isprintable()):  # the HTTP library would quote it in its complaint
         raise UserError("OPENAI_API_KEY holds characters that no key has")
-    return key
-
-
-async def bound_reply(response):
-    """A hook on every response, errors too: reading stops at MAX_REPLY bytes."""
-    read = response.aiter_raw
-
-    async def bounded(*args, **kwargs):
-        size = 0
-        async for chunk in read(*args, **kwargs):
-            size += len(chunk)
-            if size > MAX_REPLY:
-                raise OverflowError(f"the reply is longer than {MAX_REPLY >> 20} MiB")
-            yield chunk
-
-    if response.headers.get("content-encoding", "identity") != "identity":
-        raise ValueError("the reply is compressed, which was not asked for")
-    response.aiter_raw = bounded
-    response.encoding = "utf-8"  # whatever the server calls it: zlib is a codec too
-
-
-def read_reply(text):
-    """A completion's JSON, chat or text -> (its responses, the number of their tokens). ValueError on anything else."""
+    hidden = {}
     try:
-        reply = json.loads(text)
-        used = (reply.get("usage") or {}).get("completion_tokens")
-        responses = []
+        url = urllib.parse.urlsplit(args.base_url)
+        if url.scheme not in ("http", "https") or not url.hostname or url.port == 0 or "@" in url.netloc or url.query:
+            raise ValueError("not an address")
+        if not f".{url.hostname}".endswith(".api.openai.com"):  # the client would send them to any server
+            hidden = {name: os.environ.pop(name) for name in OPENAIS_OWN if name in os.environ}
+        options = {"max_retries": args.retries, "timeout": args.timeout, "http_client": Client(args, count)}
+        return openai.AsyncOpenAI(base_url=args.base_url, api_key=key or "none", **options)
+    except (ValueError, httpx2.InvalidURL) as e:
+        raise UserError(
+            "--base_url must be http(s)://host/path, such as http://localhost:8000/v1, without user, password or query "
+            "(a key belongs in OPENAI_API_KEY); HTTP_PROXY and HTTPS_PROXY, where set, must hold a proxy's address"
+        ) from e
+    finally:
+        os.environ |= hidden
+
+
+def reason_of(error, args):
+    """Why a prompt has no responses: a sentence, a `Refusal` where asking again would not help. Raises UserError where
+    no prompt can succeed."""
+    if isinstance(error, openai.APIStatusError):
+        code = error.status_code
+        said = f"HTTP {code} ({words(error.response.text)})"
+        if code == 401:
+            raise UserError(f"{address(args)}: the key in OPENAI_API_KEY is missing or refused: {said}")
+        if code in (402, 404, 405) or code < 400 or error.code == "insufficient_quota":
+            said += "; redirects are not followed" * (code < 400)
+            raise UserError(f"{address(args)}, --model {args.model}: {said}")
+        return said if may_pass(code) else Refusal(said)
+    if isinstance(error, NoResponse) or isinstance(error.__cause__, Unreadable):
+        return Refusal(error.__cause__ or error)
+    if isinstance(error, openai.OpenAIError):
+        return words(str(error.__cause__ or error))
+    raise error
+
+
+def may_pass(code):
+    """Whether another try may help after this HTTP status, which some servers put into a reply as a string."""
+    return re.fullmatch("4(08|09|25|29)|5..", str(code)) is not None
+
+
+def address(args):
+    hint = "" if re.search(r"/v\d", args.base_url) else " (most servers want /v1 at its end)"
+    return f"--base_url {args.base_url}{hint}"
+
+
+def read_reply(content, count, keep_thinking=False):
+    """A completion's JSON, chat or text -> (its responses, the number of their tokens); `count` gains what they are.
+
+    Raises NoResponse where another try would not help, ValueError where the reply is no completion.
+    """
+    responses, why = [], None
+    try:
+        reply = json.loads(content)
+        if (error := reply.get("error")) and not reply.get("choices") and not may_pass(as_dict(error).get("code")):
+            raise NoResponse(f"the server replies: {words(content)}")
+        usage = reply.get("usage") or {}
+        used = usage.get("completion_tokens") if is_number(usage.get("completion_tokens")) else 0
+        hidden = as_dict(usage.get("completion_tokens_details")).get("reasoning_tokens")
         for choice in reply["choices"]:
-            content = choice["message"]["content"] if "message" in choice else choice["text"]
-            response = {"text": hide_key(content or "").strip(), "finished": choice.get("finish_reason") == "stop"}
-            response["text"].encode()  # a lone surrogate cannot be written to a file
-            logprobs = choice.get("logprobs") or {}
-            tokens = [(t["token"], t["logprob"]) for t in logprobs.get("content") or ()]
-            if logprobs.get("token_logprobs"):
-                tokens = list(zip(logprobs["tokens"], logprobs["token_logprobs"], strict=True))
-            values = [value for _, value in without_eos(tokens, content or "")]
-            if values:
-                response |= {"logprob": math.fsum(values), "num_tokens": len(values)}
+            message = choice["message"] if "message" in choice else {"content": choice["text"]}
+            full = message.get("content") or ""
+            full = "".join(part.get("text") or "" for part in full) if isinstance(full, list) else full
+            full.encode()  # a lone surrogate cannot be written to a file
+            thinking = message.get("reasoning_content") or message.get("reasoning")
+            text = (full if keep_thinking else without_thinking(full)).strip()
+            finish = str(choice.get("finish_reason") or "").lower()
+            cut, said = CUT.get(finish), message.get("refusal") or choice.get("error")
+            if not text and (said or full or thinking or cut):
+                why = words(json.dumps(said)) if said else "nothing but thinking" if full or thinking else cut
+                count[f"of no text ({why})"] += 1
+                continue
+            if thinking and keep_thinking:
+                text = f"<think>\n{thinking}\n</think>\n\n{text}"
+            response = {"text": text, "finished": not cut}
+            if text == full.strip() and not thinking and not hidden:
+                response |= {"num_tokens": used} if used > 0 and len(reply["choices"]) == 1 else {}
+                response |= likelihood(choice.get("logprobs") or {}, full)
             responses.append(response)
+            count.update({"responses": 1, "empty": not text})
+            count.update([cut] if cut else [] if finish in WHOLE else [f"of finish_reason {words(finish)}"])
+        if not reply["choices"] or not all(is_number(r.get("logprob", 0)) for r in responses):
+            raise ValueError("no choices, or a log-probability that is no number")
     except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise ValueError(f"the reply is no completion ({type(e).__name__})") from e
-    if not responses or not all(is_number(r.get("logprob", 0)) for r in responses):
-        raise ValueError("the reply holds no choices, or a log-probability that is no number")
-    used = used if is_number(used) else 0
-    if len(responses) == 1 and used > 0:
-        responses[0].setdefault("num_tokens", used)
+        raise ValueError(f"the reply is no completion: {words(content)}") from e
+    if not responses:
+        raise NoResponse(f"no response: {why}")
     return responses, used
 
 
-def without_eos(tokens, text):
-    """[(token, value)] without the special tokens behind the text, which some servers report and others do not: what
-    ends a response counts in no log-probability here. Of an empty text all stay."""
-    joined = "".join(token for token, _ in tokens)
-    while len(tokens) > 1 and text and joined.removesuffix(tokens[-1][0]).startswith(text):
-        joined = joined.removesuffix(tokens[-1][0])
-        tokens = tokens[:-1]
-    return tokens
+def likelihood(logprobs, text):
+    """{logprob, num_tokens} of a choice's text, {} where the server gave none. What ends a response counts in neither,
+    though some servers report it; of an empty text all counts."""
+    old = zip(logprobs.get("tokens") or (), logprobs.get("token_logprobs") or (), strict=True)
+    tokens = logprobs.get("content") or [{"token": token, "logprob": value} for token, value in old]
+    pieces = [bytes(t["bytes"]) if isinstance(t.get("bytes"), list) else t["token"].encode() for t in tokens]
+    values, end = [t["logprob"] for t in tokens], text.encode()
+    spelled = b"".join(pieces).startswith(end)  # else token strings are no text: "Ġ" for a space, a number, ...
+    while len(pieces) > 1 and end:
+        last = pieces.pop()
+        ends = b"".join(pieces).startswith(end) if spelled else SPECIAL.fullmatch(last) and not end.endswith(last)
+        if not ends:
+            break
+        values.pop()
+    return {"logprob": math.fsum(values), "num_tokens": len(values)} if values else {}
 
 
-def status_error(e, args):
-    """What an HTTP status other than 200 says, in the server's own words, short and never with the key. Raises
-    UserError where no prompt can succeed."""
-    code, said = e.status_code, hide_key(" ".join(str(e.message).split()))[:200]
-    if code in (401, 403):
-        raise UserError(f"--base_url {args.base_url}: the key in OPENAI_API_KEY is missing or refused (HTTP {code})")
-    if code == 404 or 300 <= code < 400 or getattr(e, "code", None) == "insufficient_quota":
-        hint = "redirects are not followed" if code < 400 else said
-        raise UserError(f"--base_url {args.base_url}, --model {args.model}: HTTP {code} ({hint})")
-    return f"HTTP {code} ({said})"
-
-
-def hide_key(text):
-    key = os.environ.get("OPENAI_API_KEY", "").strip()
-    return text.replace(key, "***") if key else text
+def words(text):
+    """What a reply says of an error, or a text as it is: one line, short, without the key."""
+    text = text.decode("utf-8", "replace") if isinstance(text, bytes) else text
+    value, key = None, os.environ.get("OPENAI_API_KEY", "").strip()
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+    for name in ("error", "detail", "message"):
+        value = as_dict(value).get(name) or value
+    text = value if isinstance(value, str) else text
+    text = text.replace(key, "***") if len(key) >= 8 else text  # a placeholder such as EMPTY is no secret
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:200]

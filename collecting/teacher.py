@@ -1,14 +1,11 @@
 """The verb teacher: responses of another model, behind a server or run here."""
 
-from collections import Counter
-
 import common
 from collecting import asking, generation
 from collecting.flags import api_flags, collected_flags, prompt_flags
 from collecting.journal import open_collected
 from collecting.prompts import shown_prompts
-from collecting.server import BUDGET_SPENT
-from common import UserError, in_range, say
+from common import UserError, in_range
 
 
 def teacher_flags(add):
@@ -23,21 +20,6 @@ def teacher_flags(add):
     api_flags(add, 256, alpaca=512)
 
 
-def ask_each(args, records, journal, prompt, finish, **options):
-    """Ask prompt(record) for every record not done; journal finish(record, responses) as they come; list failures."""
-    done, failed = {i for i, r in enumerate(records) if r["id"] in journal.done}, Counter()
-    for i, responses, error in asking.complete(args, [prompt(r) for r in records], done=done, **options):
-        if error:
-            failed[error] += 1
-            if error != BUDGET_SPENT:
-                say(f"{records[i]['id']} failed: {error}")
-        else:
-            journal.write([finish(records[i], responses)])
-    for error, number in failed.items():
-        say(f"{number} prompts failed and are left for another run: {error}")
-    journal.finish()
-
-
 def teacher(args):
     """Add responses of a model behind an OpenAI-compatible server, or, without --base_url, of one run here. A record
     with `messages` goes as these turns, unless --completions."""
@@ -45,12 +27,14 @@ def teacher(args):
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 256)
     records, journal = open_collected(args, "train", "teacher")
+    given = set(journal.done)  # of these records the server gave log-probabilities, if it was asked for them
 
     def finish(record, responses):
-        if args.logprobs and not all("logprob" in r for r in responses):
+        given.update(record["id"] for r in responses if "logprob" in r or not r["text"])
+        if args.logprobs and not given:
             raise UserError(
-                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does: drop "
-                "--logprobs and add them from a local model with rank --by logprob, or ask a server that gives them"
+                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does, or the model "
+                "thinks first: drop --logprobs and add them from a local model with rank --by logprob, or ask another"
             )
         by = {"source": args.source}
         more = [r | by | ({"teacher": name} if "logprob" in r else {}) for r in responses]
@@ -62,4 +46,8 @@ def teacher(args):
         own = not (args.completions or args.shots or args.prompt_file) and record.get("messages")
         return own or shown_prompts(args, [record])[0]
 
-    ask_each(args, records, journal, prompt, finish, **options)
+    ids, prompts = [r["id"] for r in records], [prompt(r) for r in records]
+    for i, responses, error in asking.ask_records(args, journal, ids, prompts, **options):
+        if not error:
+            journal.write([finish(records[i], responses)])
+    journal.finish()

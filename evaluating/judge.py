@@ -9,7 +9,7 @@ from collecting.files import read_rows
 from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
 from collecting.prompts import fill, read_template
-from common import UserError, in_range, say
+from common import UserError, in_range
 from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, write_metrics
 
 JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
@@ -68,14 +68,14 @@ def judge(args):
             prompts[f"{i}/{order[0] + 1}{order[1] + 1}"] = fill(template, fields, args.prompt_file or "the template")
     journal = Journal(args.output, prompts, settings_of(args))
     keys = [*prompts]
-    done = {number for number, key in enumerate(keys) if key in journal.done}
-    for number, replies, error in asking.complete(args, [*prompts.values()], done=done):
-        if replies is None:
-            say(f"question {keys[number]}: {error}")
-            continue
-        journal.write([{"id": keys[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
-    if journal.finish() == len(prompts):
+    for number, replies, error in asking.ask_records(args, journal, keys, [*prompts.values()]):
+        if not error:
+            journal.write([{"id": keys[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
+    if journal.finish() == len(journal.ids):
         verdicts = {row["id"]: row["verdict"] for _, row in read_rows(args.output)}
+        asked, ids = len(ids), [i for i in ids if {f"{i}/12", f"{i}/21"} <= verdicts.keys()]
+        if not ids:
+            raise UserError(f"--output {args.output}: no question has a verdict in both orders")
         rows = [
             {"subset": systems[0][i].get("subset"), "pair": (verdicts[f"{i}/12"], verdicts[f"{i}/21"])} for i in ids
         ]
@@ -83,7 +83,7 @@ def judge(args):
         def figures(rows):
             return judge_metrics([row["pair"] for row in rows], args.verdicts)
 
-        metrics = figures(rows) | by_subset(rows, figures)
+        metrics = figures(rows) | {"refused": asked - len(ids)} | by_subset(rows, figures)
         for k in (0, 1):
             metrics[f"mean_words_{k + 1}"] = mean(len(systems[k][i]["text"].split()) for i in ids)
         write_metrics(args, "judge", metrics, judge_items(ids, [row["pair"] for row in rows], args.verdicts))

@@ -3,14 +3,19 @@
 import argparse
 import gc
 import json
+import os
 import time
+from collections import Counter
 
 import pytest
 import torch
 from api_server import Server, chat
+from conftest import refused
 
 from collecting import asking, generation
+from collecting.answers import Refusal
 from collecting.flags import api_flags
+from collecting.server import open_client
 from common import UserError
 
 
@@ -177,12 +182,34 @@ class TestTheKey:
             [(_, _, error)] = asking.complete(arguments(server.url), ["a"])
         assert "sss" not in error and "***" in error
 
-    def test_is_not_echoed_into_the_output(self, monkeypatch):
-        monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-key")
-        reply = {"choices": [{"message": {"content": "your key is sk-secret-key"}}]}
-        with Server(lambda prompt, nth, body: json.dumps(reply).encode()) as server:
-            [(_, [response], _)] = asking.complete(arguments(server.url), ["a"])
-        assert response["text"] == "your key is ***"
+    @pytest.mark.parametrize("key", ["sk-secret-key", "x", "EMPTY"])
+    def test_is_hidden_in_messages_alone(self, monkeypatch, key):
+        """A reply is never edited; a message is not either where the key is a placeholder."""
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+        refusal = (400, {}, b'{"error": {"message": "EMPTY text, next: sk-secret-key"}}')
+        with Server(lambda prompt, nth, body: refusal if prompt == "no" else chat(f"an {key}ample")) as server:
+            found = {i: (r, e) for i, r, e in asking.complete(arguments(server.url), ["yes", "no"])}
+        assert found[0][0][0]["text"] == f"an {key}ample"
+        said = "EMPTY text, next: " + ("***" if key == "sk-secret-key" else "sk-secret-key")
+        assert found[1][1] == f"HTTP 400 ({said})"
+
+    def test_goes_where_it_belongs(self, monkeypatch):
+        """Organisation, project and custom headers are OpenAI's own business: no other server gets them."""
+        own = {"OPENAI_ORG_ID": "org-1", "OPENAI_PROJECT_ID": "proj-1", "OPENAI_CUSTOM_HEADERS": "X-Own: yes"}
+        for name, value in own.items():
+            monkeypatch.setenv(name, value)
+        with Server(lambda prompt, nth, body: None) as server:
+            list(asking.complete(arguments(server.url), ["a"]))
+        [headers] = server.headers
+        assert not {"openai-organization", "openai-project", "x-own"} & headers.keys()
+        assert all(os.environ[name] == value for name, value in own.items())
+        client = open_client(arguments("https://eu.api.openai.com/v1"), Counter())
+        assert client.default_headers["OpenAI-Project"] == "proj-1" and client.default_headers["X-Own"] == "yes"
+
+    def test_is_not_echoed_where_it_is_no_flag(self, cli):
+        for typed in (["--api_key", "sk-typed-key"], ["--api-key=sk-typed-key"]):
+            message = refused(cli("collect_candidates", "teacher", "--model", "m", *typed), "***")
+            assert "typed" not in message
 
     def test_a_charset_that_is_none(self, monkeypatch):
         reply = json.dumps({"choices": [{"message": {"content": "hé"}}]}).encode()
@@ -190,3 +217,178 @@ class TestTheKey:
         with Server(lambda prompt, nth, body: told) as server:
             [(_, responses, error)] = asking.complete(arguments(server.url), ["a"])
         assert error is None and responses[0]["text"].startswith("h")
+
+
+def replies(*choices, **more):
+    return json.dumps({"choices": choices} | more).encode()
+
+
+def said_by(content, finish="stop", **more):
+    return {"message": {"content": content} | more, "finish_reason": finish}
+
+
+@pytest.mark.parametrize("finish", ["stop", "eos_token", "eos", "end", "STOP", None, "tool_calls"])
+def test_a_response_is_whole_unless_it_is_known_to_be_cut(finish, capsys):
+    with Server(lambda prompt, nth, body: replies(said_by("hi", finish))) as server:
+        [(_, responses, _)] = asking.complete(arguments(server.url), ["a"])
+    assert responses == [{"text": "hi", "finished": True}]
+    assert ("1 of finish_reason tool_calls" in capsys.readouterr().out) == (finish == "tool_calls")
+
+
+def test_cuts_and_empty_responses_are_counted(capsys):
+    found = [said_by("a", "length"), said_by("b", "content_filter"), said_by("c", "error"), said_by(""), said_by(None)]
+    with Server(lambda prompt, nth, body: replies(*found)) as server:
+        [(_, responses, _)] = asking.complete(arguments(server.url), ["a"], num_samples=5)
+    assert [r["finished"] for r in responses] == [False] * 3 + [True] * 2
+    out = capsys.readouterr().out
+    for counted in ("5 responses", "1 cut at --max_new_tokens", "1 cut by a content filter", "1 cut by an error"):
+        assert counted in out
+    assert "2 empty" in out  # kept, as `sample` keeps and counts them
+
+
+@pytest.mark.parametrize(
+    "choice, reason",
+    [
+        (said_by(None, refusal="I cannot."), "no response: I cannot."),
+        (said_by("", "content_filter"), "no response: cut by a content filter"),
+        (said_by("", "length"), "no response: cut at --max_new_tokens"),
+        (said_by(None, "error") | {"error": {"message": "the GPU fell off", "code": 502}}, "the GPU fell off"),
+        (said_by(None, reasoning_content="Let me see"), "nothing but thinking"),
+        (said_by("<think>Let me see", "length"), "nothing but thinking"),
+    ],
+)
+def test_an_empty_candidate_is_a_refusal_with_its_reason(choice, reason):
+    with Server(lambda prompt, nth, body: replies(choice)) as server:
+        [(_, responses, error)] = asking.complete(arguments(server.url), ["a"])
+    assert responses is None and isinstance(error, Refusal) and reason in error
+    assert server.asked == {"a": 1}  # another try would be paid for, and give the same
+
+
+def test_a_refused_sample_costs_one_more_request_and_not_the_others():
+    both = replies(said_by("x"), said_by(None, refusal="no"))
+    with Server(lambda prompt, nth, body: both if nth == 1 else replies(said_by(None, refusal="no"))) as server:
+        [(_, responses, error)] = asking.complete(arguments(server.url), ["a"], num_samples=2)
+    assert [r["text"] for r in responses] == ["x"] and error is None and server.asked == {"a": 2}
+
+
+@pytest.mark.parametrize(
+    "choice, text, kept",
+    [
+        (said_by("<think>\nLet me see.\n</think>\n\n4"), "4", "<think>\nLet me see.\n</think>\n\n4"),
+        (said_by("Let me see.</think>4"), "4", "Let me see.</think>4"),  # the opening tag was in the prompt
+        (said_by("4", reasoning_content="Let me see."), "4", "<think>\nLet me see.\n</think>\n\n4"),
+        (said_by("4", reasoning="Let me see."), "4", "<think>\nLet me see.\n</think>\n\n4"),
+    ],
+)
+def test_thinking_is_no_part_of_a_response(choice, text, kept):
+    choice |= {"logprobs": {"content": [{"token": "thought and text", "logprob": -9.0}]}}
+    reply = replies(choice, usage={"completion_tokens": 9})
+    with Server(lambda prompt, nth, body: reply) as server:
+        [(_, [response], _)] = asking.complete(arguments(server.url), ["a"])
+        [(_, [with_thinking], _)] = asking.complete(arguments(server.url, "m", "--keep_thinking"), ["a"])
+    assert response == {"text": text, "finished": True}  # what is known of the thinking's tokens is not said of it
+    assert with_thinking["text"] == kept
+
+
+def test_a_local_models_thinking(tiny, monkeypatch):
+    found = {"text": "<think>hm</think> 4", "finished": True, "num_tokens": 5, "logprob": -2.0}
+    monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, **more: [[found]] * len(prompts))
+    [(_, [response], _)] = asking.complete(arguments(None, tiny), ["a"])
+    assert response == {"text": "4", "finished": True}
+    [(_, [response], _)] = asking.complete(arguments(None, tiny, "--keep_thinking"), ["a"])
+    assert response == found
+
+
+def test_after_a_first_success_a_refusal_concerns_one_prompt():
+    """25 refusals in a row end nothing, while 20 errors of the server do, and 20 refusals before any success."""
+    with Server(lambda prompt, nth, body: 403 if prompt != "0" else None) as server:
+        args = arguments(server.url, "m", "--concurrency", "1")
+        results = list(asking.complete(args, [str(i) for i in range(26)]))
+        assert sum(isinstance(error, Refusal) for _, _, error in results) == 25
+        with pytest.raises(UserError, match="20 prompts in a row failed; the last: HTTP 403"):
+            list(asking.complete(args, [str(i) for i in range(1, 26)]))
+        assert len(list(asking.complete(args, [str(i) for i in range(26)], done={0}))) == 25  # answered by a run before
+    with Server(lambda prompt, nth, body: 500 if prompt != "0" else None) as server:
+        args = arguments(server.url, "m", "--concurrency", "1", "--retries", "0")
+        with pytest.raises(UserError, match="20 prompts in a row failed; the last: HTTP 500"):
+            list(asking.complete(args, [str(i) for i in range(26)]))
+
+
+OPENAIS = (
+    "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) value is supported."
+)
+
+
+@pytest.mark.parametrize(
+    "field, said",
+    [
+        ("temperature", OPENAIS),
+        ("temperature", "`temperature` must be strictly positive"),
+        ("n", "Only one completion choice is allowed"),
+        ("n", "'n' : number must be at most 1"),
+        ("top_p", "top_p must be 1"),
+    ],
+)
+def test_a_field_that_the_server_refuses_is_left_out(field, said, capsys):
+    error = (422 if "strictly" in said else 400, {}, json.dumps({"error": {"message": said}}).encode())
+    with Server(lambda prompt, nth, body: error if field in body else None) as server:
+        results = list(asking.complete(arguments(server.url), list("abc"), num_samples=2, top_p=0.9))
+    assert all(len(responses) == 2 for _, responses, _ in results)
+    assert capsys.readouterr().out.count("is asked without") == 1
+    assert [set(body) - {"n"} for body in server.bodies[-1:]] == [
+        {"messages", "model", "max_tokens", "temperature", "top_p"} - {field}
+    ]
+
+
+def test_top_p_is_not_sent_at_1():
+    with Server(lambda prompt, nth, body: None) as server:
+        list(asking.complete(arguments(server.url), ["a"]))
+    assert server.bodies[0].keys() == {"messages", "model", "max_tokens", "temperature"}
+
+
+@pytest.mark.parametrize(
+    "reply, said, requests",
+    [
+        ({"error": {"message": "context is full", "code": 400}}, "the server replies: context is full", 1),
+        ({"error": "Unexpected endpoint or method. (POST /chat/completions)"}, "Unexpected endpoint or method", 1),
+        ({"detail": "Method Not Allowed"}, "no completion: Method Not Allowed", 4),
+        ({"error": {"message": "upstream is busy", "code": 502}}, "no completion: upstream is busy", 4),
+    ],
+)
+def test_an_error_in_a_good_reply_is_shown(reply, said, requests):
+    """It is repeated where another try may help, and never called a KeyError."""
+    with Server(lambda prompt, nth, body: json.dumps(reply).encode()) as server:
+        [(_, _, error)] = asking.complete(arguments(server.url), ["a"])
+    assert said in error and "Error" not in error and server.asked == {"a": requests}
+
+
+def test_a_forgotten_v1_is_guessed():
+    said = r"most servers want /v1.*HTTP 404 \(404 page not found\)"
+    missing = (404, {}, b"404 page not found")
+    with Server(lambda prompt, nth, body: missing) as server, pytest.raises(UserError, match=said):
+        list(asking.complete(arguments(server.url.removesuffix("/v1")), ["a"]))
+
+
+def test_content_in_parts():
+    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "4 "}]
+    with Server(lambda prompt, nth, body: replies(said_by([*parts, {"type": "text", "text": "apples"}]))) as server:
+        [(_, [response], _)] = asking.complete(arguments(server.url), ["a"])
+    assert response["text"] == "4 apples"
+
+
+def test_a_servers_words_cannot_move_the_cursor():
+    with Server(lambda prompt, nth, body: (400, {}, b"no\x1b[2J\nway")) as server:
+        [(_, _, error)] = asking.complete(arguments(server.url), ["a"])
+    assert error == "HTTP 400 (no [2J way)"
+
+
+@pytest.mark.parametrize("url", ["http://[::1/v1", "http://host:99999/v1"])
+def test_an_address_that_is_none(url):
+    with pytest.raises(UserError, match="--base_url must be"):
+        list(asking.complete(arguments(url), ["a"]))
+
+
+def test_a_proxy_that_is_none(monkeypatch):
+    monkeypatch.setenv("HTTP_PROXY", "gopher://proxy")
+    with pytest.raises(UserError, match="HTTP_PROXY"):
+        list(asking.complete(arguments("http://127.0.0.1:9/v1"), ["a"]))

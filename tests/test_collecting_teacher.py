@@ -1,6 +1,7 @@
 """collecting/teacher.py: a hostile server, secrets, likelihoods, a local teacher."""
 
 import json
+from collections import Counter
 
 import pytest
 from api_server import Server
@@ -35,16 +36,39 @@ def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, mo
         assert r["candidates"][1]["text"] == f"echo {r['prompt']}"
 
 
-def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, capsys):
+def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, cli):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
     records = write_jsonl(tmp_path / "in.jsonl", [nli(0, "x #### Neutral")])
     with Server(lambda *a: (400, {}, b'{"error": {"message": "sk-very-secret is no good"}}')) as server:
-        call(monkeypatch, "teacher", "--input", records, "--output", tmp_path / "o.jsonl", "--base_url", server.url,
-            "--model", "m")  # fmt: skip
-    told = capsys.readouterr()
+        told = cli("collect_candidates", "teacher", "--input", records, "--output", tmp_path / "o.jsonl",
+            "--base_url", server.url, "--model", "m")  # fmt: skip
     for text in (told.out, told.err, *(p.read_text() for p in tmp_path.iterdir())):
         assert "very-secret" not in text
-    assert "HTTP 400" in told.out
+    refused(told, "no prompt was answered", "HTTP 400 (*** is no good)")  # a run without an answer is no success
+
+
+def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, cli):
+    """30 of 40 prompts are refused, each in one of three ways. The others are answered; a second run asks none of the
+    30; a run that does not find their list asks them again."""
+    ways = [403, (400, {}, b'{"error": {"message": "content management policy", "code": "content_filter"}}')]
+    ways += [b'{"choices": [{"message": {"content": null, "refusal": "I cannot."}, "finish_reason": "stop"}]}']
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "because #### Neutral") for i in range(40)])
+    command = ["teacher", "--input", records, "--output", tmp_path / "o.jsonl", "--model", "m", "--concurrency", 1]
+    file = tmp_path / "o.jsonl.refused.jsonl"
+    with Server(lambda prompt, nth, body: ways[int(prompt[7:]) % 3] if int(prompt[7:]) >= 10 else None) as server:
+        result = cli("collect_candidates", *command, "--base_url", server.url)
+        assert result.code == 0 and "10 records in" in result.out and "missing" not in result.out
+        assert "r10 and 9 more refused: HTTP 400 (content management policy)" in result.out
+        assert "r11 and 9 more refused: no response: I cannot." in result.out and "HTTP 403 (no)" in result.out
+        assert "30 refused prompts are left out" in result.out
+        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == [f"r{i}" for i in range(10)]
+        assert {r["id"]: r["reason"] for r in read_jsonl(file)}["r12"] == "HTTP 403 (no)"
+        assert set(server.asked.values()) == {1}  # nobody paid twice
+        assert cli("collect_candidates", *command, "--base_url", server.url).code == 0
+        assert sum(server.asked.values()) == 40
+        file.unlink()
+        assert cli("collect_candidates", *command, "--base_url", server.url).code == 0  # more than 20 in a row: no end
+        assert sum(server.asked.values()) == 70
 
 
 def completion(*texts):
@@ -88,6 +112,9 @@ def test_teacher_keeps_likelihoods(tmp_path, cli):
         ("one </s", ["one", " </s"], 2),  # the text's own end stays
         ("", ["</s>"], 1),  # an empty response is its EOS
         ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9"], 3),
+        ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9", "<|end|>"], 3),
+        ("one two", ["one", "\u0120two", "<|im_end|>"], 2),  # the vocabulary's strings
+        ("one <b>", ["one", "\u0120", "<b>"], 3),
     ],
 )
 def test_eos_counts_in_no_log_probability(text, tokens, kept):
@@ -96,8 +123,38 @@ def test_eos_counts_in_no_log_probability(text, tokens, kept):
     content = [{"token": t, "logprob": v} for t, v in zip(tokens, values)]
     new = {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": content}}
     for choice in (old, new):
-        [response], _ = read_reply(json.dumps({"choices": [choice]}))
+        [response], _ = read_reply(json.dumps({"choices": [choice]}), Counter())
         assert (response["num_tokens"], response["logprob"]) == (kept, sum(values[:kept]))
+
+
+def test_eos_is_found_by_the_bytes_where_token_strings_are_numbers():
+    content = [("token_id:7", -1.0, list("h\u00e9".encode())), ("token_id:2", -4.0, list(b"</s>"))]
+    content = [{"token": t, "logprob": v, "bytes": b} for t, v, b in content]
+    choice = {"message": {"content": "h\u00e9"}, "finish_reason": "stop", "logprobs": {"content": content}}
+    [response], _ = read_reply(json.dumps({"choices": [choice]}), Counter())
+    assert (response["num_tokens"], response["logprob"]) == (1, -1.0)
+
+
+def test_one_response_without_log_probabilities_stops_nothing(tmp_path, cli):
+    """An empty response, or one behind thinking, has none. Only a server that gives none at all is refused."""
+    given = {"content": [{"token": "yes", "logprob": -0.5}]}
+    said = [("yes", given), ("", None), ("<think>hm</think>yes", given)]
+    records = write_jsonl(tmp_path / "d.jsonl", [{"id": f"{i}", "prompt": f"{i}"} for i in range(3)])
+
+    def behave(prompt, nth, body):
+        text, logprobs = said[int(prompt)]
+        return json.dumps({"choices": [{"message": {"content": text}, "logprobs": logprobs}]}).encode()
+
+    with Server(behave) as server:
+        flags = ["--input", records, "--output", tmp_path / "o.jsonl", "--model", "m", "--concurrency", 1, "--logprobs"]
+        result = cli("collect_candidates", "teacher", *flags, "--base_url", server.url)
+    assert result.code == 0 and "3 responses, 1 empty" in result.out
+    by = {"finished": True, "source": "m"}
+    assert [r["candidates"][0] for r in read_jsonl(tmp_path / "o.jsonl")] == [
+        {"text": "yes", "logprob": -0.5, "num_tokens": 1, "teacher": "m"} | by,
+        {"text": ""} | by,
+        {"text": "yes"} | by,
+    ]
 
 
 def test_a_server_that_ignores_logprobs_is_named(tmp_path, cli):

@@ -3,6 +3,7 @@
 import re
 
 import pytest
+from api_server import Server, chat
 from conftest import metrics_of, read_jsonl, refused, write_jsonl
 
 from evaluating import judge
@@ -118,7 +119,7 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
 
     monkeypatch.setattr("collecting.asking.complete", longest)
     result = cli("evaluate", "judge", *answers, "--model", "x")
-    assert "question 0/21: HTTP 500" in result.out and "1 missing" in result.out
+    assert "0/21 failed: HTTP 500" in result.out and "1 missing" in result.out
     assert not (here / "runs/eval/long-vs-short/judge.metrics.json").exists()
     assert cli("evaluate", "judge", *answers, "--model", "x").code == 0
     assert len(asked) == 7  # only the one that failed was asked again
@@ -131,3 +132,25 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
     assert re.search(rf"\| long-vs-short - noise, win \| {min(a > b for a, b in zip(*lengths)):d}.* \| 2 \|", out)
     assert got["win"] == pytest.approx(wins / 3) and got["unparsed"] == 0 and got["mean_words_1"] >= 1
     refused(cli("evaluate", "judge", *answers[:2], "d.jsonl", "--model", "x"), "d.jsonl: no such file")
+
+
+def test_a_judge_that_refuses_some_questions(here, cli):
+    """One order of one question is refused: the figures are those of the others, and the second run asks nothing."""
+    for name in ("left", "right"):
+        rows = [{"id": k, "question": f"question {k}", "text": f"{name} {k}"} for k in "abc"]
+        (here / name).mkdir()
+        write_jsonl(here / name / "v.jsonl", rows)
+
+    def behave(prompt, nth, body):
+        a, b = (prompt.index(f"{name} ") for name in ("left", "right"))
+        refusal = (400, {}, b'{"error": {"message": "filtered", "code": "content_filter"}}')
+        return refusal if "question b" in prompt and a < b else chat("[[A]]" if a < b else "[[B]]")
+
+    with Server(behave) as server:
+        flags = ["--answers", "left/v.jsonl", "right/v.jsonl", "--model", "m", "--base_url", server.url]
+        first = cli("evaluate", "judge", *flags)
+        assert first.code == 0 and "b/12 refused: HTTP 400 (filtered)" in first.out, first.err
+        got = metrics_of(here, "judge", "left-vs-right")
+        assert (got["win"], got["questions"], got["refused"]) == (1, 2, 1)
+        assert cli("evaluate", "judge", *flags).code == 0 and sum(server.asked.values()) == 6
+        assert metrics_of(here, "judge", "left-vs-right") == got
