@@ -337,22 +337,29 @@ class PackedBatch:
     sizes: list[int]
 
     def to(self, device):
-        """The batch on `device`. A BlockMask and a mask with `blocks` are there already, and a copy would lose them."""
+        """The batch on `device`. What pack_for made as a mask is there already, and a copy would lose its `blocks`."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and not hasattr(v, "blocks")}
         if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
         return dataclasses.replace(self, **{k: v.to(device, non_blocking=True) for k, v in tensors.items()})
 
 
-def sees(end, query, key):
-    """Whether the token at row position `query` attends to the one at `key`: an ancestor, or itself."""
-    return (key <= query) & (query < end[key])
+def sees(query, key, end, depth, first=None):
+    """Whether the token at row position `query` attends to the one at `key`: an ancestor, or itself. In a layer with a
+    window, only if the depth of `key` is first[query] or more."""
+    tree = (key <= query) & (query < end[key])
+    return tree if first is None else tree & (depth[key] >= first[query])
 
 
-def dense_mask(end):
-    """end [T] of a row -> attention mask [1, 1, T, T] bool, which every attention takes."""
+def dense_mask(end, depth, first=None, device="cpu"):
+    """The attention mask of a row, [1, 1, T, T] bool, for SDPA."""
     position = torch.arange(len(end))
-    return sees(end, position[:, None], position)[None, None]
+    return sees(position[:, None], position, end, depth, first)[None, None].to(device)
+
+
+def added_mask(*tree):
+    """The same mask as eager attention adds it to its scores: 0 or -inf."""
+    return torch.where(dense_mask(*tree), 0.0, -torch.inf)
 
 
 def shared_start(a, b):
@@ -365,7 +372,8 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
 
     Sequences are sorted, so neighbours share the longest prefixes. Each sequence adds only the tokens that it does not
     share with the one before it. So the descendants of a token stand directly behind it, up to end[token]. `mask_of`
-    makes the attention mask from end [T]. The row is filled to a multiple of `block` with tokens that no other sees.
+    makes the attention mask from end [T] and the tokens' depth [T]. The row is filled to a multiple of `block` with
+    tokens that no other sees.
     """
     sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
     ids, positions, end, path, before = [], [], [], [], []  # path: the row positions of the current sequence's tokens
@@ -381,8 +389,8 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
         uses += [(predictions.setdefault(x, len(predictions)), n) for x in zip(path[P - 1 : -1], tokens[P:])]
         last_positions[n], before = path[-1], tokens
     fill = -len(ids) % block
-    mask = mask_of(torch.tensor(end + [len(ids) + fill] * fill))
-    tensors = [F.pad(torch.tensor(x)[None], (0, fill)) for x in (ids, positions)] + [mask]
+    tensors = [F.pad(torch.tensor(x)[None], (0, fill)) for x in (ids, positions)]
+    tensors += [mask_of(torch.tensor(end + [len(ids) + fill] * fill), tensors[1][0])]
     tensors += [*torch.tensor([*predictions]).T, *torch.tensor(uses).T, torch.tensor(last_positions)]
     return PackedBatch(*tensors, [e.id for e in encoded_records], [len(e.responses) for e in encoded_records])
 
@@ -434,12 +442,34 @@ def plan_rows(encoded_records, max_tokens, world):
     return [mine + [(rows[-1], 0.0)] * (len(plan[0]) - len(mine)) for mine in plan]
 
 
+def windows(config, depth):
+    """{layer type: first [T]}: at `depth` [T], a token sees ancestors of depth `first` and more; None: all of them. One
+    entry if all layers see all. UserError for layers that are not attention."""
+    text = config.get_text_config()
+    window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
+    own = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+    types = {*(getattr(text, "layer_types", None) or [own])}
+    first = {"full_attention": None, "sliding_attention": None, "chunked_attention": None}
+    if types - first.keys():
+        raise UserError(f"its layers ({', '.join(sorted(types))}) read a packed row as one text: add --padded")
+    if window and window <= depth.max():
+        first["sliding_attention"] = depth - window + 1
+    if chunk and chunk <= depth.max():
+        first["chunked_attention"] = depth // chunk * chunk
+    return {k: first[k] for k in types} if any(first[k] is not None for k in types) else {"full_attention": None}
+
+
 def pack_for(model, encoded_records):
-    """pack() on the model's device, with the mask that its attention reads."""
+    """pack() on the model's device, with the mask that its attention reads: a dict of them by layer type, if layers
+    differ in what they see."""
     device, attn = next(model.parameters()).device, model.config._attn_implementation
-    if attn == "flex_attention":
-        return pack(encoded_records, lambda end: block_mask(end, device), FLEX_BLOCK).to(device)
-    return pack(encoded_records, (lambda end: key_blocks(end, device)) if attn == "blocks" else dense_mask).to(device)
+    form = {"flex_attention": block_mask, "blocks": key_blocks, "eager": added_mask}.get(attn, dense_mask)
+
+    def mask_of(end, depth):
+        masks = {k: form(end, depth, first, device) for k, first in windows(model.config, depth).items()}
+        return masks if len(masks) > 1 else masks.popitem()[1]
+
+    return pack(encoded_records, mask_of, FLEX_BLOCK if attn == "flex_attention" else 1).to(device)
 
 
 def rows(prompts, model, tokenizer, args):
@@ -503,37 +533,44 @@ def candidate_logprobs(model, batch):
 
 @torch.no_grad()
 def check_packing(model, encoded_records, score=None):
-    """Raise UserError for a model that misreads packed rows: one with a running state, with a sliding window (the row's
-    mask replaces the window's), or one that ignores the mask or the positions.
+    """Raise UserError for a model that misreads packed rows: one with a running state, or one that ignores the mask or
+    the positions.
 
     score(batch) -> [N] or [N, D] must be the same packed and padded; by default it is the mean token log-probability.
     Rounding, coarse in bf16, may separate them by a quarter of what the mask, or the positions, of plain text would.
     """
     plain, training = getattr(model, "module", model), model.training  # module: what DistributedDataParallel wraps
-    attn, text = plain.config._attn_implementation, plain.config.get_text_config()
-    sequences = [e.prompt_ids + r for e in encoded_records for r in e.responses]
-    if attn not in ("sdpa", "blocks", "flex_attention"):
-        raise UserError(f"its attention {attn!r} misreads packed rows: add --padded")
-    if other := {*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:
-        raise UserError(f"its layers ({', '.join(sorted(other))}) read a packed row as one text: add --padded")
-    window = getattr(text, "use_sliding_window", True) and getattr(text, "sliding_window", None)
-    if window and window < max(map(len, sequences)):
-        raise UserError(f"a sliding window of {window} is shorter than the longest sequence: add --padded")
-    P = min(128, max(map(len, sequences)) // 2)  # a prompt of P tokens with 16 responses of 8
+    text, sequences = plain.config.get_text_config(), [e.prompt_ids + r for e in encoded_records for r in e.responses]
+    longest = max(map(len, sequences))
+    P = min(128, longest // 2)  # a prompt of P tokens with 16 responses of 8
     tokens = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
     some = [Encoded(None, tokens[:P], [tokens[i : i + 8] for i in range(P, len(tokens), 8)], 0, 0)]
-    packed = pack_for(plain, some)
-    row = packed.input_ids[0].tolist()
-    as_text = pack_for(plain, [Encoded(None, row[:1], [row[1:]], 0, 0)])
-    wrong = [dataclasses.replace(packed, **{k: getattr(as_text, k)}) for k in ("attention_mask", "position_ids")]
+    sizes = {k: getattr(text, k, None) for k in ("sliding_window", "attention_chunk_size")}
     model.eval()
-    batches = (pack_padded(some).to(packed.input_ids.device), packed, *wrong)
-    padded, *scores = map(score or (lambda batch: torch.div(*candidate_logprobs(model, batch))), batches)
-    gap, *wrong = ((s - padded).norm().item() for s in scores)
+    try:
+        for k, size in sizes.items():
+            if size and size < longest:
+                setattr(text, k, P // 2 + 1)  # the check's sequences are short, and the window must matter in them
+        packed = pack_for(plain, some)
+        row = packed.input_ids[0].tolist()
+        as_text = pack_for(plain, [Encoded(None, row[:1], [row[1:]], 0, 0)])
+        wrong = [dataclasses.replace(packed, **{k: getattr(as_text, k)}) for k in ("attention_mask", "position_ids")]
+        batches = (pack_padded(some).to(packed.input_ids.device), packed, *wrong)
+        padded, *scores = map(score or (lambda batch: torch.div(*candidate_logprobs(model, batch))), batches)
+        gap, *wrong = ((s - padded).norm().item() for s in scores)
+    except UserError:
+        raise
+    except Exception as e:  # a model may do anything with a mask that it does not expect
+        reason = (str(e).strip().splitlines() or [""])[0][:200]
+        raise UserError(f"{type(plain).__name__} cannot read packed rows ({reason}): add --padded") from e
+    finally:
+        for k, size in sizes.items():
+            if size:
+                setattr(text, k, size)
+        model.train(training)
+        reshard(model)
     if not gap <= max(1e-3, min(wrong) / 4):  # false for NaN
         raise UserError(f"packed and padded rows differ by {gap:.2g}, a wrong mask by {min(wrong):.2g}: add --padded")
-    model.train(training)
-    reshard(model)
 
 
 def length_normalized(logprobs, lengths, exponent):
@@ -592,24 +629,26 @@ transformers.AttentionInterface.register("blocks", attend_blocks)
 transformers.AttentionMaskInterface.register("blocks", sdpa_mask)  # the mask of padded rows and of generation
 
 
-def key_blocks(end, device="cpu"):
-    """The mask for attend_blocks, from end [T] of a row. `blocks` holds, for each CPU_BLOCK queries, the keys that one
-    of them sees, and 0 or -inf [queries, keys]. The tensor itself is a single number, expanded to [1, 1, T, T]."""
+def key_blocks(end, depth, first=None, device="cpu"):
+    """The mask of a row for attend_blocks. `blocks` holds, for each CPU_BLOCK queries, the keys that one of them sees,
+    and 0 or -inf [queries, keys]. The tensor itself is a single number, expanded to [1, 1, T, T]."""
     position = torch.arange(len(end))
     mask = torch.ones((), dtype=torch.bool, device=device).expand(1, 1, len(end), len(end))
     mask.blocks = []
     for queries in position.split(CPU_BLOCK):
         keys = position[: queries[-1] + 1]
         keys = keys[end[keys] > queries[0]]
-        visible = torch.where(sees(end, queries[:, None], keys), 0.0, -torch.inf)
+        seen = sees(queries[:, None], keys, end, depth, first)
+        keys, seen = keys[seen.any(0)], seen[:, seen.any(0)]  # a window leaves out some
+        visible = torch.where(seen, 0.0, -torch.inf)
         mask.blocks.append(tuple(x.to(device, non_blocking=True) for x in (keys, visible)))
     return mask
 
 
-def block_mask(end, device):
-    """FlexAttention's mask on `device`, from end [T] of a row of whole blocks."""
-    end = end.to(device)
-    T, sees_it = len(end), lambda b, h, query, key: sees(end, query, key)
+def block_mask(end, depth, first=None, device="cpu"):
+    """FlexAttention's mask of a row of whole blocks."""
+    tree = [x if x is None else x.to(device) for x in (end, depth, first)]
+    T, sees_it = len(end), lambda b, h, query, key: sees(query, key, *tree)
     return create_block_mask(sees_it, None, None, T, T, device=device, BLOCK_SIZE=FLEX_BLOCK)
 
 
@@ -672,7 +711,8 @@ def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
             options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32}
             model = load_pretrained(auto_class, args.model, **options, **kwargs)
             tokenizer = load_tokenizer(args.model, model=model)
-            set_attention(model, device, "sdpa" if args.padded else args.attn)
+            if not args.padded:
+                set_attention(model, device, args.attn)
             every = args.activation_checkpointing
             if every := int(device.type == "cuda") if every is None else every:
                 old = model.gradient_checkpointing_enable  # its name in transformers 5.17
@@ -687,14 +727,16 @@ def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
 
 def set_attention(model, device, asked="auto"):
     """Give the model the attention that reads packed rows: FlexAttention on CUDA, else attend_blocks. FlexAttention
-    wants heads of 16 or more and no dropout. A model without SDPA keeps its own attention."""
-    text = model.config.get_text_config()
-    heads = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    can = model._supports_flex_attn and heads >= 16 and not getattr(text, "attention_dropout", 0)
-    if asked == "flex" or (asked == "auto" and device.type == "cuda" and can):
-        model.set_attn_implementation("flex_attention")
-    elif asked != "sdpa" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation("blocks")
+    wants heads of 16 or more and no dropout. A model without SDPA (soft-capped scores, sinks) keeps its own attention.
+    UserError where it has not the one `asked` for."""
+    own, config = model.config._attn_implementation, model.config.get_text_config()
+    if asked == "auto":
+        flex = device.type == "cuda" and model._supports_flex_attn and not getattr(config, "attention_dropout", 0)
+        flex = flex and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) >= 16
+        asked = "flex" if flex else "blocks" if own == "sdpa" else own
+    elif not (model._supports_flex_attn if asked == "flex" else model._supports_sdpa):
+        raise UserError(f"--attn {asked}: {type(model).__name__} has no such attention: leave --attn out")
+    model.set_attn_implementation({"flex": "flex_attention"}.get(asked, asked))
 
 
 def shard(model, device, bf16=False):

@@ -70,7 +70,7 @@ class Work:
 
 def tree_work(model, sequences, passes=1):
     """What reading `sequences`, Encoded, takes: each token of their tree, each pair of one and one that it sees."""
-    tree = common.pack(sequences, mask_of=lambda end: end)
+    tree = common.pack(sequences, mask_of=lambda end, depth: end)
     end, tokens = tree.attention_mask, tree.input_ids.numel()
     pairs = (end - torch.arange(len(end))).sum().item()
     return Work(model, tokens, len(tree.targets), pairs, min(tokens, scoring.ROW_TOKENS[model.device.type]), passes)
@@ -129,7 +129,7 @@ def training(model, encoded):
 
 def pack_flat(attn, encoded, device):
     """common.pack_for, but prompts stand side by side and share nothing: rows as they were before they were trees."""
-    parts = [common.pack([e], mask_of=lambda end: end) for e in encoded]
+    parts = [common.pack([e], mask_of=lambda end, depth: end) for e in encoded]
 
     def joined(name, dim=0, counted=None):  # each part's numbers go on where those of the parts before it end
         starts = itertools.accumulate([0, *(len(getattr(p, counted or name)) for p in parts[:-1])])
@@ -139,7 +139,7 @@ def pack_flat(attn, encoded, device):
     return common.PackedBatch(
         input_ids=joined("input_ids", 1),
         position_ids=joined("position_ids", 1),
-        attention_mask=common.key_blocks(end, device) if attn == "blocks" else common.dense_mask(end),
+        attention_mask=(common.key_blocks if attn == "blocks" else common.dense_mask)(end, None, device=device),
         logit_positions=joined("logit_positions", counted="attention_mask"),
         targets=joined("targets"),
         token_index=joined("token_index", counted="targets"),
