@@ -444,7 +444,7 @@ def plan_rows(encoded_records, max_tokens, world):
 
 def windows(config, depth):
     """{layer type: first [T]}: at `depth` [T], a token sees ancestors of depth `first` and more; None: all of them. One
-    entry if all layers see all. UserError for layers that are not attention."""
+    entry if all layers see all. UserError for layers that are not attention, or that count a row's tokens."""
     text = config.get_text_config()
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     own = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
@@ -452,6 +452,9 @@ def windows(config, depth):
     first = {"full_attention": None, "sliding_attention": None, "chunked_attention": None}
     if types - first.keys():
         raise UserError(f"its layers ({', '.join(sorted(types))}) read a packed row as one text: add --padded")
+    counts = getattr(text, "floor_scale", None) if getattr(text, "attn_temperature_tuning", None) else None  # Llama 4
+    if counts and len(depth) >= counts:
+        raise UserError(f"its attention counts the tokens of a row: set --max_tokens_per_row below {counts}")
     if window and window <= depth.max():
         first["sliding_attention"] = depth - window + 1
     if chunk and chunk <= depth.max():

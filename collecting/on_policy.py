@@ -19,10 +19,10 @@ BATCH = 16  # prompts at once
 def gathered(model):
     """Within it every process holds all weights, in the computing dtype, so that each may generate without the others.
     Use it under no_grad, not under inference_mode: the weights are trained further. FlexAttention would compile anew as
-    the cache grows, so SDPA reads it."""
+    the cache grows, so SDPA reads it, or eager attention where the model has no SDPA."""
     parts, attention = [m for m in model.modules() if hasattr(m, "unshard")], model.config._attn_implementation
     if attention == "flex_attention":
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()

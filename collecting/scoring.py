@@ -37,12 +37,11 @@ def token_bar(total):
 def score_rows(model, sequences, values_of, check):
     """Score sequences, Encoded with one response each -> [N, ...], what values_of(PackedBatch) gives each of a row.
 
-    A model that reads packed rows otherwise (sliding windows, state-space layers, attention in both directions) reads
+    A model that reads packed rows otherwise (state-space layers, attention in both directions) reads
     one sequence at a time: check(two sequences), called once, or values_of raises UserError.
     """
     device = model.device
-    if model.config._attn_implementation == "sdpa":
-        common.set_attention(model, device)
+    common.set_attention(model, device)
     budget = max(ROW_TOKENS[device.type], 3 * max(s.num_tokens for s in sequences))
     values, plan = [None] * len(sequences), common.plan_rows(sequences, budget, 1)[0]
     rows = [[sequences[i] for i in row] for row, _ in plan]

@@ -36,7 +36,7 @@ def test_blocks_never_hold_what_no_token_sees(monkeypatch):
 
 
 def pack_flex(encoded):
-    return pack(encoded, lambda end: common.block_mask(end, "cpu"), common.FLEX_BLOCK)
+    return pack(encoded, common.block_mask, common.FLEX_BLOCK)
 
 
 class TestFlex:
@@ -143,13 +143,23 @@ class TestAttention:
         model = make("llama", num_attention_heads=2)
         common.set_attention(model, torch.device("cpu"), "flex")
         assert model.config._attn_implementation == "flex_attention"
-        with pytest.raises(ValueError, match="GPT2LMHeadModel"):
+        with pytest.raises(common.UserError, match="--attn flex: GPT2LMHeadModel has no such attention"):
             common.set_attention(make("gpt2"), torch.device("cuda"), "flex")
 
     def test_a_model_without_sdpa_keeps_its_own(self):
-        model = make("llama", attn_implementation="eager")
-        common.set_attention(model, torch.device("cuda"), "blocks")
-        assert model.config._attn_implementation == "eager"  # check_packing refuses it
+        """Gemma 2 caps its scores, which SDPA cannot. On CUDA FlexAttention can."""
+        for device, want in (("cpu", "eager"), ("cuda", "flex_attention")):
+            model = make("gemma2", head_dim=16)
+            common.set_attention(model, torch.device(device))
+            assert model.config._attn_implementation == want
+        with pytest.raises(common.UserError, match="--attn sdpa: Gemma2ForCausalLM has no such attention"):
+            common.set_attention(model, torch.device("cpu"), "sdpa")
+
+    def test_the_flag_stands_above_the_config(self):
+        for asked, want in (("auto", "eager"), ("blocks", "blocks"), ("sdpa", "sdpa")):
+            model = make("llama", attn_implementation="eager")
+            common.set_attention(model, torch.device("cpu"), asked)
+            assert model.config._attn_implementation == want
 
     def test_blocks_survive_the_way_to_the_device(self, monkeypatch):
         """Pinning returns another tensor, without the attribute: a stand-in for CUDA does as much."""
