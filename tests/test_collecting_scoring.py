@@ -102,7 +102,7 @@ def test_rewards_are_those_of_one_dialogue_at_a_time(kind, pad, small_rows):
     [
         ("gpt_neox_reward_model", {"pooling": "mean"}),
         ("bert", {"max_position_embeddings": 512}),
-        ("mistral", {"sliding_window": 70, "num_key_value_heads": 2}),
+        ("mistral", {"sliding_window": 70, "num_key_value_heads": 2}),  # its window is a term of the rows' mask
     ],
 )
 def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, capsys):
@@ -110,7 +110,8 @@ def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, capsys):
     records = make_records(2)
     dialogues = [reward_models.dialogue_ids(tokenizer, r, c, "plain") for r in records for c in r["candidates"]]
     got = reward_models.score_dialogues(model, dialogues)
-    assert not model.reads_rows and capsys.readouterr().out.count("now one sequence at a time") == 1
+    said = capsys.readouterr().out.count("now one sequence at a time")
+    assert (model.reads_rows, said) == ((True, 0) if kind == "mistral" else (False, 1))
     with torch.no_grad():
         inputs = [torch.tensor([ids]) for ids in dialogues]
         want = torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
