@@ -27,7 +27,7 @@ ALPHABETS = {"equal": "01234567", "short": "QXZJVKUY"}  # a token each
 GRADES = (0, 1, 2, 2, 3)  # of a prompt's candidates, the human one first; 0 is the best
 LENGTHS = {"equal": (4, 4, 4, 4), "short": (None, 2, 8, 12)}  # of a model response of each grade
 SEEDS = (0, 1, 2)
-STEPS = "--epochs 4 --batch_size 8 --lr 4e-3 --schedule constant --warmup 0 --checkpoint_every 0 --log_every 64"
+STEPS = "--epochs 4 --batch_size 8 --lr 4e-3 --schedule constant --warmup 0 --checkpoint_every 0"
 SFT = "rescue --ordering none"
 METHODS = {  # name -> script and flags; of the model responses the preference levels, lambda
     "label": ("rescue --ordering label --alpha 1", (1, 0, 0, 0), 0.85),
