@@ -924,7 +924,7 @@ def load_checkpoint(output, model, optimizer):
     state, groups = training_state(model, optimizer)
     try:
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(found[-1]))
-    except Exception as e:
+    except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
         raise UserError(f"{found[-1]} is damaged ({type(e).__name__}): delete it and start anew") from e
     states.set_model_state_dict(model, state["model"], options=states.StateDictOptions(strict=False))  # tied ones once
     states.set_optimizer_state_dict(model, optimizer, {"state": state["optimizer"], "param_groups": groups})
