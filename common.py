@@ -824,7 +824,7 @@ def open_run(args):
             fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"--output {output}: another run is writing there") from None
-        before = json.loads(file.read_text())["settings"] if begun else settings
+        before = run_settings(output / "model") if begun else settings
         if changed := [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]:
             raise UserError(f"--resume {output}: arguments differ from the run's: {', '.join(changed)}")
         if not begun:
