@@ -1008,7 +1008,8 @@ def on_stop(save):
     continues is printed, and the exit code is 0."""
     STOP.update(asked=False, save=save)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        signal.signal(number, lambda *_: STOP.update(asked=True))
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup sets SIGHUP
+            signal.signal(number, lambda *_: STOP.update(asked=True))
 
 
 def stop_if_asked():
