@@ -964,9 +964,9 @@ def open_log(args, output, start):
         kept.append(line)
     dist.barrier()
     if dist.get_rank() == 0:
+        track = args.track and open_tracker(args, output, start)
         file.touch()
         os.truncate(file, sum(map(len, kept)))
-        track = args.track and open_tracker(args, output, start)
 
     def log(line):
         if dist.get_rank() == 0:
