@@ -78,12 +78,13 @@ def test_a_step_waits_as_often_for_many_prompts(script, flags, cli, tiny, tmp_pa
         waits.__enter__()
         return scores
 
-    def end(model, max_norm):
+    def end(*args):
         waits.__exit__(None, None, None)
-        return clip(model, max_norm)
+        return clip(*args)
 
     monkeypatch.setattr(module, score, begin)
     monkeypatch.setattr(common, "clip_grad_norm", end)
+    monkeypatch.setattr(common, "means", lambda *args: {})  # a step reads its figures once
     monkeypatch.setattr(common, "check_packing", lambda *args: None)  # it scores too
     monkeypatch.setattr(reward_model, "check_packing", lambda *args: None)
     for n in (2, 6):
@@ -116,10 +117,9 @@ def generate(process, folder, attention, results):
 
     generation.generate = spy
     args = types.SimpleNamespace(max_new_tokens=12, max_prompt_length=40, seed=0)
-    run = types.SimpleNamespace(args=args, model=model, tokenizer=make_tokenizer(), step=0, signal=None)
-    run.process, run.world = process, 2
     records = make_records(40)[: 20 if process else 40]  # one process has more to do than the other
-    found = [a["text"] for _, batch in on_policy.answers(run, records, "test", 1.0) for a in batch]
+    answers = on_policy.answers(model, make_tokenizer(), records, args, 0, what="test", temperature=1.0)
+    found = [a["text"] for _, batch in answers for a in batch]
     sharded = all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
     results[process] = found, seen, model.config._attn_implementation, sharded
     torch.distributed.barrier()
@@ -148,7 +148,9 @@ def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
     shapes = [((11, [5, 3, 7]), (6, [4, 9])), ((200, [5, 30]),), ((70, [90, 90, 90]),)]
     model = make_model(layers=10, num_attention_heads=2).eval()
     common.init_distributed()
-    common.compile_layers(compiled := copy.deepcopy(model), backend="aot_eager")
+    compiled = copy.deepcopy(model)
+    for layer in common.decoder_layers(compiled):  # as common.load_model does
+        layer.compile(dynamic=True, backend="aot_eager")
     mesh = torch.distributed.init_device_mesh("cpu", (1,))
     for layer in compiled.model.layers:
         fully_shard(layer, mesh=mesh)
@@ -157,9 +159,7 @@ def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
     with torch.no_grad():  # FlexAttention has no backward on CPU
         for records in (make_encoded(*s) for s in shapes):
             want, _ = common.candidate_logprobs(model, common.pack(records))
-            got, _ = common.candidate_logprobs(
-                compiled, common.pack_for("flex_attention", records, torch.device("cpu"))
-            )
+            got, _ = common.candidate_logprobs(compiled, common.pack_for(compiled, records))
             torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
     graphs = torch._dynamo.eval_frame._debug_get_cache_entry_list(type(compiled.model.layers[0]).forward.__code__)
     torch.distributed.destroy_process_group()

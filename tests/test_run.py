@@ -64,7 +64,7 @@ class TestTheFolder:
         result = train(cli, tiny, data, tmp_path / "run", "--eval_data", held_out, "--resume")
         refused(result, "arguments differ from the run's", f"content of {path}")
 
-    @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"settings": [1]}', '{"settings'])
+    @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"settings'])
     def test_an_empty_args_file_is_no_free_pass(self, cli, tiny, data, half, content):
         (half / "args.json").write_text(content)
         refused(train(cli, tiny, data, half, "--resume", "--lr", "1e-2"))
@@ -87,10 +87,8 @@ class TestTheFolder:
     def test_a_run_that_failed_at_its_start_can_be_begun_again(self, cli, tiny, data, tmp_path, missing, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setitem(sys.modules, "wandb", None)
-            flags = [tmp_path] if missing == "model" else [tiny, "--track", "wandb"]
-            refused(
-                train(cli, flags[0], data, tmp_path / "run", *flags[1:]), "--model" if missing == "model" else "pip"
-            )
+            model, *flags = [tmp_path] if missing == "model" else [tiny, "--track", "wandb"]
+            refused(train(cli, model, data, tmp_path / "run", *flags), "--model" if missing == "model" else "pip")
         assert train(cli, tiny, data, tmp_path / "run").code == 0
 
     def test_a_finished_run_stays_as_it_is(self, cli, tiny, data, tmp_path):
@@ -212,14 +210,14 @@ class TestTheEnd:
         monkeypatch.setattr(common.os, "replace", lambda a, b: (done.append(("named", b)), replace(a, b)))
         train(cli, tiny, data, tmp_path / "run", "--checkpoint_every", 3)
         out, checkpoints = tmp_path / "run", tmp_path / "run/checkpoints"
-        for new, gone in (
-            (checkpoints / "step-00000006", checkpoints / "step-00000003.part"),
-            (out / "model", checkpoints),
+        for new, gone, files in (
+            (checkpoints / "step-00000006", checkpoints / "step-00000003.part", 1),
+            (out / "model", checkpoints, 5),
         ):
             before = done[: len(done) - done[::-1].index(("gone", gone)) - 1]
             named, part = before.index(("named", new)), new.with_name(f"{new.name}.part")
             first = [path for what, path in before[:named] if what == "sync"]
-            assert part in first and sum(path.parent == part for path in first) >= 2
+            assert part in first and sum(path.parent == part for path in first) >= files
             assert ("sync", new.parent) in before[named:]
 
 
@@ -281,11 +279,10 @@ def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
 
 def test_a_loss_that_is_not_finite_on_another_process_is_named(tiny, data, tmp_path):
     argv = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "out", "--batch_size", 4]
-    change = (
-        "score = rescue.candidate_logprobs; rescue.candidate_logprobs = lambda *a: [x * torch.nan for x in score(*a)]"
-    )
+    change = "score = rescue.candidate_logprobs\n"
+    change += "    rescue.candidate_logprobs = lambda *more: [x * torch.nan for x in score(*more)]"
     done = on_two(tmp_path, argv, change)
-    assert done.returncode == 2 or done.returncode == 1  # torchrun's own is 1
+    assert done.returncode == 1  # torchrun's
     assert done.stderr.count("rescue.py: error: the loss is not finite for records r") == 1, done.stderr[-2000:]
 
 
@@ -305,11 +302,11 @@ def test_rows_are_the_plan_in_order():
 
 def test_learning_rate():
     args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
-    rates = [learning_rate(s, 10, args) for s in range(10)]
+    rates = [common.learning_rate(s, 10, args) for s in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1.0]) and rates[6] == pytest.approx(0.5)
     assert 0 < rates[-1] < 0.05
     args = types.SimpleNamespace(lr=1.0, warmup=0.25, schedule="constant")
-    assert [learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
+    assert [common.learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
 def test_bf16_on_a_cpu(cli, tiny, data, tmp_path):
