@@ -14,6 +14,7 @@ import argparse
 import builtins
 import contextlib
 import importlib
+import io
 import json
 import os
 import pathlib
@@ -109,9 +110,9 @@ def count_calls(die_at):
 
         return wrapper
 
-    for name in ("open", "fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+    for name in ("open", "fsync", "replace", "rename", "truncate", "unlink", "rmdir", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
-    builtins.open = counted(open)
+    builtins.open = io.open = counted(open)  # pathlib calls the latter
     return calls
 
 
@@ -206,7 +207,7 @@ class Rig:
         make_tokenizer().save_pretrained(self.reward)
         self.stopped = folder / "stopped"
         children = start("rescue", self.training_args("stopped"), folder)
-        wait_for(lambda: (folder / "stopped/latest").exists())
+        wait_for(lambda: common.checkpoints(self.stopped))
         children[0].kill()
         finish(children)
 
@@ -362,8 +363,8 @@ class Rig:
         commands["collect_candidates teacher"] += ["--prompt_file", folder / "template.txt"]
         model = [tiny / name for name in ("config.json", "tokenizer.json", "generation_config.json")]
         files = {
-            "rescue": [*model, tiny / "model.safetensors", self.data],
-            "pro": [tiny / "model.safetensors", reward / "model.safetensors", reward / "config.json"],
+            "rescue": [self.data],  # of training alone the data is compared, not the model
+            "pro": [folder / "ranked.jsonl"],
             "collect_candidates sample": [*model, tiny / "model.safetensors", self.prompts],
             "collect_candidates teacher": [folder / "template.txt"],
             "collect_candidates rank --by reward": [reward / "model.safetensors", folder / "ranked.jsonl"],
@@ -433,16 +434,17 @@ class Rig:
         self.report("processes that differ", len(cases), lost)
 
     def signals(self):
-        """SIGTERM: saves and leaves with 0 and the resume command; twice: leaves at once; a resumed run is the whole
+        """Each signal saves and leaves with 0 and the resume command, two at once too; a resumed run is the whole
         one."""
         folder = self.folder / "signals"
         folder.mkdir()
         bad = 0
         finish(start("rescue", self.training_args("signals/reference"), folder))
-        for k, world in enumerate((1, 2, 1, 2)):
+        numbers = (signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        for k, (world, number) in enumerate(zip((1, 2, 1, 2), numbers)):
             children = start("rescue", self.training_args(f"signals/run{k}", "--checkpoint_every", "0"), folder, world)
             wait_for(lambda run=k: len(lines(folder / f"run{run}/log.jsonl")) >= 3 + run)
-            children[-1].kill(signal.SIGTERM)
+            children[-1].kill(number)
             codes = finish(children)
             told = "--resume" in output(children)
             again = finish(
@@ -456,8 +458,8 @@ class Rig:
         children[0].kill(signal.SIGTERM)
         children[0].kill(signal.SIGINT)
         os.kill(children[0].pid, signal.SIGCONT)
-        bad += finish(children, 20) == [None]
-        self.report("SIGTERM, SIGINT", 5, bad)
+        bad += finish(children, 60) != [0]
+        self.report("SIGTERM, SIGINT, SIGHUP", 5, bad)
 
     def one_rank_dies(self):
         folder = self.folder / "dies"
@@ -481,12 +483,12 @@ class Rig:
         folder.mkdir()
         finish(start("rescue", self.training_args("full/reference"), folder))
         children = start("rescue", self.training_args("full/run"), folder)
-        wait_for(lambda: (folder / "run/latest").exists())
+        wait_for(lambda: common.checkpoints(folder / "run"))
         children[0].kill()
         finish(children)
         full = start("rescue", self.training_args("full/run"), folder, file_limit=50_000)
         codes = finish(full)
-        said = "disk is full" in output(full) and "is whole" in output(full) and "Traceback" not in output(full)
+        said = "could not be saved" in output(full) and "Traceback" not in output(full)
         finish(start("rescue", self.training_args("full/run"), folder))
         bad = codes != [2] or not said or not same_weights(folder / "reference", folder / "run")
         self.report("disk full while saving", 1, int(bad), output(full).strip().splitlines()[-1][:90] if bad else "")
@@ -496,7 +498,7 @@ class Rig:
         folder = self.folder / "elsewhere"
         folder.mkdir()
         children = start("rescue", self.training_args("elsewhere/run"), folder, 2)
-        wait_for(lambda: (folder / "run/latest").exists())
+        wait_for(lambda: common.checkpoints(folder / "run"))
         children[0].kill(signal.SIGTERM)
         finish(children)
         losses = {}

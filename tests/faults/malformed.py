@@ -14,6 +14,9 @@ PAIR = {
     "explanation_1": "Sitting need not be resting.",
 }
 REFUSED, EITHER = {2}, {0, 2}
+TRAINING = ("rescue", "pro", "tuna", "reward_model")
+# what training takes: it reads its own fields alone, and a file of any name
+TAKEN = ("lone surrogate", "NaN", "Infinity", "an 11 MB line", "unknown ending")
 
 
 def lines(rows):
@@ -206,7 +209,7 @@ def folders(rig, rng):
         for file in files:
             for script, args in (rescue, sample):
                 yield f"model folder for {script}: {file} {how!r}", changed(tiny, file, how), script, args
-        for file in ("args.json", "meta.json", "latest", "log.jsonl", "*.safetensors"):
+        for file in ("args.json", "log.jsonl", "*.safetensors"):
             yield f"checkpoint: {file} {how!r}", changed(rig.stopped, file, how), *resume
     figures = json.dumps({"name": "x", "verb": "nli", "metrics": {"accuracy": 0.5, "f1": {"a": 1}}}).encode()
     for how in [*wrong[1:6], *["spoilt"] * 60]:
@@ -236,6 +239,7 @@ def corpus(rig):
 
     for name, row, other, script, args, needed, wrong_value in readers(rig):
         for what, file, content, allowed in mutations(row, other, needed, wrong_value):
+            allowed = {0} if script in TRAINING and what in TAKEN else allowed
             yield f"{name}: {what}", writer(file, content), script, args, allowed
         yield f"{name}: a folder", lambda place: place, script, args, REFUSED
         if "candidates" in row:
