@@ -709,7 +709,7 @@ def load_tokenizer(name, flag="--model", model=None):
 def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     """-> (model, tokenizer) for training: fp32 weights, sharded with FSDP2. The processes of a machine load one after
     the other, so that its memory holds one whole model at a time."""
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", 1))):
+    for turn in range(dist.get_world_size()):  # equally many everywhere: the barrier is of all machines
         if turn == int(os.environ.get("LOCAL_RANK", 0)):
             options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32}
             model = load_pretrained(auto_class, args.model, **options, **kwargs)
