@@ -270,9 +270,10 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
     limit = max_length - min(len(prompt), max_prompt_length or 2, max_length - 2)
     twice = tokenizer("a a", add_special_tokens=False).input_ids
     own_space = twice[: len(twice) // 2] == twice[len(twice) // 2 :]  # SentencePiece begins each text with a space
-    responses = []
+    ends, responses = rf"({re.escape(tokenizer.eos_token)}\s*)+\Z", []  # chat data may bring its own EOS
     for c in record["candidates"]:
-        text = c["text"] if own_space else space_before(record["prompt"], c["text"]) + c["text"]
+        text = re.sub(ends, "", c["text"])
+        text = text if own_space else space_before(record["prompt"], text) + text
         ids = tokenizer(text, add_special_tokens=False).input_ids
         whole = c.get("finished") is not False or not ids  # an empty response is its EOS
         responses.append(ids + [tokenizer.eos_token_id] * whole)

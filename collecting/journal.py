@@ -128,7 +128,7 @@ class Journal:
 
 def settings_of(args):
     """What a second run on the same output must share: the arguments and the content of every file that they name."""
-    free = {"output", "verb", "run", "batch_size"}
+    free = {"output", "verb", "run", "batch_size", "bertscore", "bertscore_layer"}  # scores are no part of the answers
     # how a server is asked, not what
     free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
     settings = {f"--{k}": v for k, v in vars(args).items() if k not in free}

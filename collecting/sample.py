@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import re
 from collections import Counter
 
 import common
@@ -39,11 +40,24 @@ def max_similarity(text, others):
     return max((1.0 if text == other else score(other, text)["rougeL"].fmeasure for other in others), default=0.0)
 
 
+# Letters that are neither ASCII nor accented Latin. Scripts that are written without spaces: a character is a word.
+OTHER = r"[^\W_\x00-\u024f\u1e00-\u1eff]"
+UNSPACED = r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+WORD = re.compile(rf"({UNSPACED}|(?:(?!{UNSPACED}){OTHER})+)")
+
+
 @functools.cache
 def rouge_scorer(use_stemmer=False):
-    from rouge_score.rouge_scorer import RougeScorer
+    """rouge-score's ROUGE-L. Its tokens are a-z and 0-9 alone, so words in other scripts are added. A text without any
+    token is split at white space."""
+    from rouge_score import rouge_scorer, tokenizers
 
-    return RougeScorer(["rougeL"], use_stemmer=use_stemmer)
+    class Words(tokenizers.DefaultTokenizer):
+        def tokenize(self, text):
+            plain, parts = super().tokenize, WORD.split(text.lower())  # every second part is a word in another script
+            return [t for i, part in enumerate(parts) for t in ([part] if i % 2 else plain(part))] or text.split()
+
+    return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words(use_stemmer))
 
 
 def keep_diverse(responses, draw, args, count):

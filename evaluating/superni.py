@@ -6,7 +6,7 @@ import pathlib
 import string
 
 import torch
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import common
 from collecting.flags import alpaca_flags, generation_flags, group
@@ -44,6 +44,10 @@ def superni(args):
     listed = pathlib.Path(args.input).read_text().split()
     if unknown := set(args.tasks or ()) - set(listed):
         raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
+    if args.bertscore:
+        layers = common.load_pretrained(AutoConfig, args.bertscore, "--bertscore").num_hidden_layers
+        if not -layers <= args.bertscore_layer <= layers:
+            raise UserError(f"--bertscore_layer {args.bertscore_layer}: {args.bertscore} has {layers}; -1 is the last")
     tokenizer = common.load_tokenizer(args.model)
     records = []
     for name in args.tasks or listed:
@@ -130,16 +134,19 @@ def bert_f1(texts, references, name, layer):
     tokenizer = common.load_pretrained(AutoTokenizer, name, "--bertscore")
 
     @functools.cache
-    def states(text):  # -> [tokens, d] unit vectors
+    def states(text):  # -> [tokens, d] unit vectors, or None for a text without tokens
         inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt", return_special_tokens_mask=True)
         special = inputs.pop("special_tokens_mask")[0].bool()
+        if special.all() or not text.strip():
+            return None
         hidden = model(**inputs.to(device), output_hidden_states=True).hidden_states[layer][0].float()
         return torch.nn.functional.normalize(hidden[~special.to(device)], dim=-1)
 
     def f1(text, reference):
-        if not (text.strip() and reference.strip()):
+        ours, theirs = states(text), states(reference)
+        if ours is None or theirs is None:
             return float(text.strip() == reference.strip())
-        cosines = states(text) @ states(reference).T  # [tokens of the text, of the reference]
+        cosines = ours @ theirs.T  # [tokens of the text, of the reference]
         precision, recall = cosines.amax(1).mean(), cosines.amax(0).mean()
         return (2 * precision * recall / (precision + recall)).item()
 
