@@ -117,7 +117,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
     add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
     add("--warmup", type=in_range(float, 0), default=warmup, help="warm-up: steps, or below 1 a share of all steps")
-    add("--epochs", type=in_range(int, 1), default=epochs, help="passes over the data")
+    add("--epochs", type=in_range(int, 1, 10_000), default=epochs, help="passes over the data")
     add("--batch_size", type=in_range(int, 1), default=batch_size, help="prompts per step over all processes")
     add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="order of the data, dropout")
@@ -151,16 +151,18 @@ def run_cli(main):
             code, said = 130, "interrupted: what was written stays, and the same command continues"
         elif isinstance(e, UserError):
             said = f"error: {e}"
-        elif isinstance(e, OUTSIDE):
+        elif isinstance(e, OUTSIDE) or "can't allocate memory" in said:  # torch's RuntimeError on CPU
             said += " (check files, flags, memory and disk; --debug shows where)"
+        elif isinstance(e, RuntimeError) and re.search("gloo|NCCL|[Cc]onnection|[Tt]imed out", said):
+            said = f"error: another process ended or does not answer, see its message ({said[7:]})"
         else:
             code, said = 1, said + " (a bug: please report what --debug prints)"
-        if process := int(os.environ.get("RANK", 0)):
+        if (process := os.environ.get("RANK", "0")) != "0":
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(2)  # process 0 usually says the same, and torchrun then ends this process
             name += f", process {process}"
-        print(f"{name}: {said}", file=sys.stderr, flush=True)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        print(f"{name}: {printable(said)}", file=sys.stderr, flush=True)
+        if os.environ.get("WORLD_SIZE", "1") != "1":
             sys.stdout.flush()
             os._exit(code)  # destroying the process group would wait for the other processes
         sys.exit(code)
@@ -172,7 +174,12 @@ def run_cli(main):
 def say(*text):
     """Print on process 0, above a progress bar."""
     if not dist.is_initialized() or dist.get_rank() == 0:
-        tqdm.write(" ".join(map(str, text)), file=sys.stdout)
+        tqdm.write(printable(" ".join(map(str, text))), file=sys.stdout)
+
+
+def printable(text):
+    """The text without control characters, which names and servers' messages may bring into a terminal."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
 # -------------------- records
@@ -187,7 +194,7 @@ CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
     "correct": (lambda x: isinstance(x, bool), "true or false"),
     "finished": (lambda x: isinstance(x, bool), "true or false"),
     "logprob": (is_number, "a finite number"),
-    "num_tokens": (lambda x: is_number(x) and x > 0, "a positive number"),
+    "num_tokens": (lambda x: is_number(x) and 0 < x < 1e9, "a positive number"),
     "reward": (is_number, "a finite number"),
     "similarity": (is_number, "a finite number"),
     "rank": (lambda x: x is None or (type(x) is int and 0 <= x < 2**31), "an integer from 0, or null"),
@@ -819,21 +826,16 @@ def open_run(args):
         begun = bool(content - {"lock", "args.json"})  # a run that failed at its start left nothing to lose
         if begun and not args.resume:
             raise UserError(f"--output {output} is not empty: continue its run with --resume, or name another folder")
-        output.mkdir(parents=True, exist_ok=True)
-        open_run.lock = open(output / "lock", "w")  # noqa: SIM115
-        try:
-            fcntl.flock(open_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"--output {output}: another run is writing there") from None
+        open_run.lock = lock(output / "lock", f"--output {output}")
         before = run_settings(output / "model") if begun else settings
-        if changed := [f"--{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v]:
-            raise UserError(f"--resume {output}: arguments differ from the run's: {', '.join(changed)}")
+        if different := changed(before, settings, "--"):
+            raise UserError(f"--resume {output}: arguments differ from the run's: {different}")
         if not begun:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             about = {"command": shlex.join(sys.argv), "settings": settings, "versions": versions}
             file.write_text(json.dumps(about, indent=1))
     dist.barrier()
-    if not file.exists() or json.loads(file.read_text())["settings"] != settings:
+    if run_settings(output / "model") != settings:
         raise UserError(f"--output {output}: this process has other arguments, or sees another folder, than process 0")
     if (output / "model").exists():
         drop_checkpoints(output)  # they are there if it was killed at its very end
@@ -842,11 +844,29 @@ def open_run(args):
     return output
 
 
+def lock(path, output):
+    """Open a file and lock it: keep what this returns. UserError, beginning with `output`, if another process has."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{output}: another run is writing there") from None
+    return file
+
+
+def changed(before, settings, prefix=""):
+    """-> "name old -> new, ..." for the settings that differ from those before, or ""."""
+    return ", ".join(f"{prefix}{k} {before.get(k)!r} -> {v!r}" for k, v in settings.items() if before.get(k) != v)
+
+
 def run_settings(model):
     """The arguments of the run that made this model (RUN/model or RUN/best) -> dict, empty for any other model."""
-    file = pathlib.Path(model).parent / "args.json"
-    found = json.loads(file.read_text()) if pathlib.Path(model).name in ("model", "best") and file.is_file() else {}
-    return found.get("settings", {}) if isinstance(found, dict) else {}
+    found = {}
+    if pathlib.Path(model).name in ("model", "best"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # other projects have an args.json too
+            found = json.loads((pathlib.Path(model).parent / "args.json").read_text())["settings"]
+    return found if isinstance(found, dict) else {}
 
 
 def run_name(model):
@@ -879,7 +899,7 @@ def whole_folder(folder):
             shutil.rmtree(folder, ignore_errors=True)  # the best model so far
             os.replace(part, folder)
             sync(folder.parent)
-    except (*OUTSIDE, RuntimeError, dcp.api.CheckpointException) as e:  # a full disk has many names
+    except (*OUTSIDE, dcp.api.CheckpointException) as e:  # a full disk has many names
         raise UserError(f"{folder} could not be saved ({str(e).strip().splitlines()[-1:]})") from e
     dist.barrier()
 

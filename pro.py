@@ -118,7 +118,7 @@ def parse_args():
     add("--sampling_temperature", type=in_range(float, above=0), default=1.0, help="of the sampled responses")
     add = parser.add_argument_group("answers, of Algorithm 1 and of --eval_data").add_argument
     add("--reward_model", help="scores them: hub id or folder, the one that scored the data (RM_train, Sec. 4.3)")
-    add("--max_new_tokens", type=in_range(int, 1), default=128, help="of an answer, Sec. 4.3")
+    add("--max_new_tokens", type=in_range(int, 1, 10**6), default=128, help="of an answer, Sec. 4.3")
     # fmt: on
     defaults = {"lr": 5e-6, "schedule": "constant", "warmup": 0, "epochs": 2, "batch_size": 112}
     common.add_training_flags(parser, model="huggyllama/llama-7b", **defaults)

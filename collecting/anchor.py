@@ -7,7 +7,7 @@ import common
 from collecting import generation
 from collecting.files import read_records
 from collecting.flags import generation_flags
-from collecting.journal import open_collected
+from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.prompts import QA_TEMPLATE, qa_prompt, read_template
 from common import UserError, in_range
 
@@ -27,7 +27,7 @@ def anchor_flags(add):
 
 def anchor(args):
     """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
-    process, processes, device = common.init_distributed()
+    process, processes, device = common.init_distributed(LONGEST_WAIT)
     args.source = args.source or pathlib.Path(args.model).name
     template = read_template(args, QA_TEMPLATE)
     records, journal = open_collected(args, "train", "anchored", with_documents, process, processes)

@@ -1,8 +1,6 @@
 """Files in and out: what is read is checked, line by line; what is written is whole, or not there at all."""
 
-import contextlib
 import csv
-import fcntl
 import gzip
 import hashlib
 import io
@@ -13,16 +11,11 @@ import pathlib
 import re
 import zlib
 
-import torch
-import torch.distributed as dist
-
 import common
 from common import UserError, sync
 
 MAX_LINE = 10 * 2**20  # bytes of one JSONL line: more is a broken file, and reading it whole would not be bounded
 CHUNK = 2**16  # characters of a JSON array that are read at once
-SAMPLED = 16 * 2**20  # bytes from which on a model's file is not read whole
-NO_PATHS = {"output", "name", "names", "source", "task", "tasks", "verb", "by", "stop", "columns"}
 
 
 def read_source(name, split="train", config=None, subset=None):
@@ -232,101 +225,17 @@ def check_record(record, where):
     common.check_record(record, where)
 
 
-def on_process0(fn):
-    """Call fn on process 0 and give every process its result, or its UserError."""
-    box = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = fn()
-        except UserError as e:
-            box[1] = str(e)
-    dist.broadcast_object_list(box, device=torch.device("cpu"))
-    if box[1] is not None:
-        raise UserError(box[1])
-    return box[0]
-
-
-class Claim:
-    """A settings file that stays locked while its holder lives, so that two runs on one output refuse each other.
-
-    before: what it held, or None. Raises UserError, beginning with `output` (the flag and its value), where another
-    process holds it or it cannot be written.
-    """
-
-    def __init__(self, path, output):
-        path = pathlib.Path(path)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            sync(path.parent.parent)
-            self._file = open(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+", encoding="utf-8")  # noqa: SIM115, locked
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self.before = read_json(self._file.read())
-        except BlockingIOError:
-            raise UserError(f"{output}: another run is writing there") from None
-        except (OSError, UnicodeError) as e:
-            raise UserError(f"{output}: {path} cannot be written ({getattr(e, 'strerror', e)})") from e
-
-    @staticmethod
-    def changed(before, settings, prefix=""):
-        """-> "name old -> new, ..." for the settings that differ from those before, or ""."""
-        different = {k: v for k, v in settings.items() if before.get(k) != v}
-        return ", ".join(f"{prefix}{k} {before.get(k)!r} -> {v!r}" for k, v in different.items())
-
-    def write(self, content):
-        self._file.seek(0)
-        self._file.write(json.dumps(content, indent=1))
-        self._file.truncate()
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-
-def agree(settings, path, output):
-    """One check at the start, called by every process: all have the settings of process 0 and see the file `path` that
-    it has written."""
-    seen = None
-    with contextlib.suppress(OSError):
-        seen = (os.stat(path).st_ino, os.stat(path).st_mtime_ns)
-    everyone = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, (settings, seen))
-    for number, (their, place) in enumerate(everyone):
-        if changed := Claim.changed(everyone[0][0], their):
-            raise UserError(f"process {number} differs from process 0 ({changed}): the same command and files for all")
-        if place != everyone[0][1]:
-            raise UserError(f"{output}: process {number} sees another folder than process 0: a shared one is needed")
-
-
-def provenance(settings):
-    """{"content of PATH": a digest} for every file and folder that the settings {name: value or list} name: what else,
-    but they, a second run on the same output must find as the first did."""
-    values = [v for name, value in settings.items() if name.lstrip("-") not in NO_PATHS for v in listed(value)]
-    paths = [v for v in values if isinstance(v, str) and v and os.path.exists(v)]
-    return {f"content of {v}": folder_digest(v) if os.path.isdir(v) else file_digest(v) for v in paths}
-
-
-def listed(value):
-    return value if isinstance(value, list) else [value]
-
-
-def folder_digest(folder):
-    """A digest of a folder's files: names, sizes, content. Of a large one, a model's weights, 256 pieces are read."""
+def content_of(path):
+    """A digest of a file; of a model's folder, one of its weights: the last MiB of each file, as training moves all."""
+    if os.path.isfile(path):
+        with open(path, "rb") as f:
+            return hashlib.file_digest(f, "sha256").hexdigest()
     digest = hashlib.sha256()
-    for place, folders, files in os.walk(folder):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        for path in (pathlib.Path(place, name) for name in sorted(files)):
-            size = path.stat().st_size
-            digest.update(f"{path.relative_to(folder)} {size}\0".encode(errors="surrogateescape"))
-            with open(path, "rb") as f:
-                if size <= SAMPLED:
-                    digest.update(f.read())
-                for piece in range(256 * (size > SAMPLED)):
-                    f.seek(piece * (size - 2**16) // 255)
-                    digest.update(f.read(2**16))
+    for file in sorted(pathlib.Path(path).glob("*.safetensors")):
+        with open(file, "rb") as f:
+            f.seek(max(0, file.stat().st_size - 2**20))
+            digest.update(f.read())
     return digest.hexdigest()
-
-
-def file_digest(path):
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_atomically(path, text):

@@ -36,7 +36,7 @@ def generation_flags(add, max_new_tokens, alpaca=None):
     add = group(add, "generation")
     by_task = f" (default: {max_new_tokens}; --task alpaca: {alpaca})" if alpaca else ""
     default = None if alpaca else max_new_tokens
-    add("--max_new_tokens", type=in_range(int, 1), default=default, help="tokens of a response" + by_task)
+    add("--max_new_tokens", type=in_range(int, 1, 10**6), default=default, help="tokens of a response" + by_task)
     add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
     add("--stop", nargs="*", default=[], help="a response ends before any of these strings, newline written \\n")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")

@@ -217,8 +217,8 @@ def batches_by_length(records, batch_size):
 def seeded_batches(args, records, journal, batch_size, process, processes, device):
     """Yield (batch, model, tokenizer) for every batch of this process that is not all done, the draw seeded by the
     batch's own content and planned over all prompts: a restart, or another number of processes, samples the same."""
-    for batch in tqdm(batches_by_length(records, batch_size)[process::processes], desc=args.verb, disable=process != 0):
-        if not all(r["id"] in journal.done for r in batch):
-            model, tokenizer = load_generator(args.model, device, args.bf16)
-            torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
-            yield batch, model, tokenizer
+    batches = [b for b in batches_by_length(records, batch_size) if not all(r["id"] in journal.done for r in b)]
+    for batch in tqdm(batches[process::processes], desc=args.verb, disable=process != 0):
+        model, tokenizer = load_generator(args.model, device, args.bf16)
+        torch.manual_seed(zlib.crc32(f"{args.seed} {batch[0]['id']}".encode()))
+        yield batch, model, tokenizer

@@ -1,138 +1,121 @@
-"""Finished records, a line each, in a file from which a second run goes on; what a second run must
-share with the first."""
+"""Finished records, a line each, in files from which a second run goes on."""
 
-import contextlib
 import json
 import os
 import pathlib
-import re
 from collections import Counter
 
-import torch
+import torch.distributed as dist
 
-from collecting.files import MAX_LINE, Claim, agree, on_process0, provenance, read_json, read_records
+import common
+from collecting.files import content_of, read_json, read_records, write_atomically
 from common import UserError, say
+
+# Arguments that a second run on the same output may change: how a server is asked, not what; how answers are scored.
+FREE = {"output", "verb", "run", "batch_size", "bertscore", "bertscore_layer"}
+FREE |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
+# Arguments that name no file, even where a file of that name exists.
+NO_PATHS = {"name", "names", "source", "task", "tasks", "by", "stop", "columns"}
+
+LONGEST_WAIT = 24 * 60  # minutes that a process which has done its share waits for the others
 
 
 class Journal:
-    """Appends finished records, one whole line each, and joins them in the input's order at the end.
+    """Each process appends finished records to PATH.partN, where N is its number. `finish` joins them in PATH.
 
-    path: the output. ids: the input's ids in order. settings: what must not change between two runs on one output.
-    `done` holds the ids already there. A torn last line is cut off; two runs on one output refuse each other (flock
-    on PATH.args.json).
+    ids: the input's ids, in order. settings: what a second run on PATH must share with the first; it is kept in
+    PATH.args.json, which is locked while the process lives. done: the ids that are there already. Raises UserError.
     """
 
-    def __init__(self, path, ids, settings, rank=0, world=1):
-        self.path, self.ids, self.rank = pathlib.Path(path), list(ids), rank
-        if world > 1:
-            on_process0(lambda: self._claim(settings))
-            agree(settings, f"{self.path}.args.json", f"--output {self.path}")
-        else:
-            self._claim(settings)
-        wanted = set(self.ids)
-        if len(wanted) < len(self.ids):
-            raise UserError(f"id {Counter(self.ids).most_common(1)[0][0]!r} occurs twice in the input")
-        self.done = set()
-        for file in self._files():
-            ids = [record["id"] for _, record in self._lines(file)]
-            if strangers := sorted(set(ids) - wanted):
-                raise UserError(f"{file}: id {strangers[0]!r} is not in the input: name another --output")
-            if len(ids) > len(set(ids)):
-                raise UserError(
-                    f"{file}: id {Counter(ids).most_common(1)[0][0]!r} occurs twice: delete one of the lines"
-                )
-            self.done |= set(ids)
-        if world > 1:
-            torch.distributed.barrier()  # nobody writes while another still reads
-        self._part = open(f"{self.path}.part{rank}", "ab")  # noqa: SIM115
-
-    def _claim(self, settings):
-        self._lock = Claim(f"{self.path}.args.json", f"--output {self.path}")
-        before = self._lock.before
-        begun = [file for file in self._files() if file.stat().st_size]  # a run that failed at its start left nothing
-        if begun:
-            if before is None:
-                raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
-            if changed := Claim.changed(before, settings):
-                hint = f"name another file, or delete {', '.join(map(str, begun))}"
-                raise UserError(f"--output {self.path} was begun with other arguments ({changed}): {hint}")
-            for file in begun:
-                self._cut_torn_line(file)
-            return
-        self._lock.write(settings)
+    def __init__(self, path, ids, settings, process=0, processes=1):
+        self.path, self.ids, self.process, self.processes = pathlib.Path(path), list(ids), process, processes
+        about, output = self.path.with_name(f"{self.path.name}.args.json"), f"--output {self.path}"
+        if self.path.suffix != ".jsonl":
+            raise UserError(f"{output}: the name must end in .jsonl")
+        if twice := [i for i, n in Counter(self.ids).items() if n > 1]:
+            raise UserError(f"id {twice[0]!r} occurs twice in the input")
+        if process == 0:
+            self._lock = common.lock(about, output)
+            begun = [str(file) for file in self._files() if file.stat().st_size]  # a run that failed at its start: none
+            before = read_json(about.read_text(encoding="utf-8")) if begun else settings
+            if not isinstance(before, dict):
+                raise UserError(f"{output} exists and was not written by this script: name another file")
+            if changed := common.changed(before, settings):
+                hint = f"name another file, or delete {', '.join(begun)}"
+                raise UserError(f"{output} was begun with other arguments ({changed}): {hint}")
+            if not begun:
+                about.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+                common.sync(about)
+            for file in self._files():
+                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a kill may tear the last line
+        if processes > 1:
+            dist.barrier()
+            if not about.exists() or read_json(about.read_text(encoding="utf-8")) != settings:
+                raise UserError(f"{output}: this process has other arguments or files than process 0")
+        self.done = set(self._lines())
+        if processes > 1:
+            dist.barrier()  # nobody writes while another still reads
+        self._part = open(f"{self.path}.part{process}", "ab")  # noqa: SIM115
 
     def _files(self):
-        part = re.compile(re.escape(self.path.name) + r"\.part\d+")
-        parts = sorted(p for p in self.path.parent.iterdir() if part.fullmatch(p.name))
-        return [p for p in [self.path, *parts] if p.exists()]
+        head = f"{self.path.name}.part"
+        parts = [p for p in self.path.parent.iterdir() if p.name.startswith(head) and p.name[len(head) :].isdecimal()]
+        return [p for p in (self.path, *parts) if p.exists()]
 
-    def _cut_torn_line(self, file):
-        with open(file, "r+b") as f:
-            size = f.seek(0, os.SEEK_END)
-            f.seek(max(0, size - MAX_LINE))
-            end = f.tell() + f.read().rfind(b"\n") + 1
-            if end < size:
-                say(f"{file}: cut off a torn last line of {size - end} bytes")
-                f.truncate(end)
-
-    def _lines(self, file):
-        with open(file, "rb") as f:
-            offset = 0
-            for line in f:
+    def _lines(self):
+        """-> {id: line} of all files."""
+        lines, wanted = {}, set(self.ids)
+        for file in self._files():
+            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
                 record = read_json(line)
-                if not isinstance(record, dict) or "id" not in record:
-                    raise UserError(f"{file}: the line at byte {offset} is no record: delete the file to begin anew")
-                yield offset, record
-                offset += len(line)
+                if not isinstance(record, dict) or not isinstance(record.get("id"), str):
+                    raise UserError(f"{file}:{number} is no record: delete the file to begin anew")
+                if record["id"] not in wanted:
+                    raise UserError(f"{file}:{number}: id {record['id']!r} is not in the input: name another --output")
+                lines[record["id"]] = line
+        return lines
 
     def write(self, records):
-        """Append records, then flush and sync: from here on they survive a kill."""
+        """Append records and sync the file: from here on they survive a kill."""
         for record in records:
-            self._part.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+            try:
+                self._part.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
+            except ValueError as e:
+                raise UserError(f"record {record['id']!r}: the model gave a number that is not finite ({e})") from e
         self._part.flush()
         os.fsync(self._part.fileno())
 
     def finish(self):
-        """Join everything in the input's order into PATH -> number of records there, on rank 0.
+        """Join all records in the input's order in PATH -> their number, on process 0.
 
-        Where some are missing (requests failed, --max_requests is spent) PATH holds the others: a usable file, which
-        the next run with the same arguments completes.
+        Where some are missing, PATH holds the others, and the next run with the same arguments adds them. Where nothing
+        new was done, it is a UserError.
         """
         self._part.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.barrier()
-        if self.rank != 0:
+        if self.processes > 1:
+            dist.barrier()
+        if self.process != 0:
             return None
-        where = {}
-        for file in self._files():
-            where |= {record["id"]: (file, offset) for offset, record in self._lines(file)}
-        if missing := len(self.ids) - len(where):
-            say(f"{len(where)} of {len(self.ids)} done, {missing} missing: run the same command again")
-        if not where:
-            return 0
-        whole = self.path.with_name(self.path.name + ".whole")
-        with contextlib.ExitStack() as stack, open(whole, "wb") as out:
-            opened = {file: stack.enter_context(open(file, "rb")) for file in self._files()}
-            for file, offset in (where[i] for i in self.ids if i in where):
-                opened[file].seek(offset)
-                out.write(opened[file].readline())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(whole, self.path)
+        lines = self._lines()
+        missing = f"{len(lines)} of {len(self.ids)} done, {len(self.ids) - len(lines)} missing"
+        if len(self.ids) > len(lines) == len(self.done):
+            raise UserError(f"--output {self.path}: {missing}, and nothing new was done: see the messages above")
+        if len(self.ids) > len(lines):
+            say(f"{missing}: run the same command again")
+        write_atomically(self.path, "".join(lines[i] + "\n" for i in self.ids if i in lines))
         for file in self._files():
             if file != self.path:
                 file.unlink()
-        say(f"{len(where)} records in {self.path}")
-        return len(where)
+        say(f"{len(lines)} records in {self.path}")
+        return len(lines)
 
 
 def settings_of(args):
-    """What a second run on the same output must share: the arguments and the content of every file that they name."""
-    free = {"output", "verb", "run", "batch_size", "bertscore", "bertscore_layer"}  # scores are no part of the answers
-    # how a server is asked, not what
-    free |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
-    settings = {f"--{k}": v for k, v in vars(args).items() if k not in free}
-    return settings | provenance(settings)
+    """What a second run on the same output must share: the arguments, and the content of the files that they name."""
+    settings = {k: v for k, v in vars(args).items() if k not in FREE}
+    values = [x for k, v in settings.items() if k not in NO_PATHS for x in (v if isinstance(v, list) else [v])]
+    contents = {f"content of {x}": content_of(x) for x in values if isinstance(x, str) and x and os.path.exists(x)}
+    return {f"--{k}": v for k, v in settings.items()} | contents
 
 
 def open_collected(args, before, after, read=read_records, process=0, processes=1):

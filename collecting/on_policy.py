@@ -39,21 +39,19 @@ def gathered(model):
 def answers(model, tokenizer, records, args, step, *, what, temperature, done=()):
     """Yield (batch, answers) for this process's batches of records: each answer a candidate {text, finished, source}.
 
-    A batch is left out if all its records are in `done`, else answered whole. Its draw is seeded by --seed, the
-    step, and its first record, so a resumed run, or another number of processes, samples the same. After a signal the
-    rest is left out: call common.stop_if_asked before the answers are used.
+    A batch is left out if all its records are in `done`, else answered whole. Its draw is seeded by --seed, the step,
+    and its first record, so a resumed run, or another number of processes, samples the same. After a signal the rest is
+    left out: call common.stop_if_asked before the answers are used.
     """
     options = {"max_new_tokens": args.max_new_tokens, "max_prompt_length": args.max_prompt_length}
     options |= {"temperature": temperature, "stop": generation.TURNS}
     training, process = model.training, dist.get_rank()
     model.eval()
     with gathered(model), torch.no_grad():
-        batches = generation.batches_by_length(records, BATCH)[process :: dist.get_world_size()]
-        for batch in tqdm(batches, desc=what, leave=False, disable=process != 0):
+        batches = [b for b in generation.batches_by_length(records, BATCH) if not all(r["id"] in done for r in b)]
+        for batch in tqdm(batches[process :: dist.get_world_size()], desc=what, leave=False, disable=process != 0):
             if common.STOP["asked"]:
                 break
-            if all(r["id"] in done for r in batch):
-                continue
             torch.manual_seed(zlib.crc32(f"{args.seed} {step} {batch[0]['id']}".encode()))
             found = generation.generate(model, tokenizer, [r["prompt"] for r in batch], **options)
             yield batch, [{"text": a["text"], "finished": a["finished"], "source": "bootstrap"} for [a] in found]

@@ -10,7 +10,7 @@ import common
 from collecting import scoring
 from collecting.files import load_candidates
 from collecting.flags import api_flags, group
-from collecting.journal import open_collected
+from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.rank_asked import rank_by_gpt
 from collecting.rank_contextual import rank_by_contextual
 from collecting.rank_labels import drop_malformed, rank_by_label
@@ -77,12 +77,12 @@ def rank(args):
         raise UserError("--drop_malformed belongs to --by label")
     if args.min_candidates > 1 and not args.drop_malformed:
         raise UserError("--min_candidates counts what --drop_malformed leaves: give both")
-    process, processes = common.init_distributed()[:2] if args.by in SCORERS else (0, 1)
+    process, processes = common.init_distributed(LONGEST_WAIT)[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]
     if args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits
-        share = [*scoring.chunks(records)][process::processes]
-        todo = [r for chunk in share if not all(r["id"] in journal.done for r in chunk) for r in chunk]
+        chunks = [c for c in scoring.chunks(records) if not all(r["id"] in journal.done for r in c)]
+        todo = [r for chunk in chunks[process::processes] for r in chunk]
     else:
         todo = [r for r in records if args.by in ASKED or r["id"] not in journal.done]
     more = {"journal": journal} if args.by in ASKED else {}

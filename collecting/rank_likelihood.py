@@ -1,5 +1,6 @@
 """rank --by logprob, probabilistic and prm: a language model's likelihood, a proxy ranking model (Tuna)."""
 
+import math
 from collections import Counter
 
 import torch
@@ -62,6 +63,8 @@ def rank_by_prm(records, args):
     agreement = []
     for record, scores in prm_scores(records, args):
         candidates = record["candidates"]
+        if not all(map(math.isfinite, scores)):
+            raise UserError(f"--model {args.model}: its score of record {record['id']!r} is not finite")
         ranked = [i for i, c in enumerate(candidates) if c.get("rank") is not None]
         if len(ranked) > 1:
             agreement.append(spearman([-candidates[i]["rank"] for i in ranked], [scores[i] for i in ranked]))

@@ -8,7 +8,7 @@ from collections import Counter
 import common
 from collecting import generation
 from collecting.flags import generation_flags, group, prompt_flags
-from collecting.journal import open_collected
+from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.prompts import shown_prompts
 from common import in_range, say
 
@@ -20,7 +20,7 @@ def sample_flags(add):
     add("--output", help="with the new candidates (default: sampled.jsonl; of RUN/model: sampled-RUN.jsonl)")
     add("--model", required=True, help="hub id or folder")
     add("--source", help="the candidates' source (default: the model's name; of RUN/model: RUN)")
-    add("--num_samples", type=in_range(int, 1), default=4, help="responses a prompt (RESCUE: 3, Tuna: 4)")
+    add("--num_samples", type=in_range(int, 1, 10_000), default=4, help="responses a prompt (RESCUE: 3, Tuna: 4)")
     add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
     add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="of the samples")
@@ -106,7 +106,7 @@ def similar_pairs(responses, limit):
 
 
 def sample(args):
-    process, processes, device = common.init_distributed()
+    process, processes, device = common.init_distributed(LONGEST_WAIT)
     name = common.run_name(args.model)
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 128)

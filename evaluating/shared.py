@@ -14,7 +14,7 @@ from tqdm import tqdm
 import common
 from collecting import generation
 from collecting.files import read_rows, write_atomically
-from collecting.journal import Journal, settings_of
+from collecting.journal import LONGEST_WAIT, Journal, settings_of
 from common import UserError, is_number, say
 
 EVAL_FOLDER = pathlib.Path("runs/eval")
@@ -42,14 +42,13 @@ def predict(args, verb, records, compute, batches_of=None):
     (batches_of(records), or by length) -> all predictions, in order, on process 0; elsewhere nothing."""
     if not records:
         raise UserError(f"{verb}: the input holds no records")
-    process, world, device = common.init_distributed()
+    process, world, device = common.init_distributed(LONGEST_WAIT)
     args.name = system_name(args)
     args.output = args.output or str(EVAL_FOLDER / args.name / f"{verb}.jsonl")
     journal = Journal(args.output, [r["id"] for r in records], settings_of(args), process, world)
     by_length = lambda records: generation.batches_by_length(records, args.batch_size)  # noqa: E731
-    for batch in tqdm([*(batches_of or by_length)(records)][process::world], desc=verb, disable=process != 0):
-        if all(r["id"] in journal.done for r in batch):
-            continue
+    batches = [b for b in (batches_of or by_length)(records) if not all(r["id"] in journal.done for r in b)]
+    for batch in tqdm(batches[process::world], desc=verb, disable=process != 0):
         done = {r["id"]: p for r, p in zip(batch, compute(batch, device))}  # whole: padding changes the last digits
         journal.write({"id": i} | p for i, p in done.items() if i not in journal.done)
     journal.finish()

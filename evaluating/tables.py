@@ -32,7 +32,10 @@ def tables_of(folders):
         for file in files:
             document = read_document(file, metrics=dict, name=str)
             plain = {k: v for k, v in document["metrics"].items() if is_number(v)}
-            verb = file.name.removesuffix(".metrics.json")
+            verb, others = file.name.removesuffix(".metrics.json"), systems.get(document["name"], {})
+            if verb in others:
+                where = f"{others[verb]['folder']} and {folder}"
+                raise UserError(f"{where} are both called {document['name']!r}: evaluate one again with another --name")
             tables.setdefault(verb, {})[document["name"]] = plain
             systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}
     return tables, systems
@@ -152,4 +155,5 @@ def markdown(rows):
 
 def table(columns, lines):
     lines = [["", *columns], ["---"] * (len(columns) + 1), *lines]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    plain = ([" ".join(cell.replace("|", "\\|").split()) for cell in line] for line in lines)  # a name is any text
+    return "\n".join("| " + " | ".join(line) + " |" for line in plain)

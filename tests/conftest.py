@@ -120,6 +120,7 @@ def cli(capfd, monkeypatch):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+            common.open_run.lock = None  # as the end of a process would
         return Result(code, *capfd.readouterr())
 
     return run

@@ -3,7 +3,6 @@ memory; what is written is whole."""
 
 import gzip
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -143,7 +142,9 @@ def record(**fields):
 )
 def test_a_field_of_another_type(cli, tmp_path, wrong):
     data = write_jsonl(tmp_path / "d.jsonl", [record(**wrong)])
-    refused(cli("collect_candidates", "hindsight", "--input", data, "--output", tmp_path / "o"), "d.jsonl:1", *wrong)
+    refused(
+        cli("collect_candidates", "hindsight", "--input", data, "--output", tmp_path / "o.jsonl"), "d.jsonl:1", *wrong
+    )
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400])
@@ -219,17 +220,9 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
 )
 def test_absurd_numbers(cli, tiny, tmp_path, flags):
     data = write_jsonl(tmp_path / "d.jsonl", [record()])
-    refused(cli("collect_candidates", "sample", "--model", tiny, "--input", data, "--output", tmp_path / "o", *flags))
-
-
-def test_a_folder_that_is_not_shared(tmp_path, monkeypatch):
-    """As the second of two processes sees it."""
-    place = os.stat(tmp_path)
-    monkeypatch.setattr(files.dist, "get_world_size", lambda: 2)
-    told = [({}, (place.st_ino, place.st_mtime_ns)), ({}, None)]
-    monkeypatch.setattr(files.dist, "all_gather_object", lambda everyone, own: everyone.__setitem__(slice(None), told))
-    with pytest.raises(UserError, match="process 1 sees another folder"):
-        files.agree({}, tmp_path / "missing", "--output x")
+    refused(
+        cli("collect_candidates", "sample", "--model", tiny, "--input", data, "--output", tmp_path / "o.jsonl", *flags)
+    )
 
 
 def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
@@ -263,7 +256,7 @@ class TestSettings:
         monkeypatch.setenv("no_proxy", "")
         flags = ["--model", "m", "--base_url", "http://127.0.0.1:9/v1", "--retries", 0, "--timeout", 2]
         done = cli("collect_candidates", "teacher", *flags, "--input", data, "--output", tmp_path / "o.jsonl")
-        assert done.code in (0, 2) and "Traceback" not in done.err  # 0: every prompt failed and is left
+        assert done.code == 2 and "Traceback" not in done.err
 
     def test_an_argument_that_is_not_utf_8(self, cli, tiny, data, tmp_path):
         for flag in ("--data", "--model", "--output"):

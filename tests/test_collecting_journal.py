@@ -1,12 +1,14 @@
 """collecting/journal.py: files that survive a kill and hold what was asked for."""
 
 import fcntl
+import os
 import zlib
 
 import pytest
 from conftest import make_records, read_jsonl, write_jsonl
 
 from collecting import generation
+from collecting.files import content_of
 from collecting.journal import Journal
 from common import UserError
 
@@ -52,6 +54,65 @@ class TestJournal:
         journal.write([{"id": "b"}])
         journal.finish()
         assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "b", "c"]
+
+    def test_nothing_new_is_an_error(self, tmp_path):
+        """As where every request failed; what an earlier run did stays."""
+        journal = Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+        with pytest.raises(UserError, match="0 of 2 done, 2 missing, and nothing new was done"):
+            journal.finish()
+        del journal
+        for new in ([{"id": "a"}], []):
+            journal = Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+            journal.write(new)
+            if new:
+                journal.finish()
+            else:
+                with pytest.raises(UserError, match="1 of 2 done, 1 missing"):
+                    journal.finish()
+            del journal
+        assert read_jsonl(tmp_path / "o.jsonl") == [{"id": "a"}]
+
+    def test_a_number_that_is_not_finite(self, tmp_path):
+        journal = Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+        journal.write([{"id": "a", "logprob": -1.0}])
+        with pytest.raises(UserError, match="record 'b': .*not finite"):
+            journal.write([{"id": "b", "logprob": float("nan")}])
+        del journal
+        assert Journal(tmp_path / "o.jsonl", ["a", "b"], {}).done == {"a"}
+
+    def test_a_name_that_no_verb_reads_is_refused_before_the_work(self, tmp_path):
+        os.mkfifo(tmp_path / "null")  # a device, as /dev/null
+        for name in ("null", "o.jsonl.gz", "o.csv"):
+            with pytest.raises(UserError, match=f"{name}: the name must end in .jsonl"):
+                Journal(tmp_path / name, ["a"], {})
+        assert [p.name for p in tmp_path.iterdir()] == ["null"]
+
+    def test_a_process_that_differs(self, tmp_path, monkeypatch):
+        """As the second of two processes sees it: process 0 has other settings, or another folder."""
+        monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+        first = Journal(tmp_path / "o.jsonl", ["a"], {"--seed": 0})
+        assert Journal(tmp_path / "o.jsonl", ["a"], {"--seed": 0}, process=1, processes=2).done == first.done
+        for output, settings in ((tmp_path / "o.jsonl", {"--seed": 1}), (tmp_path / "else/o.jsonl", {"--seed": 0})):
+            with pytest.raises(UserError, match="other arguments or files than process 0"):
+                Journal(output, ["a"], settings, process=1, processes=2)
+
+
+class TestContent:
+    def test_of_a_model_are_its_weights(self, tmp_path):
+        """Changed where a training changes them; not by an output that is written beside them."""
+        weights = tmp_path / "model.safetensors"
+        weights.write_bytes(bytes(3 * 2**20))
+        before = content_of(tmp_path)
+        (tmp_path / "nli.jsonl").write_text("x")
+        assert content_of(str(tmp_path)) == before
+        weights.write_bytes(bytes(3 * 2**20 - 1) + b"x")
+        assert content_of(tmp_path) != before
+
+    def test_of_a_file_is_all_of_it(self, tmp_path):
+        (tmp_path / "x").write_bytes(b"a" + bytes(3 * 2**20))
+        before = content_of(tmp_path / "x")
+        (tmp_path / "x").write_bytes(b"b" + bytes(3 * 2**20))
+        assert content_of(tmp_path / "x") != before
 
 
 class TestJournalFiles:

@@ -153,11 +153,11 @@ def test_a_files_own_distractors_come_first_in_its_order_and_the_gold_place_is_s
     rows = [q | {"ctxs": own[:1] + q["ctxs"] + own[1:]} for q in questions()[1:2] * 30]
     file = write_jsonl(tmp_path / "nq.jsonl", rows)
     places = []
-    for name in ("one", "two"):
+    for name in ("one.jsonl", "two.jsonl"):
         call(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", file, "--num_documents", "4",
             "--output", tmp_path / name)  # fmt: skip
         places.append([r["gold_position"] for r in read_jsonl(tmp_path / name)])
-    first = read_jsonl(tmp_path / "one")[0]["documents"]
+    first = read_jsonl(tmp_path / "one.jsonl")[0]["documents"]
     assert [d["title"] for d in first if not d["gold"]] == ["c", "b", "a"]
     assert places[0] == places[1] and set(places[0]) == {1, 2, 3, 4}
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ENCODED, FEW_SHOT, LONG, TREE, assert_same_gradients, gradients, make, make_encoded
-from conftest import make_model, make_tokenizer, refused
+from conftest import command, make_model, make_tokenizer, refused
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -216,7 +216,7 @@ class TestModelFolders:
     def test_fewer_layers_than_weights(self, cli, own, data, tmp_path, script):
         config = json.loads((own / "config.json").read_text()) | {"num_hidden_layers": 1}
         (own / "config.json").write_text(json.dumps(config))
-        flags = ["--model", own, "--output", tmp_path / "o"]
+        flags = ["--model", own, "--output", tmp_path / "o.jsonl"]
         if script == "sample":
             done = cli("collect_candidates", "sample", "--input", data, *flags)
         else:
@@ -291,6 +291,11 @@ class TestTheGuard:
             (UnicodeDecodeError("utf-8", b"x", 0, 1, "why"), 2, "check files, flags"),
             (PermissionError(13, "not allowed", "f"), 2, "not allowed"),
             (torch.OutOfMemoryError("Tried to allocate 2.50 GiB. GPU 0 has"), 2, "memory"),
+            (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"), 2, "memory"),
+            (RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer"), 2, "another process ended"),
+            (RuntimeError("Timed out waiting 1800000ms for recv operation"), 2, "another process ended or does not"),
+            (common.UserError("a server said \x1b[31mred\x07"), 2, "a server said \ufffd[31mred\ufffd"),
+            (RuntimeError("shape mismatch"), 1, "please report"),
             (AttributeError("mistake"), 1, "please report"),
             (AssertionError(), 1, "please report"),
         ],
@@ -308,3 +313,10 @@ class TestTheGuard:
         with pytest.raises(SystemExit):
             common.run_cli(main)
         assert "Traceback" in capsys.readouterr().err and sys.argv == ["x.py"]
+
+    def test_a_rank_that_is_no_number(self, tiny, data, tmp_path, monkeypatch):
+        flags = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "o"]
+        for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+            monkeypatch.setenv(name, value)
+        done = command(sys.executable, "rescue.py", *flags, check=False)
+        assert done.returncode == 2 and "process abc: error" in done.stderr and "Traceback" not in done.stderr

@@ -26,78 +26,45 @@ def lines(rows):
 def readers(rig):
     """(name, a valid row, its second row, script, its arguments, the fields it needs, exit codes for wrong values of
     these) of each verb that reads a file."""
-    tiny = str(rig.folder / "tiny")
+    model = ["--model", str(rig.folder / "tiny")]
+    generation = [*model, "--max_new_tokens", "2"]
     record, other = make_records(2)
     for r in (record, other):
         for i, c in enumerate(r["candidates"]):
             c |= {"rank": i, "logprob": -5.0 - i, "num_tokens": 4, "reward": 1.0 - i, "similarity": 0.5}
-    generation = ["--model", tiny, "--max_new_tokens", "2"]
-    model = ["--model", tiny]
     passage = {"title": "t", "text": "The cat sat.", "hasanswer": True, "isgold": True}
-    question = {"question": "who sat", "answers": ["cat"], "ctxs": [passage]}
-    second = {"question": "who ran", "answers": ["dog"], "ctxs": [passage | {"text": "The dog ran.", "title": "u"}]}
+    asked = {"question": "who sat", "answers": ["cat"], "ctxs": [passage]}
+    asked2 = {"question": "who ran", "answers": ["dog"], "ctxs": [passage | {"text": "The dog ran.", "title": "u"}]}
     alpaca = {"instruction": "Say hello.", "input": "", "output": "Hello."}
     vicuna = {"question_id": 1, "category": "generic", "turns": ["Why?"]}
+    text, full = ["id", "prompt"], ["id", "prompt", "candidates"]
+    verb = "collect_candidates {}".format
+    # fmt: off
+    table = [
+        (verb("prepare --task esnli"), [], PAIR, PAIR | {"premise": "x"}, [*PAIR], REFUSED),
+        (verb("prepare --task alpaca"), [], alpaca, alpaca | {"instruction": "Go."}, [*alpaca], EITHER),
+        (verb("prepare --task multidoc_qa --num_documents 2"), [], asked, asked2, [*asked], REFUSED),
+        (verb("sample"), generation, record, other, text, REFUSED),
+        (verb("teacher"), generation, record, other, text, REFUSED),
+        (verb("rank --by label"), [], record, other, [*full, "label"], REFUSED),
+        (verb("rank --by probabilistic"), [], record, other, full, REFUSED),
+        (verb("rank --by contextual"), generation, record, other, full, REFUSED),
+        *[(f"rescue --ordering {x}", model, record, other, full, REFUSED) for x in ("label", "gpt", "reward")],
+        *[(f"tuna --stage {x}", model, record, other, full, REFUSED) for x in ("sft", "probabilistic", "contextual")],
+        ("evaluate ranking --by label", model, record, other, full, REFUSED),
+        ("evaluate nli", generation, record, other, [*text, "label"], REFUSED),
+        ("evaluate nll", model, record, other, full, REFUSED),
+        ("evaluate vicuna", generation, vicuna, vicuna | {"question_id": 2}, [*vicuna], EITHER),
+    ]
+    # fmt: on
+    for name, more, row, second, needed, wrong_value in table:
+        script, *words = name.split()
+        source, output = ("--data", "run") if script in ("rescue", "tuna") else ("--input", "out.jsonl")
 
-    def verb(script, *words, source="--input", output="out.jsonl"):
-        return script, lambda s, p: [*words, source, s, "--output", p / output]
+        def args(file, place, flags=(*words, *more), source=source, output=output):
+            return [*flags, source, file, "--output", place / output]
 
-    text = ["id", "prompt"]
-    full = [*text, "candidates"]
-    nli = [*text, "label"]
-    prepare = ("collect_candidates", "prepare", "--task")
-    rank = ("collect_candidates", "rank", "--by")
-    yield (
-        "prepare esnli",
-        PAIR,
-        PAIR | {"premise": "x"},
-        *verb(*prepare, "esnli"),
-        ["premise", "hypothesis", "label", "explanation_1"],
-        REFUSED,
-    )
-    yield ("prepare alpaca", alpaca, alpaca | {"instruction": "Go."}, *verb(*prepare, "alpaca"), list(alpaca), EITHER)
-    yield (
-        "prepare multidoc_qa",
-        question,
-        second,
-        *verb(*prepare, "multidoc_qa", "--num_documents", "2"),
-        ["question", "answers", "ctxs"],
-        REFUSED,
-    )
-    yield ("sample", record, other, *verb("collect_candidates", "sample", *generation), text, REFUSED)
-    yield ("teacher", record, other, *verb("collect_candidates", "teacher", *generation), text, REFUSED)
-    yield ("rank by label", record, other, *verb(*rank, "label"), [*full, "label"], REFUSED)
-    yield ("rank by probabilistic", record, other, *verb(*rank, "probabilistic"), full, REFUSED)
-    yield ("rank by contextual", record, other, *verb(*rank, "contextual", *generation), full, REFUSED)
-    for ordering in ("label", "gpt", "reward"):
-        yield (
-            f"rescue {ordering}",
-            record,
-            other,
-            *verb("rescue", "--ordering", ordering, *model, source="--data", output="run"),
-            full,
-            REFUSED,
-        )
-    for stage in ("sft", "probabilistic", "contextual"):
-        yield (
-            f"tuna {stage}",
-            record,
-            other,
-            *verb("tuna", "--stage", stage, *model, source="--data", output="run"),
-            full,
-            REFUSED,
-        )
-    yield ("evaluate ranking", record, other, *verb("evaluate", "ranking", "--by", "label", *model), full, REFUSED)
-    yield ("evaluate nli", record, other, *verb("evaluate", "nli", *generation), nli, REFUSED)
-    yield ("evaluate nll", record, other, *verb("evaluate", "nll", *model), full, REFUSED)
-    yield (
-        "evaluate vicuna",
-        vicuna,
-        vicuna | {"question_id": 2},
-        *verb("evaluate", "vicuna", *generation),
-        list(vicuna),
-        EITHER,
-    )
+        yield name, row, second, script, args, needed, wrong_value
 
 
 def mutations(row, other, needed, wrong_value):
@@ -143,24 +110,16 @@ def mutations(row, other, needed, wrong_value):
 
 def candidate_mutations(row, other):
     human, model = row["candidates"][:2]
+    # fmt: off
     wrong = {
-        "text": [3, None, ["a"]],
-        "source": [None, 1, ""],
-        "label": [3, ["neutral"]],
-        "correct": ["yes", 1, None],
-        "reward": ["0.5", None, True],
-        "rank": [-1, 1.5, "1"],
-        "num_tokens": [0, -3],
-        "logprob": ["x"],
+        "text": [3, None, ["a"]], "source": [None, 1, ""], "label": [3, ["neutral"]], "correct": ["yes", 1, None],
+        "reward": ["0.5", None, True], "rank": [-1, 1.5, "1"], "num_tokens": [0, -3, 1e300], "logprob": ["x"],
         "similarity": [[]],
     }
-    wrong = [(field, value) for field, values in wrong.items() for value in values]
-    for field, value in wrong:
-        yield (
-            f"candidate {field} = {value!r}",
-            lines([other, row | {"candidates": [human, model | {field: value}]}]),
-            REFUSED,
-        )
+    # fmt: on
+    for field, value in [(field, value) for field, values in wrong.items() for value in values]:
+        spoilt_record = row | {"candidates": [human, model | {field: value}]}
+        yield f"candidate {field} = {value!r}", lines([other, spoilt_record]), REFUSED
     yield "candidate = string", lines([row | {"candidates": ["text"]}]), REFUSED
     yield "empty human text", lines([row | {"candidates": [human | {"text": " "}, model]}]), REFUSED
     yield "duplicate id", lines([row, other, row]), REFUSED
@@ -202,9 +161,19 @@ def folders(rig, rng):
     rescue = ("rescue", lambda s, p: [*flags, "--model", s, "--output", p / "out"])
     sample = (
         "collect_candidates",
-        lambda s, p: ["sample", "--model", s, "--input", rig.prompts, "--max_new_tokens", "2", "--output", p / "o"],
+        lambda s, p: [
+            "sample",
+            "--model",
+            s,
+            "--input",
+            rig.prompts,
+            "--max_new_tokens",
+            "2",
+            "--output",
+            p / "o.jsonl",
+        ],
     )
-    resume = ("rescue", lambda s, p: rig.training_args("x", "--output", s))
+    resume = ("rescue", lambda s, p: rig.training(s))
     for how in wrong:
         for file in files:
             for script, args in (rescue, sample):
