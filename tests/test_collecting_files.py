@@ -225,17 +225,6 @@ def test_absurd_numbers(cli, tiny, tmp_path, flags):
     )
 
 
-def test_a_large_file_is_read_in_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "SAMPLED", 1000)
-    (tmp_path / "x").mkdir()
-    content = bytearray(200_000)
-    (tmp_path / "x/model.safetensors").write_bytes(content)
-    before = files.folder_digest(tmp_path / "x")
-    content[-1] = 1
-    (tmp_path / "x/model.safetensors").write_bytes(content)
-    assert files.folder_digest(tmp_path / "x") != before
-
-
 class TestSettings:
     def test_a_chat_template_that_raises(self, cli, tiny, data, tmp_path):
         own = shutil.copytree(tiny, tmp_path / "own")

@@ -318,5 +318,5 @@ class TestTheGuard:
         flags = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "o"]
         for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
             monkeypatch.setenv(name, value)
-        done = command(sys.executable, "rescue.py", *flags, check=False)
+        done = command(sys.executable, "rescue.py", *flags, check=False, cold=True)
         assert done.returncode == 2 and "process abc: error" in done.stderr and "Traceback" not in done.stderr

@@ -77,7 +77,6 @@ class TestTheFolder:
         assert (tmp_path / "out/args.json").read_text() == '{"mine": 1}'
 
     def test_two_runs_do_not_share_a_folder(self, cli, tiny, data, half):
-        common.open_run.lock.close()  # this process's own
         with open(half / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             refused(train(cli, tiny, data, half, "--resume"), "another run is writing there")
