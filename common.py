@@ -20,6 +20,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import gzip
 import hashlib
 import importlib
@@ -266,22 +267,18 @@ class Encoded:
 
 
 def encode(tokenizer, record, max_length=512, max_prompt_length=None):
-    """Tokenise a record -> Encoded. The prompt gets the tokenizer's own special tokens, a response none; the two are
-    tokenised apart, so that no token crosses the boundary. A whole response ends with EOS. A response is not whole if
-    it is cut here, or marked `finished: false`.
+    """Tokenise a record -> Encoded. The prompt gets the tokenizer's own special tokens, a response none. No token
+    crosses the boundary between them. A whole response ends with EOS. A response is not whole if it is cut here, or
+    marked `finished: false`.
 
     A prompt keeps its last `max_prompt_length` tokens, BOS among them. A response keeps its first tokens, as many as
     `max_length` leaves beside the prompt. Without `max_prompt_length` responses go first: the prompt gets the rest.
     """
     prompt = prompt_ids(tokenizer, record["prompt"])
     limit = max_length - min(len(prompt), max_prompt_length or 2, max_length - 2)
-    twice = tokenizer("a a", add_special_tokens=False).input_ids
-    own_space = twice[: len(twice) // 2] == twice[len(twice) // 2 :]  # SentencePiece begins each text with a space
-    ends, responses = rf"({re.escape(tokenizer.eos_token)}\s*)+\Z", []  # chat data may bring its own EOS
+    responses = []
     for c in record["candidates"]:
-        text = re.sub(ends, "", c["text"])
-        text = text if own_space else space_before(record["prompt"], text) + text
-        ids = tokenizer(text, add_special_tokens=False).input_ids
+        ids = response_ids(tokenizer, record["prompt"], c["text"])
         whole = c.get("finished") is not False or not ids  # an empty response is its EOS
         responses.append(ids + [tokenizer.eos_token_id] * whole)
     longest = min(limit, max(map(len, responses)))
@@ -295,20 +292,43 @@ def space_before(prompt, text):
     return "" if not text or prompt[-1:].isspace() or text[0].isspace() else " "
 
 
+def response_ids(tokenizer, prompt, text):
+    """The tokens that prompt + join + text has behind the prompt's, without the EOS that a rendered chat ends with.
+
+    A tokenizer may put a space before every text, so a response is not tokenised alone. Where one token would cross
+    the boundary (a prompt that ends with a space), it is tokenised behind another start that it does not merge with.
+    """
+    text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+\Z", "", text)  # chat data may bring its own EOS
+    text = space_before(prompt, text) + text
+    for start in (prompt[-64:], "\n", ":", "a"):
+        head, both = tokenizer([start, start + text], add_special_tokens=False).input_ids
+        if both[: len(head)] == head:
+            return both[len(head) :]
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+@functools.cache
+def prefix_ids(tokenizer):
+    """The special tokens that a tokenizer puts before a text: BOS, or others, or none."""
+    ids, bare = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
+    return ids[: ids.index(bare[0])] if bare else ids
+
+
 def prompt_ids(tokenizer, text):
-    """The prompt's tokens with the tokenizer's own special tokens: BOS once, no EOS. UserError if there are none."""
-    has_bos = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)  # written by a chat template
-    ids = tokenizer(text, add_special_tokens=not has_bos).input_ids
+    """The prompt's tokens behind the tokenizer's prefix, which stands once even if a chat template wrote it too.
+    UserError if there are none."""
+    ids, prefix = tokenizer(text, add_special_tokens=False).input_ids, prefix_ids(tokenizer)
+    ids = ids if ids[: len(prefix)] == prefix else prefix + ids
     if not ids:
         raise UserError(f"the prompt {text!r} has no tokens in this tokenizer: leave its record out")
-    closed = len(ids) > 1 and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token)
-    return ids[:-1] if closed else ids  # some tokenizers end every text with EOS
+    return ids
 
 
 def cut_left(tokenizer, ids, room):
-    """The last `room` tokens of a prompt. Its BOS, if it has one, stays in front."""
-    bos = ids[:1] if ids[:1] == [tokenizer.bos_token_id] and room > 1 else []
-    return ids if len(ids) <= room else bos + ids[len(ids) - room + len(bos) :]
+    """The last `room` tokens of a prompt. The tokenizer's prefix, if it begins with it, stays in front."""
+    prefix = prefix_ids(tokenizer) or [tokenizer.bos_token_id]
+    prefix = prefix if ids[: len(prefix)] == prefix and room > len(prefix) else []
+    return ids if len(ids) <= room else prefix + ids[len(ids) - room + len(prefix) :]
 
 
 def encode_all(tokenizer, records, args):

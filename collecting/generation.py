@@ -114,6 +114,17 @@ def shared_tokens(model, ids):
     return shared if len(ids) > 1 and shared >= 32 and is_plain(model) else 0
 
 
+def text_behind(tokenizer, prompt, new):
+    """The text of new tokens behind a prompt's. Alone they could lose a space: SentencePiece drops it at a start."""
+    head, both = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt[-8:], prompt[-8:] + new))
+    return both[len(head) :]
+
+
+def without_join(prompt, text):
+    """`text` without the space that common.encode puts before it again. All other white space was drawn, and stays."""
+    return text[1:] if text == common.space_before(prompt, text[1:]) + text[1:] else text
+
+
 @torch.inference_mode()
 # fmt: off
 def generate(
@@ -136,7 +147,8 @@ def generate(
     samples, is read once: its cache is repeated. logprob is
     the sum of the model's own log-probabilities, before temperature and top_p, of the num_tokens tokens. EOS counts in
     neither (an empty response is its EOS): servers leave it out too, and `rank --by logprob`. finished: it ended by
-    itself within max_new_tokens. The text ends before the first of the `stop` strings.
+    itself within max_new_tokens. The text ends before the first of the `stop` strings, and then without white space.
+    Otherwise it is what was drawn: common.encode gives its tokens.
     """
     if 0 < temperature < 1e-3:
         raise UserError(f"--temperature {temperature} is too small to divide by: 0 is greedy")
@@ -174,11 +186,12 @@ def generate(
     responses = []
     for row, sequence in enumerate(tokens):
         end = next((i for i, token in enumerate(sequence) if token in ends), len(sequence))
-        text = tokenizer.decode(sequence[:end], skip_special_tokens=True)
+        text = text_behind(tokenizer, ids[row // num_samples], sequence[:end])
         cut = min((text.index(s) for s in stop if s in text), default=None)
+        text = text if cut is None else text[:cut].rstrip()
         num_tokens = max(1, end)
         response = {
-            "text": text[:cut].strip(),
+            "text": without_join(prompts[row // num_samples], text),
             "num_tokens": num_tokens,
             "finished": cut is not None or end < len(sequence),
         }

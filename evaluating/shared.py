@@ -59,7 +59,8 @@ def generate_answers(args, records, device):
     """-> an answer (text, num_tokens, finished, logprob) to each record's prompt, greedily or with --num_beams."""
     model, tokenizer = generation.load_generator(args.model, device, args.bf16)
     options = generation.options_of(args)
-    return [a for [a] in generation.generate(model, tokenizer, [r["prompt"] for r in records], **options)]
+    answers = generation.generate(model, tokenizer, [r["prompt"] for r in records], **options)
+    return [a | {"text": a["text"].strip()} for [a] in answers]
 
 
 def answer(args, verb, records):
