@@ -1,6 +1,7 @@
 """The verb rank: annotations by a ranker for each --by. A ranker takes (records, args) and yields the records,
 annotated."""
 
+import json
 import pathlib
 import random
 
@@ -8,7 +9,7 @@ from tqdm import tqdm
 
 import common
 from collecting import scoring
-from collecting.files import load_candidates
+from collecting.files import load_candidates, write_atomically
 from collecting.flags import api_flags, group
 from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.rank_asked import rank_by_gpt
@@ -48,6 +49,7 @@ def rank_flags(add):
     by = group(add, "what some rankers read")
     by("--drop_malformed", action="store_true", help="label: first drop NLI responses that are not well-formed")
     by("--min_candidates", type=in_range(int, 1), default=1, help="and prompts left with fewer (RESCUE's code: 5)")
+    by("--per_source", type=in_range(int, 1), help="and of each model keep the first N (RESCUE's code: 3 of 6)")
     by("--mark_answers", action="store_true", help="label, multi-document QA: end texts with #### Correct, as released")
     by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
     by("--rank_original", action="store_true", help="contextual, prm: rank the original response too")
@@ -77,6 +79,8 @@ def rank(args):
         raise UserError("--drop_malformed belongs to --by label")
     if args.min_candidates > 1 and not args.drop_malformed:
         raise UserError("--min_candidates counts what --drop_malformed leaves: give both")
+    if args.per_source and not args.drop_malformed:
+        raise UserError("--per_source counts what --drop_malformed leaves: give both")
     process, processes = common.init_distributed(LONGEST_WAIT)[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]
@@ -89,8 +93,10 @@ def rank(args):
     bar = tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0)
     for record in RANKERS[args.by](bar, args, **more):
         journal.write([record] * (record["id"] not in journal.done))
-    if journal.finish():
-        print_length_by_rank(load_candidates(journal.path), args.by)
+    if journal.finish() and (words := words_by_rank(load_candidates(journal.path), args.by)):
+        say("mean words:", ", ".join(f"{key}: {mean:.1f}" for key, mean in words.items()))
+        rounded = json.dumps({key: round(mean, 1) for key, mean in words.items()})
+        write_atomically(pathlib.Path(f"{journal.path}.lengths.json"), rounded + "\n")
 
 
 def taken(path, args):
@@ -99,7 +105,7 @@ def taken(path, args):
     if not records:
         raise UserError(f"{path}: --skip {args.skip} leaves no record")
     if args.drop_malformed:
-        records = list(drop_malformed(records, args.min_candidates))
+        records = list(drop_malformed(records, args.min_candidates, args.per_source))
         if not records:
             raise UserError(f"{path}: no record has --min_candidates {args.min_candidates} well-formed responses")
     return records
@@ -130,20 +136,12 @@ def expand_ranking(record, args):
     return record | {"candidates": ranking[: args.ranking_length]}
 
 
-def print_length_by_rank(records, by):
-    """Mean response length in words by rank (Tuna, Table 4), where ranks are known."""
+def words_by_rank(records, by):
+    """{rank: mean words of its responses} (Tuna, Table 4), of --by label {correct, incorrect}; {} without ranks."""
     lengths = {}
     for record in records:
         for c in record["candidates"]:
             key = c.get("rank") if by != "label" else {True: "correct", False: "incorrect"}[c["correct"]]
-            key = "unranked" if key is None else key
-            lengths.setdefault(key, []).append(len(c["text"].split()))
-    if lengths.keys() == {"unranked"}:
-        return
-    say(
-        "mean words:",
-        ", ".join(
-            f"{key}: {sum(n) / len(n):.1f}"
-            for key, n in sorted(lengths.items(), key=lambda x: (isinstance(x[0], str), x[0]))
-        ),
-    )
+            lengths.setdefault("unranked" if key is None else key, []).append(len(c["text"].split()))
+    ordered = sorted(lengths.items(), key=lambda x: (isinstance(x[0], str), x[0]))
+    return {str(key): sum(n) / len(n) for key, n in ordered} if lengths.keys() != {"unranked"} else {}

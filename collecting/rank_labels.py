@@ -53,20 +53,23 @@ def rank_by_answer(record, count, where):
 OF_SAMPLE = ("logprob", "num_tokens", "teacher", "finished")  # said of the text as it was sampled
 
 
-def drop_malformed(records, min_candidates):
+def drop_malformed(records, min_candidates, per_source=None):
     """Yield the NLI records without the model responses that are not well-formed, except those that are left with
     fewer than min_candidates (RESCUE's released code: 5, the human response among them). The others get the human
-    responses' form, one line: explanation #### Label. They are whole, and their likelihood is no longer known."""
+    responses' form, one line: explanation #### Label. They are whole, and their likelihood is no longer known.
+    per_source: of each model keep the first so many (the released code samples 6 and keeps 3)."""
     total, malformed, left_out = Counter(), Counter(), 0
     for record in records:
-        kept = []
+        kept, good = [], Counter()
         for c in record["candidates"]:
             label, well_formed = parse_nli(c["text"])
+            good[c["source"]] += well_formed
             if c["source"] not in HUMAN and well_formed:
                 explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
                 c = {k: v for k, v in c.items() if k not in OF_SAMPLE}
                 c["text"] = f"{explanation} #### {label.capitalize()}"
-            kept += [c] * (c["source"] in HUMAN or well_formed)
+            fits = not per_source or good[c["source"]] <= per_source
+            kept += [c] * (c["source"] in HUMAN or well_formed and fits)
             if c["source"] not in HUMAN:
                 total[c["source"]] += 1
                 malformed[c["source"]] += not well_formed

@@ -2,14 +2,14 @@
 # PRO, Table 5 (arXiv 2306.17492, Sec. 4.7): without L_SFT, without the temperature, without both, and with the first term
 # of L_PRO alone, on Table 2's blocks. Prints Table 5, ours and the paper's; the row PRO is pro_hh.sh's run.
 # Every value, at the top of pro_common.sh, can be set from the environment.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/pro_common.sh
+. "$(dirname "$0")/pro_common.sh"
 
 [ "$SCALE" = tiny ] && : "${ABLATIONS:=no_temperature first_only}" "${ABLATIONS_RAW:=no_temperature-no_sft}"
 ABLATIONS_RAW=${ABLATIONS_RAW:-no_sft no_temperature no_temperature-no_sft} # of two responses k = 1 is the only term
 ABLATIONS=${ABLATIONS:-first_only no_sft no_temperature no_temperature-no_sft}
 
+needs "$BLOCKS"
+start
 for block in $BLOCKS; do block "$block"; done
 for seed in $SEEDS; do
   for block in $BLOCKS; do

@@ -1,7 +1,7 @@
 # What PRO's three recipes share (arXiv 2306.17492): the values of Sec. 4.1 to 4.4, HH-RLHF and its candidates, how a
 # method is trained and measured. They share data/pro-SCALE, runs/pro-SCALE and results/pro-SCALE: nothing is made twice.
-NAME=pro
-. recipes/lib.sh
+NAME=pro PAPER_GPUS=8 # Sec. 4.3: 7 train and 1 holds RM_train; here all 8 train, and rewards are made before
+. "$(dirname "$0")/lib.sh"
 
 case $SCALE in
 tiny) # random models, seconds
@@ -18,10 +18,6 @@ cpu) # demo/model on one core, harmless-base alone, two reward models of its own
   : "${RM_EVAL_ROWS:=--shuffle 0 --skip 1000 --limit 1000}" "${LR:=5e-5}" "${BATCH:=8}" "${TOKENS:=48}"
   : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=0}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
-135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
-  : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"
-  : "${RM_ROWS:=--shuffle 0 --limit 16000}" "${RM_EVAL_ROWS:=--shuffle 0 --skip 16000 --limit 16000}"
-  : "${BLOCKS:=raw own3}" "${LR:=2e-5}" "${EVAL_EVERY:=25}" ;;
 esac
 MODEL=${MODEL:-huggyllama/llama-7b}                                    # Sec. 4.3: LLaMA-7B
 RM_TRAIN=${RM_TRAIN:-OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5} # footnote 4; RM_ROWS: our own, trained on these
@@ -33,10 +29,6 @@ TRAIN_ROWS=${TRAIN_ROWS:-} TEST_ROWS=${TEST_ROWS:-} RM_ROWS=${RM_ROWS:-} # of th
 ALPACA=${ALPACA:-alpaca-7b} CHATGPT=${CHATGPT:-gpt-3.5-turbo} CURIE=${CURIE:-text-curie-001} # a folder; names at BASE_URL
 BASE_URL=${BASE_URL-https://api.openai.com/v1}
 BLOCKS=${BLOCKS:-raw alpaca3 chatgpt3}     # Table 2's
-if [[ $BLOCKS = *alpaca3* && $ALPACA != */* ]]; then
-  echo "set ALPACA to a folder with Alpaca-7B's weights (Table 2's Alpaca-3 block), or BLOCKS='raw chatgpt3' without" >&2
-  exit 2
-fi
 LR=${LR:-5e-6} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-112} MAX_LENGTH=${MAX_LENGTH:-512} # Sec. 4.3; for all methods, Sec. 4.4
 MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} # as released, as the constant schedule is
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
@@ -45,24 +37,31 @@ SEEDS=${SEEDS:-0}                          # silent: one run each, as far as the
 BF16=${BF16:-}                             # --bf16: on a CPU that has it
 COLUMNS_SHOWN=${COLUMNS_SHOWN:-}           # of the paper's tables, a ; between them: all
 
-collect() { run python collect_candidates.py "$@"; }
-prepare() { # prepare SPLIT FILES FLAGS...
-  local split=$1 files=$2
-  [ -n "$files" ] || [ -z "$HH" ] || files=$(for s in $SUBSETS; do echo "$HH/$s/$split.jsonl.gz"; done)
-  collect prepare --task hh --subset $SUBSETS --split "$split" ${files:+--input $files} "${@:3}"
-}
-rank() { # rank FROM TO FLAGS...
-  collect rank --by reward --reward_model "$RM_TRAIN" --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" "${@:3}"
-}
 server=(${BASE_URL:+--base_url "$BASE_URL"})
 answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Human: human: Assistant: assistant: $BF16)
+names=()
+files() { # files SPLIT: TRAIN_FILES or TEST_FILES, or those of HH, or none: the hub's
+  local given=$TRAIN_FILES
+  [ "$1" = train ] || given=$TEST_FILES
+  [ -n "$given" ] || [ -z "$HH" ] || given=$(for s in $SUBSETS; do echo "$HH/$s/$1.jsonl.gz"; done)
+  echo $given
+}
+prepare() { # prepare SPLIT FLAGS...
+  local given=$(files "$1")
+  collect prepare --task hh --subset $SUBSETS --split "$1" ${given:+--input $given} "${@:2}"
+}
+rank() { # rank FROM TO FLAGS...
+  run $TORCHRUN collect_candidates.py rank --by reward --reward_model "$RM_TRAIN" --input "$DATA/$1.jsonl" \
+    --output "$DATA/$2.jsonl" "${@:3}"
+}
 add() { # add FROM TO SOURCE N: N responses of a source to each prompt, from this machine or from a server
   local io=(--task hh --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --source "$3" --num_samples "$4")
+  local asked=(ask "$DATA/$2.jsonl" python collect_candidates.py teacher "${server[@]}" "${io[@]}")
   case $3 in
   own) run $TORCHRUN collect_candidates.py sample --model "$MODEL" "${io[@]}" "${answers[@]}" ;;
   alpaca-7b) run $TORCHRUN collect_candidates.py sample --model "$ALPACA" "${io[@]}" "${answers[@]}" ;;
-  text-curie-001) collect teacher --completions --model "$CURIE" "${server[@]}" "${io[@]}" "${answers[@]}" ;;
-  gpt-3.5-turbo) collect teacher --model "$CHATGPT" "${server[@]}" "${io[@]}" --max_new_tokens "$TOKENS" ;;
+  text-curie-001) "${asked[@]}" --completions --model "$CURIE" "${answers[@]}" ;;
+  gpt-3.5-turbo) "${asked[@]}" --model "$CHATGPT" --max_new_tokens "$TOKENS" ;;
   esac
 }
 block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one more response a prompt
@@ -82,7 +81,9 @@ measure() { # measure NAME FLAGS...: answers to the test set, or with --source a
   ! kept "$1" || return 0
   run $TORCHRUN evaluate.py hh --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/hh.jsonl" \
     --reward_model "$RM_EVAL" "${answers[@]}" "${@:2}"
-  keep "$1" "$RUNS/eval/$1" "$RUNS/$1"
+  local trained=
+  [[ $* != *"--model $RUNS/"* ]] || trained=$RUNS/$1
+  keep "$1" "$trained"
 }
 pro() { # pro NAME DATA FLAGS...: PRO or an ablation, at its best step by the reward of the validation answers; with
   # EVAL_EVERY=0 at its last
@@ -100,17 +101,31 @@ report() { # report PAPER'S-TABLE SYSTEMS...
     ${COLUMNS_SHOWN:+--columns "${shown[@]}"}
 }
 
-names=()
-prepare train "$TRAIN_FILES" $TRAIN_ROWS --output "$DATA/train.jsonl"
-prepare test "$TEST_FILES" $TEST_ROWS --output "$DATA/test.jsonl" --validation "$VALIDATION" --keep_validation
-if [ -n "$RM_ROWS" ]; then
-  prepare train "$TRAIN_FILES" $RM_ROWS --output "$DATA/reward-train.jsonl"
-  prepare train "$TRAIN_FILES" $RM_EVAL_ROWS --output "$DATA/reward-eval.jsonl"
-  for rm in reward-train reward-eval; do
-    run $TORCHRUN reward_model.py --model "$MODEL" --data "$DATA/$rm.jsonl" --output "$RUNS/$rm" --lr "$RM_LR" --resume \
-      --batch_size "$BATCH" --max_length "$MAX_LENGTH" $BF16
+needs() { # needs BLOCKS FLAGS...: what these blocks need, and more flags of recipes/helper.py. A checkpoint of 7B has 81 GB,
+  # and the next is written before it goes; two models and two reward models lie beside it
+  local files=($(files train) $(files test))
+  [[ $1 != *alpaca3* ]] || files+=("$ALPACA/config.json")
+  [[ $1 != *chatgpt3* ]] || set -- "$@" --urls "$BASE_URL"
+  need 300 --models "$MODEL" "$RM_TRAIN" "$RM_EVAL" --files "${files[@]}" "${@:2}"
+}
+start() { # the data and the reward models
+  prepare train $TRAIN_ROWS --output "$DATA/train.jsonl"
+  prepare test $TEST_ROWS --output "$DATA/test.jsonl" --validation "$VALIDATION" --keep_validation
+  if [ -n "$RM_ROWS" ]; then
+    prepare train $RM_ROWS --output "$DATA/reward-train.jsonl"
+    prepare train $RM_EVAL_ROWS --output "$DATA/reward-eval.jsonl"
+    for rm in reward-train reward-eval; do
+      run $TORCHRUN reward_model.py --model "$MODEL" --data "$DATA/$rm.jsonl" --output "$RUNS/$rm" --lr "$RM_LR" --resume \
+        --batch_size "$BATCH" --max_length "$MAX_LENGTH" $BF16
+    done
+    RM_TRAIN=$RUNS/reward-train/model RM_EVAL=$RUNS/reward-eval/model
+  fi
+  local rm # OpenAssistant's are published as .bin alone: safetensors are made of them once
+  for rm in RM_TRAIN RM_EVAL; do
+    [[ ${!rm} = OpenAssistant/* ]] || continue
+    collect convert --model "${!rm}" --output "$DATA/${!rm##*/}"
+    printf -v "$rm" %s "$DATA/${!rm##*/}"
   done
-  RM_TRAIN=$RUNS/reward-train/model RM_EVAL=$RUNS/reward-eval/model
-fi
-rank validation validation-ranked
-answering=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")
+  rank validation validation-ranked
+  answering=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")
+}

@@ -2,14 +2,13 @@
 # PRO, Tables 1, 2, 3 and 6 (arXiv 2306.17492, Sec. 4.1 to 4.6 and 4.8.2): SFT, BoN, CoH, RRHF, PRO and PRO_s, which
 # answers its own prompts, on HH-RLHF as it is (raw) and with one more response a prompt (alpaca3, chatgpt3).
 # Prints Table 1's counts first, at the end Table 6, with a JUDGE Table 3, and Table 2: ours and the paper's. Table 2's
-# RLHF is not ours (`export --format trl`), nor are its rows of Curie and ChatGLM, which answer zero-shot; Table 4 wants people (`evaluate.py sheet`).
-# Every value, at the top of pro_common.sh, can be set from the environment.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/pro_common.sh
+# RLHF is not ours (`export --format trl`), nor are its rows of Curie and ChatGLM, which answer zero-shot; Table 4 wants
+# people (`evaluate.py sheet`). Every value, at the top of pro_common.sh, can be set from the environment.
+. "$(dirname "$0")/pro_common.sh"
 
 [ "$SCALE" = tiny ] && : "${METHODS:=sft rrhf pro pro_s}" "${METHODS_3:=bon coh}"
 METHODS=${METHODS:-sft coh rrhf pro pro_s} METHODS_3=${METHODS_3:-bon coh rrhf pro pro_s} # raw; with more responses
+RRHF=${RRHF:---alpha 1 --length_scaling 1 --human_length_scaling 1} # its official code scores by the sum: see PAPERS.md
 JUDGE=${JUDGE:-}        # gpt-4, Sec. 4.6
 JUDGED=${JUDGED:-20}    # questions a subset: Table 3's shares are multiples of 2.5, so 20 in two orders
 
@@ -21,8 +20,7 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
   bon) pro "bon-$2" "$2" --no_ranking ;;
   sft) pro "sft-$2" train --no_ranking ;; # the response that people chose
   rrhf)
-    kept "$name" || train "$name" rescue.py --ordering reward --alpha 1 --length_scaling 1 --human_length_scaling 1 \
-      --schedule constant --warmup 0 --data "$data"
+    kept "$name" || train "$name" rescue.py --ordering reward $RRHF --schedule constant --warmup 0 --data "$data"
     measure "$name" --model "$RUNS/$name/model" ;;
   coh)
     collect hindsight --input "$data" --output "$DATA/$2-hindsight.jsonl"
@@ -32,6 +30,8 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
   esac
 }
 
+needs "$BLOCKS" ${JUDGE:+--urls "$BASE_URL"}
+start
 measure base --model "$MODEL"
 measure gold --source chosen
 measure rejected --source rejected # against gold: what RM_eval knows of people's choice
@@ -59,7 +59,7 @@ if [ -n "$JUDGE" ]; then
     run python evaluate.py judge --answers "$RUNS/eval/pro-raw-seed0/hh.jsonl" "$RUNS/eval/${pair##*:}/hh.jsonl" \
       --name "$name" --output "$RUNS/eval/$name/judge.jsonl" --verdicts average --limit "$JUDGED" \
       --model "$JUDGE" "${server[@]}"
-    keep "$name" "$RUNS/eval/$name"
+    keep "$name"
     judged+=("$RESULTS/$name")
   done
   COLUMNS_SHOWN='' report table3 "${judged[@]}"

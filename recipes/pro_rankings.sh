@@ -3,14 +3,18 @@
 # answers, which are sampled one model after the other into one file. Prints the rewards, a row a way and a column a
 # length. The figure has no printed numbers; lengths 2 and 3 of Alpaca and ChatGPT stand in Table 2. Table 6 is pro_hh.sh's.
 # Every value, at the top of pro_common.sh, can be set from the environment.
-set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/pro_common.sh
+. "$(dirname "$0")/pro_common.sh"
 
 [ "$SCALE" = tiny ] && : "${EXPANSIONS:=alpacas random}" "${LENGTHS:=3 5}"
 [ "$SCALE" = paper ] || : "${EXPANSIONS:=own}" # several answers of the model itself: there is no other on the machine
 EXPANSIONS=${EXPANSIONS:-alpacas chatgpt ascending descending random} LENGTHS=${LENGTHS:-3 4 5}
 
+of="alpaca3 chatgpt3" retired=()
+[ "$EXPANSIONS" != own ] || of=
+[[ $CURIE$EXPANSIONS != text-curie-001*@(ascending|descending|random)* ]] ||
+  retired=(--absent "CURIE, a weak model at BASE_URL: text-curie-001 is retired. CURIE=another, or EXPANSIONS='alpacas chatgpt'")
+needs "$of" "${retired[@]}"
+start
 if [ "$EXPANSIONS" = own ]; then
   add train longer own 3
 else
@@ -19,13 +23,17 @@ else
   add longer-curie longer gpt-3.5-turbo 3
 fi
 block raw
-names=()
 for seed in $SEEDS; do
   pro pro-raw raw # pro_hh.sh's run, which has two responses
+  same "pro-raw-seed$seed" "raw@2-seed$seed"
   names[-1]=$RESULTS/raw@2-seed$seed
-  as "pro-raw-seed$seed" "raw@2-seed$seed"
   for expansion in $EXPANSIONS; do
     for length in $LENGTHS; do
+      if [[ $expansion@$length = @(descending|random)@5 && " $EXPANSIONS " = *" ascending "* ]]; then
+        same "ascending@5-seed$seed" "$expansion@5-seed$seed" # all three sources: the same candidates
+        names+=("$RESULTS/$expansion@5-seed$seed")
+        continue
+      fi
       way=(--expand "$expansion")
       [ "$expansion" != own ] || way=(--expand alpacas --expand_sources own)
       rank longer "$expansion-$length" "${way[@]}" --ranking_length "$length"

@@ -1,120 +1,144 @@
-# Sourced by rescue_esnli.sh and rescue_sweeps.sh: the values of RESCUE's experiments on e-SNLI (arXiv 2311.09136), and its
-# prompts and candidates. Every value can be set from the environment.
+# Sourced by rescue_esnli.sh and rescue_sweeps.sh: the values of RESCUE's experiments on e-SNLI (arXiv 2311.09136), each of
+# which can be set from the environment, and how its prompts and candidates are made.
 #
-# ESNLI_TRAIN, ESNLI_TEST: OanaMariaCamburu/e-SNLI, dataset/esnli_{train_1,train_2,test}.csv. The paper's proprietary
-# models are gone: TEACHER, RANKER, FLIPPER name others, all at BASE_URL (their key: OPENAI_API_KEY); TEACHER="" does
-# without a response of it. A sampler that does not know the form yet can be trained first: SAMPLER_PROMPTS.
-NAME=rescue_esnli
-. recipes/lib.sh
+# ESNLI_TRAIN, ESNLI_TEST: OanaMariaCamburu/e-SNLI, dataset/esnli_{train_1,train_2,test}.csv. The paper's models behind
+# APIs, -0613 of each, are retired: TEACHER, RANKER, FLIPPER name others, all at BASE_URL (their key: OPENAI_API_KEY).
+# TEACHER="" does without a response of it. A sampler that does not know the form yet can be trained first: SAMPLER_PROMPTS.
+NAME=rescue_esnli PAPER_GPUS=4 # Sec. 6: 4 A100
+. "$(dirname "$0")/lib.sh"
 
 case $SCALE in
 tiny) # random model and a stand-in server, seconds
   tiny && tiny_server
   : "${ESNLI_TRAIN:=$DATA/tiny/esnli.csv}" "${ESNLI_TEST:=$DATA/tiny/esnli.csv}" "${TEST:=3}" "${MODEL:=$DATA/tiny/model}"
-  : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${DROP=}" "${MIN_CANDIDATES:=1}"
-  : "${RANKED:=3}" "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" "${SAMPLES:=2}" ;;
-cpu | 135m) # demo/model: one core, hours; a GPU, minutes. One file of e-SNLI, as JSONL, gives all prompts: its last 1,001
-  # rows are the test's
+  : "${SIZES:=4}" "${FLIP_SIZES=4}" "${FLIP_ORDERINGS=label}" "${DROP=}" "${MIN_CANDIDATES:=1}" "${SAMPLES:=2}" "${DRAWN:=2}"
+  : "${RANKED:=3}" "${ENCODER:=$DATA/tiny/model}" "${TOKENS:=8}" "${STOP=}" "${BATCH:=2}" "${LR:=1e-3}" ;;
+cpu) # demo/model, one core, hours. One file of e-SNLI, as JSONL, gives all prompts: its last 1,001 rows are the test's
   : "${ESNLI:=esnli_dev.jsonl}" "${ESNLI_TRAIN:=$DATA/rows.jsonl}" "${ESNLI_TEST:=$DATA/test_rows.jsonl}" "${TEST:=1000}"
-  if [ ! -e "$ESNLI" ]; then
-    echo "set ESNLI to a JSONL of esnli_dev.csv's rows (no $ESNLI here)" >&2
-    exit 2
-  fi
-  head -n -1001 "$ESNLI" > "$DATA/rows.jsonl"
-  tail -n 1001 "$ESNLI" > "$DATA/test_rows.jsonl"
   : "${MODEL:=demo/model}" "${SIZES:=500 1500}" "${POOL:=1500}" "${ORDERINGS:=none label hybrid human similarity}" "${SEEDS:=0 1 2}"
   : "${FLIP_SIZES=}" "${TEACHER=}" "${RANKER=}" "${SAMPLER_PROMPTS:=3000}" "${SHOTS:=0}" "${MIN_CANDIDATES:=1}" "${RANKED:=200}"
-  : "${PROMPT:=recipes/prompts/nli_short.txt}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}" # three shots for the base model
-  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=1e-4}" "${EVAL_BATCH:=64}"
+  : "${PROMPT:=recipes/prompts/nli_short.txt}" "${EVAL_PROMPT=}" "${BASE_PROMPT:=recipes/prompts/nli_chat.txt}"
+  : "${ENCODER:=demo/encoder}" "${TOKENS:=32}" "${STOP=}" "${BATCH:=16}" "${LR:=1e-4}" "${EVAL_BATCH:=64}" "${DRAWN:=3}"
   : "${SAMPLER_LR:=3e-4}" "${FROM_SAMPLER=1}" # the base model answers at chance, and after 500 prompts still does
-  : "${BF16=--bf16}" # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
-  [ "$SCALE" = 135m ] || : "${ROW_TOKENS=2560}" ;; # a step in one row: a tenth faster than in two
+  : "${ROW_TOKENS=2560}" "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 esac
-ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
+ESNLI=${ESNLI:-} ESNLI_TRAIN=${ESNLI_TRAIN:-esnli_train_1.csv esnli_train_2.csv} ESNLI_TEST=${ESNLI_TEST:-esnli_test.csv}
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
 SIZES=${SIZES:-2000 5000 10000 20000}     # Sec. 6.1; the first so many of one seeded draw
 FLIP_SIZES=${FLIP_SIZES-2000 5000}        # Table 1
 ORDERINGS=${ORDERINGS:-none similarity gpt human label hybrid} FLIP_ORDERINGS=${FLIP_ORDERINGS-similarity gpt human label hybrid}
 SEEDS=${SEEDS:-0}                         # the paper reports one run each, as far as it says
 SAMPLES=${SAMPLES:-3} TEMPERATURE=${TEMPERATURE:-0.8} SHOTS=${SHOTS:-3} # Sec. 5.1; three shots as released
-TEACHER=${TEACHER-gpt-3.5-turbo} RANKER=${RANKER-gpt-3.5-turbo} FLIPPER=${FLIPPER-gpt-4} # Sec. 5.1: -0613 of each
+TEACHER=${TEACHER-gpt-3.5-turbo} RANKER=${RANKER-gpt-3.5-turbo} FLIPPER=${FLIPPER-gpt-4} # Sec. 5.1
 BASE_URL=${BASE_URL:-https://api.openai.com/v1}
-DROP=${DROP---drop_malformed} # as released; and every response must be left: 3 + 1 + human
-MIN_CANDIDATES=${MIN_CANDIDATES:-$((1 + SAMPLES + (${#TEACHER} > 0)))}
+DROP=${DROP---drop_malformed} DRAWN=${DRAWN:-$((2 * SAMPLES))} # as released: of six samples the first three with the form
+MIN_CANDIDATES=${MIN_CANDIDATES:-$((1 + SAMPLES + (${#TEACHER} > 0)))} # as released; 3 + 1 + human
 ENCODER=${ENCODER:-sentence-transformers/all-MiniLM-L6-v2} # as released; the paper does not name it
 ALPHA=${ALPHA:-0.1} LENGTH_SCALING=${LENGTH_SCALING:-0.85} # 0.1 as released, Sec. 7: 0.01 to 0.1; lambda, Sec. 7
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
-EVAL_SHOTS=${EVAL_SHOTS:-$SHOTS}          # trained without examples, evaluated with three, as released
+# Trained without examples, evaluated with three, as released; the examples have the form that training teaches
+EVAL_PROMPT=${EVAL_PROMPT-recipes/prompts/nli_three_shots.txt} BASE_PROMPT=${BASE_PROMPT:-${EVAL_PROMPT-}}
 TOKENS=${TOKENS:-128} STOP=${STOP-"\n\n"} TEST=${TEST:-9824} RANKED=${RANKED:-1000} SAMPLER_PROMPTS=${SAMPLER_PROMPTS:-0} EVAL_BATCH=${EVAL_BATCH:-16}
-BF16=${BF16:-} ROW_TOKENS=${ROW_TOKENS:-} SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-} BASE_PROMPT=${BASE_PROMPT:-}
+BF16=${BF16:-} ROW_TOKENS=${ROW_TOKENS:-} SAMPLER_LR=${SAMPLER_LR:-} FROM_SAMPLER=${FROM_SAMPLER:-} PROMPT=${PROMPT:-}
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }
-pool=$(largest $SIZES)
-[ "$MIN_CANDIDATES" = 1 ] || pool=$((pool * 3 / 2)) # prompts that lose a candidate are left out
-pool=${POOL:-$pool}
+most=$(largest $SIZES)
+POOL=${POOL:-$((MIN_CANDIDATES == 1 ? most : most * 3 / 2))} # prompts that lack a well-formed response are left out
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
-train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
+drop=($DROP)
+[ -z "$DROP" ] || [ "$DRAWN" = "$SAMPLES" ] || drop+=(--per_source "$SAMPLES")
+names=() start=$MODEL mix=$DATA/sampled
+[ -z "$TEACHER" ] || mix=$DATA/mixed
+
+train() { # train OUTPUT DATA ORDERING SIZE SEED FLAGS...
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$start" --output "$1" --max_train_samples "$4" --seed "$5" \
     --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume \
     ${ROW_TOKENS:+--max_tokens_per_row "$ROW_TOKENS"} $BF16 "${@:6}"
 }
-start=$MODEL names=()
-measure() { # measure NAME MODEL, and flags that name another prompt
+measure() { # measure NAME MODEL [PROMPT-FILE]
   names+=("$RESULTS/$1")
   ! kept "$1" || return 0
-  local asked=("${@:3}")
-  [ $# -gt 2 ] || asked=(--shots "$EVAL_SHOTS")
+  local prompt=${3:-$EVAL_PROMPT} trained=
+  [ "$2" = "$MODEL" ] || trained=${2%/model}
   run $TORCHRUN evaluate.py nli --model "$2" --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/nli.jsonl" \
-    "${asked[@]}" "${answers[@]}" --batch_size "$EVAL_BATCH"
-  [ ! -e "$DATA/test-ranked.jsonl" ] || run $TORCHRUN evaluate.py ranking --by label --model "$2" --name "$1" \
-    --length_scaling "$LENGTH_SCALING" --input "$DATA/test-ranked.jsonl" --output "$RUNS/eval/$1/ranking.jsonl"
-  keep "$1" "$RUNS/eval/$1" "$(dirname "$2")"
+    ${prompt:+--prompt_file "$prompt"} "${answers[@]}" --batch_size "$EVAL_BATCH"
+  run $TORCHRUN evaluate.py ranking --by label --model "$2" --name "$1" --length_scaling "$LENGTH_SCALING" \
+    --input "$DATA/test-ranked.jsonl" --output "$RUNS/eval/$1/ranking.jsonl"
+  keep "$1" "$trained"
 }
-collect() { run python collect_candidates.py "$@"; }
-annotate() { # annotate PREFIX SIZES: PREFIX.jsonl -> PREFIX-label.jsonl, and from that -similarity and -gpt
-  collect rank --by label ${DROP:+$DROP --min_candidates "$MIN_CANDIDATES"} --input "$1.jsonl" --output "$1-label.jsonl"
-  local left=$(wc -l < "$1-label.jsonl") most=$(largest $2)
-  if [ "$left" -lt "$most" ]; then
-    echo "$1-label.jsonl: $left of $pool prompts are left, $most are wanted: a larger POOL and another OUT, or fewer in SIZES" >&2
-    exit 2
-  fi
+enough() { # enough FILE SIZES...: the SIZES that FILE has prompts for; says which are left out
+  local there=${!#}
+  [ -n "$DRY" ] || there=$(wc -l < "$1")
+  for size in "${@:2}"; do
+    if [ "$there" -ge "$size" ]; then echo "$size"; else echo "$1: $there prompts, so size $size is left out" >&2; fi
+  done
+}
+annotate() { # annotate PREFIX SIZES...: PREFIX.jsonl -> PREFIX-label.jsonl, and from it -similarity and -gpt
+  collect rank --by label "${drop[@]}" ${DROP:+--min_candidates "$MIN_CANDIDATES"} --input "$1.jsonl" --output "$1-label.jsonl"
   collect rank --by similarity --encoder "$ENCODER" --input "$1-label.jsonl" --output "$1-similarity.jsonl"
-  [ -z "$RANKER" ] || collect rank --by gpt --model "$RANKER" --base_url "$BASE_URL" --limit "$most" \
-    --input "$1-label.jsonl" --output "$1-gpt.jsonl"
+  [ -z "$RANKER" ] || ask "$1-gpt.jsonl" python collect_candidates.py rank --by gpt --model "$RANKER" --base_url "$BASE_URL" \
+    --limit "$(largest "${@:2}")" --input "$1-label.jsonl" --output "$1-gpt.jsonl"
+}
+sample() { # sample FROM TO N: N samples of the sampler to each prompt
+  run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$3" \
+    --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl"
+}
+teach() { # teach FROM TO: one response of the teacher, greedy and top_p 0.9 as released
+  ask "$DATA/$2.jsonl" python collect_candidates.py teacher --model "$TEACHER" --base_url "$BASE_URL" --shots "$SHOTS" \
+    --temperature 0 --top_p 0.9 --input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl"
+}
+prompts() { # prompts INPUT TO FLAGS...
+  collect prepare --task esnli ${PROMPT:+--prompt_file "$PROMPT"} --input $1 "${@:3}" --output "$DATA/$2.jsonl"
 }
 
-# Prompts: the test's, the training pool, and, apart from it, those of the sampler
-prepare=(prepare --task esnli ${PROMPT:+--prompt_file "$PROMPT"})
-collect "${prepare[@]}" --input $ESNLI_TEST --limit "$TEST" --output "$DATA/test.jsonl"
-collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --limit "$pool" --output "$DATA/train.jsonl"
-sampler=$MODEL
-if [ "$SAMPLER_PROMPTS" -gt 0 ]; then
-  collect "${prepare[@]}" --input $ESNLI_TRAIN --shuffle 0 --skip "$pool" --limit "$SAMPLER_PROMPTS" --output "$DATA/sampler.jsonl"
-  [ -d "$RUNS/sampler/model" ] || train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 \
-    ${SAMPLER_LR:+--lr "$SAMPLER_LR"}
-  sampler=$RUNS/sampler/model
-  [ -z "$FROM_SAMPLER" ] || start=$sampler
-fi
-# Candidates (Sec. 5.1): three samples, a stronger model's, the human one
-candidates() { # candidates OF PREFIX: of OF.jsonl, PREFIXsampled.jsonl, and with a TEACHER PREFIXmixed.jsonl
-  run $TORCHRUN collect_candidates.py sample --model "$sampler" --source "$(basename "$MODEL")" --num_samples "$SAMPLES" \
-    --temperature "$TEMPERATURE" --shots "$SHOTS" "${answers[@]}" --input "$DATA/$1.jsonl" --output "$DATA/$2sampled.jsonl"
-  [ -z "$TEACHER" ] || collect teacher --model "$TEACHER" --base_url "$BASE_URL" --shots "$SHOTS" \
-    --input "$DATA/$2sampled.jsonl" --output "$DATA/$2mixed.jsonl"
+candidates() { # prompts and candidates of the training, flipped ones too, and of the test
+  if [ -n "$ESNLI" ]; then
+    into "$DATA/rows.jsonl" head -n -1001 "$ESNLI"
+    into "$DATA/test_rows.jsonl" tail -n 1001 "$ESNLI"
+  fi
+  prompts "$ESNLI_TEST" test --limit "$TEST"
+  prompts "$ESNLI_TRAIN" train --shuffle 0 --limit "$POOL"
+  sampler=$MODEL
+  if [ "$SAMPLER_PROMPTS" -gt 0 ]; then # of prompts apart from the pool
+    prompts "$ESNLI_TRAIN" sampler --shuffle 0 --skip "$POOL" --limit "$SAMPLER_PROMPTS"
+    train "$RUNS/sampler" "$DATA/sampler.jsonl" none "$SAMPLER_PROMPTS" 0 ${SAMPLER_LR:+--lr "$SAMPLER_LR"}
+    sampler=$RUNS/sampler/model
+    [ -z "$FROM_SAMPLER" ] || start=$sampler
+  fi
+  # Sec. 5.1: three samples, a stronger model's, the human one. The teacher, which is paid, is asked about the prompts that
+  # have three samples with the form, and about a tenth more than are needed
+  sample train sampled "$DRAWN"
+  if [ -n "$TEACHER" ] && [ -n "$DROP" ]; then
+    collect rank --by label "${drop[@]}" --min_candidates $((1 + SAMPLES)) --input "$DATA/sampled.jsonl" --output "$DATA/whole.jsonl"
+    if [ -z "$(enough "$DATA/whole.jsonl" "$most")" ]; then
+      echo "of $POOL prompts too few have $SAMPLES well-formed samples: a larger POOL and another OUT, or a smaller SIZES" >&2
+      exit 2
+    fi
+    into "$DATA/to_teach.jsonl" head -n $((most * 11 / 10)) "$DATA/whole.jsonl"
+    teach to_teach mixed
+  elif [ -n "$TEACHER" ]; then
+    teach sampled mixed
+  fi
+  annotate "$mix" $SIZES
+  SIZES=$(enough "$mix-label.jsonl" $SIZES)
+  if [ -n "$FLIP_SIZES" ]; then # in place of the others, as released; of a fifth more prompts than are needed
+    into "$DATA/to_flip.jsonl" head -n $(($(largest $FLIP_SIZES) * 6 / 5)) "$mix-label.jsonl"
+    ask "$DATA/flipped.jsonl" python collect_candidates.py flip --replace --prompt_file recipes/prompts/rescue_flip.txt \
+      --model "$FLIPPER" --base_url "$BASE_URL" ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} \
+      --input "$DATA/to_flip.jsonl" --output "$DATA/flipped.jsonl"
+    annotate "$DATA/flipped" $FLIP_SIZES
+    FLIP_SIZES=$(enough "$DATA/flipped-label.jsonl" $FLIP_SIZES)
+  fi
+  # Fig. 5 and 6: such candidates of the test's first RANKED prompts (how many: silent), which every model then scores
+  into "$DATA/test-first.jsonl" head -n "$RANKED" "$DATA/test.jsonl"
+  sample test-first test-sampled "$SAMPLES"
+  [ -z "$TEACHER" ] || teach test-sampled test-mixed
+  collect rank --by label $DROP --input "$DATA/test-${mix##*/}.jsonl" --output "$DATA/test-ranked.jsonl"
+  [ "$sampler" = "$MODEL" ] || KEEP_MODELS=1 measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
 }
-of=$([ -n "$TEACHER" ] && echo mixed || echo sampled)
-candidates train ""
-mix=$DATA/$of
-annotate "$mix" "$SIZES"
-if [ -n "$FLIP_SIZES" ]; then # the flipped ones in place of the others, as released; of no more prompts than are needed
-  wanted=$(largest $FLIP_SIZES)
-  head -n $((wanted * pool / $(largest $SIZES))) "$mix-label.jsonl" > "$DATA/to_flip.jsonl"
-  collect flip --replace --prompt_file recipes/prompts/rescue_flip.txt --model "$FLIPPER" --base_url "$BASE_URL" \
-    ${TEACHER:+--label_model "$TEACHER" --label_base_url "$BASE_URL"} --input "$DATA/to_flip.jsonl" --output "$DATA/flipped.jsonl"
-  annotate "$DATA/flipped" "$FLIP_SIZES"
-fi
-# Fig. 5 and 6: such candidates of the test's first RANKED prompts (how many: silent), which every model then scores
-head -n "$RANKED" "$DATA/test.jsonl" > "$DATA/test-first.jsonl"
-candidates test-first test-
-collect rank --by label $DROP --input "$DATA/test-$of.jsonl" --output "$DATA/test-ranked.jsonl"
-[ "$sampler" = "$MODEL" ] || measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
+
+needs() { # a checkpoint of 7B has 81 GB, and the next is written before it goes
+  local urls=()
+  [ -z "$TEACHER$RANKER$FLIP_SIZES" ] || urls=(--urls "$BASE_URL")
+  need 250 --models "$MODEL" "$ENCODER" --files ${ESNLI:-$ESNLI_TRAIN $ESNLI_TEST} "${urls[@]}"
+}

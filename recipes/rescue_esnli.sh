@@ -3,9 +3,7 @@
 # SFT, full orderings (similarity, gpt) and partial ones (human, label, hybrid), without and with flipped responses.
 # Prints Table 1, ours and the paper's, and draws it: train_size.png. Its values stand in rescue_common.sh; each can be
 # set from the environment: SIZES=2000 ORDERINGS="none label" bash recipes/rescue_esnli.sh
-set -euo pipefail
-cd "$(dirname "$0")/.."
-. recipes/rescue_common.sh
+. "$(dirname "$0")/rescue_common.sh"
 
 compare() { # compare PREFIX SUFFIX SIZES ORDERINGS SEED: train and measure
   for size in $3; do
@@ -18,16 +16,17 @@ compare() { # compare PREFIX SUFFIX SIZES ORDERINGS SEED: train and measure
   done
 }
 
-measure base@0 "$MODEL" ${BASE_PROMPT:+--prompt_file "$BASE_PROMPT"}
+needs
+candidates
+measure base@0 "$MODEL" "$BASE_PROMPT"
 untrained=${#names[@]}
 for seed in $SEEDS; do
   compare "$mix" "" "$SIZES" "$ORDERINGS" "$seed"
   compare "$DATA/flipped" -flip "$FLIP_SIZES" "$FLIP_ORDERINGS" "$seed"
 done
-trained=("${names[@]:untrained}")
 run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_table1.json --output "$RESULTS/table1.md"
-run python evaluate.py report "${trained[@]}" --columns accuracy --plot train_size --output "$RESULTS/train_size.md" > "$RESULTS/plot.log"
+into "$RESULTS/plot.log" python evaluate.py report "${names[@]:untrained}" --columns accuracy --plot train_size --output "$RESULTS/train_size.md"
 # Fig. 6, the base model's confusion matrix, and Fig. 5, of label at the largest size; where they were measured here
 shown=$RUNS/eval/label@$(largest $SIZES)-seed${SEEDS%% *}
-[ ! -e "$shown/ranking.jsonl" ] || run python evaluate.py report "$shown" --plot sources >> "$RESULTS/plot.log"
+[ ! -e "$shown/ranking.jsonl" ] || run python evaluate.py report "$shown" --plot sources
 for plot in "$RUNS/eval/base@0/nli.png" "$shown/sources.png"; do [ ! -e "$plot" ] || cp "$plot" "$RESULTS/"; done

@@ -1,16 +1,15 @@
-# Sourced by Tuna's three recipes, which share what they collect and train: the paper's values (each can be set from the
-# environment), and how a stage is collected, trained and measured.
+# Sourced by Tuna's three recipes (arXiv 2310.13385), which share what they collect and train: the paper's values, each of
+# which can be set from the environment, and how a stage is collected, trained and measured. At the papers' size first
+# tuna_prm.sh, then tuna.sh, then tuna_sweeps.sh.
 #
-# ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their
-# log-probabilities, the only way to the paper's retired teacher; without it TEACHER answers, a model at TEACHER_URL or a
-# folder. GPT4: their released rankings of Tuna_p's responses, for Tuna. RANKER at RANKER_URL ranks and judges (below paper
-# scale a stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; VICUNA: its questions; empty: left out.
+# ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their log-probabilities,
+# the only way to the paper's teacher, which is retired; without it TEACHER answers, a model at TEACHER_URL or a folder.
+# GPT4: their released rankings of Tuna_p's responses, for Tuna. RANKER at RANKER_URL ranks and judges (below paper scale a
+# stand-in, where no URL is set). SUPERNI, LMENTRY: clones of the benchmarks; VICUNA: its questions; empty: left out.
 # HELD_OUT: so many instructions after the first N, on which is measured what the papers' benchmarks do not say: the NLL of
 # the references, and how a system ranks the teacher's responses, beside the teacher's order (Eq. 3) and the ranker's.
-# MAX_REQUESTS stops the ranking of training data early: training takes what is there, the next start goes on, and what rests on a file
-# that grew is made and trained anew; files that it makes anew are first set aside, in $DATA/outdated-*.
-NAME=tuna
-. recipes/lib.sh
+NAME=tuna PAPER_GPUS=8 # App. C: 8 V100 of 32 GB; ours computes in bf16, which wants an A100 or newer
+. "$(dirname "$0")/lib.sh"
 
 case $SCALE in
 tiny) # random models, seconds
@@ -23,18 +22,17 @@ cpu) # demo/model, a core, half an hour; ALPACA: a JSONL of instruction, input, 
   : "${SUPERNI=}" "${LMENTRY=}" "${LMENTRY_EXAMPLES:=15}" "${VICUNA=}" "${EVAL_TOKENS:=64}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}"
   : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
-135m) # demo/model, a GPU
-  : "${BASE:=demo/model}" "${TEACHER:=$BASE}" "${N:=400}" "${FIRST:=100}" "${TOKENS:=64}" "${EVAL_TOKENS:=64}" "${BATCH:=16}"
-  : "${LR_SFT:=1e-4}" "${LR:=5e-5}" "${LR_SECOND:=5e-6}" "${SFT_EPOCHS:=1}" "${PRM_3B:=$BASE}" "${PRM_7B:=$BASE}" ;;
+paper)
+  : "${RANK=--prompt_file recipes/prompts/tuna_rank.txt --max_new_tokens 2048}" # Table 9; 2,048 as released
+  : "${JUDGE=--prompt_file recipes/prompts/judge_plain.txt --verdicts mean}" ;; # see PAPERS.md
 esac
 if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then # without a ranker: one that prefers the longer response
-  mkdir -p "$DATA/tiny"
   tiny_server
   RANKER_URL=$BASE_URL RANKER=${RANKER:-stand-in}
 fi
 ALPACA=${ALPACA:-alpaca_data.json} DAVINCI=${DAVINCI:-} GPT4=${GPT4:-} LIMA=${LIMA:-lima.jsonl} VICUNA=${VICUNA-question.jsonl}
-BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-text-davinci-003} TEACHER_URL=${TEACHER_URL:-}
-RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} MAX_REQUESTS=${MAX_REQUESTS:-}
+BASE=${BASE:-huggyllama/llama-7b} TEACHER=${TEACHER:-} TEACHER_URL=${TEACHER_URL:-}
+RANKER=${RANKER:-gpt-4} RANKER_URL=${RANKER_URL:-https://api.openai.com/v1} RANK=${RANK:-} JUDGE=${JUDGE:-}
 SUPERNI=${SUPERNI-natural-instructions} LMENTRY=${LMENTRY-lmentry} LMENTRY_EXAMPLES=${LMENTRY_EXAMPLES:-} SHOTS=${SHOTS:-0 2}
 N=${N:-52002} FIRST=${FIRST:-13000}                         # Alpaca's instructions; "the first 13K", Sec. 3.1
 HELD_OUT=${HELD_OUT:-0} BF16=${BF16:-}                      # not the paper's
@@ -50,24 +48,16 @@ PRM_3B=${PRM_3B:-stabilityai/stablelm-base-alpha-3b} PRM_7B=${PRM_7B:-$BASE} # S
 
 template=(--template "$TEMPLATE") # what the models learn is how the benchmarks ask them
 tokens=(${EVAL_TOKENS:+--max_new_tokens "$EVAL_TOKENS"})
-names=()
-if [ "$HELD_OUT" != 0 ] && [ -n "$DAVINCI" ]; then
-  echo "HELD_OUT wants the teacher's own responses to instructions that it has not seen: leave DAVINCI empty, or HELD_OUT" >&2
-  exit 2
-fi
+ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
+names=() more=() prm=()
 
-collect() { run python collect_candidates.py "$@"; }
-
-anew() { # anew FILE INPUTS...: where INPUTS are not those that FILE was made from, set it aside, so that it is made again
-  local now aside
-  mkdir -p "${1%/*}"
-  now=$(cat "${@:2}" | sha256sum | cut -c1-16)
-  if [ -e "$1.from" ] && [ "$(cat "$1.from")" != "$now" ]; then
-    aside=$(mktemp -d "$DATA/outdated-XXXX")
-    echo "$1: what it was made from changed; it is made anew, the old one is in $aside"
-    mv "$1"* "$aside"
-  fi
-  echo "$now" > "$1.from"
+needs() { # needs FILES...: these and the common ones. Alpaca, Tuna_p and Tuna_c are kept for what rests on them
+  [ -z "$LMENTRY" ] || more+=(--packages num2words)
+  need 400 --models "$BASE" "${prm[@]}" --files "$ALPACA" $SUPERNI $LMENTRY $VICUNA "$@" --urls "$RANKER_URL" "${more[@]}"
+}
+needs_teacher() {
+  [ -n "$DAVINCI$TEACHER" ] || more+=(--absent "a teacher: DAVINCI=the authors' file (microsoft/LMOps, tuna/gpt_data/), TEACHER=a folder, or TEACHER_URL= too")
+  [ "$HELD_OUT" = 0 ] || [ -z "$DAVINCI" ] || more+=(--absent "the teacher's responses to the HELD_OUT instructions: without DAVINCI")
 }
 
 instructions() { # Alpaca's, with the original response
@@ -75,85 +65,68 @@ instructions() { # Alpaca's, with the original response
   collect "${from[@]}" --limit "$N" --output "$DATA/train.jsonl"
   [ "$HELD_OUT" = 0 ] || collect "${from[@]}" --skip "$N" --limit "$HELD_OUT" --output "$DATA/held-out.jsonl"
 }
-
 teach() { # teach FROM TO: TEACHER's responses with their log-probabilities
   local io=(--input "$DATA/$1.jsonl" --output "$DATA/$2.jsonl" --model "$TEACHER" --num_samples "$RESPONSES"
     --temperature "$TEMPERATURE" --max_new_tokens "$TOKENS")
   if [ -n "$TEACHER_URL" ]; then
-    collect teacher "${io[@]}" --base_url "$TEACHER_URL" --completions --logprobs
+    ask "$DATA/$2.jsonl" python collect_candidates.py teacher "${io[@]}" --base_url "$TEACHER_URL" --completions --logprobs
   else
     run $TORCHRUN collect_candidates.py sample "${io[@]}" --source teacher $BF16
   fi
 }
-
 teacher() { # N responses of the teacher with its log-probabilities, and as ranks (Eq. 3)
   if [ -n "$DAVINCI" ]; then
     collect prepare --task alpaca --from_release --input "$DAVINCI" --limit "$N" "${template[@]}" --output "$DATA/teacher.jsonl"
   else
     teach train teacher
   fi
-  anew "$DATA/teacher-ranked.jsonl" "$DATA/teacher.jsonl"
   collect rank --by probabilistic --input "$DATA/teacher.jsonl" --output "$DATA/teacher-ranked.jsonl" --length_penalty "$BETA"
   split teacher-ranked
   if [ "$HELD_OUT" != 0 ]; then
     teach held-out held-out-teacher
-    MAX_REQUESTS='' contextual held-out-teacher held-out-ranked "$HELD_OUT"
+    contextual held-out-teacher held-out-ranked "$HELD_OUT"
   fi
 }
-
 sample() { # sample STUDENT LIMIT: its own diverse responses (Sec. 2.3); LIMIT of the instructions
-  head -n "$2" "$DATA/train.jsonl" > "$DATA/train-$2.jsonl"
-  anew "$DATA/sampled-$1.jsonl" "$DATA/train-$2.jsonl" "$RUNS/$1.data"
-  run $TORCHRUN collect_candidates.py sample --input "$DATA/train-$2.jsonl" --output "$DATA/sampled-$1.jsonl" \
-    --model "$RUNS/$1/model" --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS" $BF16
+  into "$DATA/train-$2.jsonl" head -n "$2" "$DATA/train.jsonl"
+  run $TORCHRUN collect_candidates.py sample --input "$DATA/train-$2.jsonl" --output "$DATA/sampled-$1.jsonl" --model "$RUNS/$1/model" \
+    --num_samples "$RESPONSES" --temperature "$TEMPERATURE" --max_rouge_l "$TAU" --max_new_tokens "$TOKENS" $BF16
 }
-
 contextual() { # contextual FROM TO LIMIT: the ranker on the responses to the first LIMIT instructions (Table 9)
-  anew "$DATA/$2.jsonl" "$DATA/$1.jsonl"
-  collect rank --by contextual --input "$DATA/$1.jsonl" --limit "$3" --output "$DATA/$2.jsonl" \
-    --model "$RANKER" --base_url "$RANKER_URL" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
+  ask "$DATA/$2.jsonl" python collect_candidates.py rank --by contextual --input "$DATA/$1.jsonl" --limit "$3" \
+    --output "$DATA/$2.jsonl" --model "$RANKER" --base_url "$RANKER_URL" $RANK
 }
-
 split() { # split FILE: into FILE-first and FILE-rest, the paper's 13K and 39K
-  head -n "$FIRST" "$DATA/$1.jsonl" > "$DATA/$1-first.jsonl"
-  tail -n +$((FIRST + 1)) "$DATA/$1.jsonl" > "$DATA/$1-rest.jsonl"
+  into "$DATA/$1-first.jsonl" head -n "$FIRST" "$DATA/$1.jsonl"
+  into "$DATA/$1-rest.jsonl" tail -n "+$((FIRST + 1))" "$DATA/$1.jsonl"
+}
+join() { into "$DATA/$1.jsonl" cat "$DATA/$2.jsonl" "$DATA/$3.jsonl"; } # join TO FROM FROM
+table4() { # the mean words of responses by rank, which `rank` writes beside its output
+  into "$RESULTS/table4.txt" grep -H "" "$DATA/ranked-alpaca.jsonl.lengths.json" "${@/#/$DATA/}"
 }
 
-train() { # train RUN FROM DATA FLAGS...: tuna.py (or $SCRIPT) from the run FROM, or from a model; anew where the data grew
-  local name=$1 from=$2 data=$DATA/$3.jsonl model=$2
-  [ ! -d "$RUNS/$from/model" ] || model=$RUNS/$from/model
-  local digest
-  digest=$(sha256sum < "$data" | cut -c1-16)$(cat "$RUNS/$from.data" 2>/dev/null || true)
-  if [ -e "$RUNS/$name.data" ] && [ "$(cat "$RUNS/$name.data")" != "$digest" ]; then
-    echo "$name: its data changed, so it is trained and measured anew"
-    rm -rf "${RUNS:?}/$name" "$RUNS/eval/$name"
-  fi
-  echo "$digest" > "$RUNS/$name.data"
-  echo "data of $name: ${digest:0:16} $data"
-  run $TORCHRUN "${SCRIPT:-tuna.py}" --model "$model" --data "$data" --output "$RUNS/$name" --batch_size "$BATCH" \
+train() { # train RUN MODEL DATA FLAGS...: tuna.py, or $SCRIPT
+  run $TORCHRUN "${SCRIPT:-tuna.py}" --model "$2" --data "$DATA/$3.jsonl" --output "$RUNS/$1" --batch_size "$BATCH" \
     --warmup "$WARMUP" --epochs "$EPOCHS" --resume $BF16 "${@:4}"
 }
-
 probabilistic() { train "$1" "$2" "$3" --stage probabilistic --length_penalty "$BETA" "${ranking[@]}" "${@:4}"; }
 by_rank() { train "$1" "$2" "$3" --stage contextual "${ranking[@]}" "${@:4}"; }
-ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
-
 sft() { EPOCHS=$SFT_EPOCHS BATCH=$SFT_BATCH train "$1" "$BASE" "$2" --stage sft --lr "$LR_SFT" "${@:3}"; }
-
+of_alpaca=$RUNS/alpaca/model
 alpaca() { sft alpaca train; }
-
-tuna_p() { probabilistic tuna_p alpaca teacher --lr "$LR"; }
-
+tuna_p() { probabilistic tuna_p "$of_alpaca" teacher --lr "$LR"; }
 tuna_c() { # Alpaca's responses to all instructions (the PRM ranks the rest), the ranker on the first
   sample alpaca "$N"
   contextual sampled-alpaca ranked-alpaca "$FIRST"
-  by_rank tuna_c alpaca ranked-alpaca --lr "$LR"
+  by_rank tuna_c "$of_alpaca" ranked-alpaca --lr "$LR"
 }
 
 measure() { # measure RUN: held out, Super-NI, LMentry, Vicuna QA, the last against Alpaca's answers. llama: BASE, which
   # has learnt no template, so in the benchmarks' own form; of what is held out it is the teacher itself, where TEACHER is BASE
-  local model=$RUNS/$1/model out=$RUNS/eval/$1 form=("${template[@]}")
-  [ "$1" != llama ] || model=$BASE form=()
+  names+=("$1")
+  ! kept "$1" || return 0
+  local model=$RUNS/$1/model out=$RUNS/eval/$1 form=("${template[@]}") trained=$RUNS/$1
+  [ "$1" != llama ] || model=$BASE form=() trained=
   local eval=(--model "$model" --name "$1")
   if [ -n "$SUPERNI" ]; then
     for shots in $SHOTS; do
@@ -166,7 +139,6 @@ measure() { # measure RUN: held out, Super-NI, LMentry, Vicuna QA, the last agai
   if [ "$HELD_OUT" != 0 ]; then
     run $TORCHRUN evaluate.py nll "${eval[@]}" --input "$DATA/held-out.jsonl" --max_length 1024 --output "$out/nll.jsonl"
     for by in logprob rank; do # beside the teacher's order, beside the ranker's
-      anew "$out/ranking-$by.jsonl" "$DATA/held-out-ranked.jsonl"
       run $TORCHRUN evaluate.py ranking "${eval[@]}" --by $by --input "$DATA/held-out-ranked.jsonl" --max_length 1024 \
         --margin "$MARGIN" --length_penalty "$BETA" --output "$out/ranking-$by.jsonl"
     done
@@ -174,15 +146,20 @@ measure() { # measure RUN: held out, Super-NI, LMentry, Vicuna QA, the last agai
   if [ -n "$VICUNA" ]; then
     run $TORCHRUN evaluate.py vicuna "${eval[@]}" --input "$VICUNA" "${template[@]}" "${tokens[@]}" --output "$out/vicuna.jsonl"
     [ "$1" = alpaca ] || run python evaluate.py judge --answers "$out/vicuna.jsonl" "$RUNS/eval/alpaca/vicuna.jsonl" \
-      --name "$1" --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL"
+      --name "$1" --output "$out/judge.jsonl" --model "$RANKER" --base_url "$RANKER_URL" $JUDGE
   fi
-  keep "$1" "$out" "$RUNS/$1"
-  [ "$1" = llama ] || names+=("$RESULTS/$1")
+  case $1 in
+  alpaca | tuna_p | tuna_c) KEEP_MODELS=1 keep "$1" "$trained" ;;
+  *) keep "$1" "$trained" ;;
+  esac
 }
-
-report() { # report TABLE [FOLDERS...]: ours beside the paper's
-  local table=$1
-  shift
-  [ $# -gt 0 ] || set -- "${names[@]}"
-  run python evaluate.py report "$@" --paper "recipes/paper/tuna_$table.json" --output "$RESULTS/$table.md"
+there() { # there SYSTEMS...: sets `systems` to the results of those that are there
+  systems=()
+  for system in "$@"; do
+    [ ! -d "$RESULTS/$system" ] && [[ " ${names[*]} " != *" $system "* ]] || systems+=("$RESULTS/$system")
+  done
+}
+report() { # report TABLE SYSTEMS...: ours beside the paper's
+  there "${@:2}"
+  run python evaluate.py report "${systems[@]}" --paper "recipes/paper/tuna_$1.json" --output "$RESULTS/$1.md"
 }

@@ -184,6 +184,32 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
     assert "--drop_malformed" in capsys.readouterr().err
 
 
+def test_of_each_model_the_first_well_formed_are_kept(tmp_path, monkeypatch, capsys):
+    """As RESCUE's released code: six samples, of which the first three with the form are kept."""
+    good = [f"{x} #### Neutral" for x in "abcd"]
+    records = [nli(0, "h #### Neutral", "no", *good), nli(1, "h #### Neutral", "no", *good[:2])]
+    records[0]["candidates"].append({"text": "t #### Neutral", "source": "teacher"})
+    source, output = write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl"
+    more = ("--drop_malformed", "--min_candidates", "4", "--per_source", "3", "--output", output)
+    run(monkeypatch, "rank", "--by", "label", "--input", source, *more)
+    [record] = read_jsonl(output)
+    assert [c["text"][0] for c in record["candidates"]] == ["h", "a", "b", "c", "t"]
+    with pytest.raises(SystemExit):
+        run(
+            monkeypatch,
+            "rank",
+            "--by",
+            "label",
+            "--input",
+            source,
+            "--per_source",
+            "3",
+            "--output",
+            tmp_path / "x.jsonl",
+        )
+    assert "--drop_malformed" in capsys.readouterr().err
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # By similarity
 

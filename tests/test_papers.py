@@ -167,18 +167,18 @@ def keys(tree):
 
 
 def logged_names():
-    """What training logs and evaluation writes: keywords of run.count, keys in what is given to write_metrics, in dicts
-    called line, figures or metrics, and in functions called speed or *_metrics."""
+    """What training logs and evaluation writes: the names in LOSSES, keys in what is given to write_metrics, in dicts
+    called line, figures, metrics or timing, and in functions called means or *_metrics."""
     for path in [*ROOT.glob("*.py"), *ROOT.glob("evaluating/*.py")]:
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and ast.unparse(node.func) in ("run.count", "write_metrics"):
-                yield from (k.arg for k in node.keywords)
-                yield from keys(node)
-            elif isinstance(node, ast.FunctionDef) and re.fullmatch(r"speed|(?!write).*_metrics", node.name):
+            written = isinstance(node, ast.Call) and ast.unparse(node.func) == "write_metrics"
+            if written or isinstance(node, ast.FunctionDef) and re.fullmatch(r"means|(?!write).*_metrics", node.name):
                 yield from keys(node)
             elif isinstance(node, (ast.Assign, ast.AugAssign)):
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                if re.match(r"(line|figures|metrics)\b", ast.unparse(target)):
+                target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
+                if target == "LOSSES":
+                    yield from ast.literal_eval(node.value)
+                elif re.match(r"(line|figures|metrics|timing)\b", target):
                     yield from keys(node)
 
 

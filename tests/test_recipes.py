@@ -119,42 +119,54 @@ def tuna_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("tuna")
 
 
-def digests(out):
-    """What a recipe prints of each stage's data -> {run: digest}."""
-    return {line.split()[2][:-1]: line.split()[3] for line in out.splitlines() if line.startswith("data of ")}
+def data_of(run):
+    """What a run's args.json says of its training data: the digest."""
+    settings = json.loads((run / "args.json").read_text())["settings"]
+    return settings[f"content of {settings['data']}"]
+
+
+def test_tuna_prm(env, tuna_folder):
+    """It comes first and needs no teacher."""
+    out = recipe("tuna_prm", env, tuna_folder).stdout
+    rows = [line for line in out.splitlines() if line.startswith("| Tuna_c (PRM-3B-")]
+    assert len(rows) == 2 and all(len(re.findall(r"\d\]? \(", line)) == 4 for line in rows)  # ours, and the paper's
+    table4 = (tuna_folder / "results/tuna-tiny/table4.txt").read_text().splitlines()
+    assert [re.search(r"([\w-]+)\.jsonl", line)[1] for line in table4] == ["ranked-alpaca", "prm-3B-52K"]
+    lengths = json.loads(table4[0].partition(":")[2])
+    assert lengths["0"] >= lengths["1"] >= lengths["2"]  # the stand-in prefers the longer one
+    assert not list((tuna_folder / "data/tuna-tiny").glob("teacher*"))
 
 
 def test_tuna(env, tuna_folder):
-    """The whole sequence; each stage's data differ where the paper samples anew."""
-    out = recipe("tuna", env, tuna_folder).stdout
-    data = digests(out)
-    assert list(data) == ["alpaca", "alpaca_mul", "tuna_p", "tuna_c", "tuna", "tuna_cp-13K", "mix-52K"]
-    assert data["alpaca_mul"] == data["tuna_p"] and len(set(data.values())) == 6  # both: the teacher's responses
-    for row in ("Alpaca-Mul", "Tuna_p", "Tuna_c", "Tuna", "Tuna_cp-13K", "mix-Tuna-52K"):
+    """The whole sequence after tuna_prm.sh; each stage's data differ where the paper samples anew."""
+    before = (tuna_folder / "data/tuna-tiny/prm-3B-39K.jsonl").exists()
+    systems = "llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K" + " mix-104K" * before
+    done = recipe("tuna", env, tuna_folder, SYSTEMS=systems)
+    out, trained = done.stdout, [s for s in systems.split() if s != "llama"]
+    data = {s: data_of(tuna_folder / f"runs/tuna-tiny/{s}") for s in ["alpaca", *trained]}
+    assert data["alpaca_mul"] == data["tuna_p"] and len(set(data.values())) == len(data) - 1  # the teacher's responses
+    rows = ["Alpaca-Mul", "Tuna_p", "Tuna_c", "Tuna", "Tuna_cp-13K", "mix-Tuna-52K"] + ["mix-Tuna-104K"] * before
+    for row in rows:
         lines = [line for line in out.splitlines() if line.startswith(f"| {row} | ")]
         assert any(len(re.findall(r"\d\]? \(", line)) == 4 for line in lines), row  # ours, and the paper's
     table1 = out.partition("Tuna, arXiv 2310.13385, Table 1")[2].partition("Table 3")[0]
-    assert len(re.findall(r"\d\]? \(", table1)) == 4 * 4 + 1  # LLaMA, Tuna_p, Tuna_c, Tuna; Alpaca's Super-NI
+    both = 4 * 4 + 1 + 4 * before  # LLaMA, Tuna_p, Tuna_c, Tuna; Alpaca's Super-NI; Tuna_c (PRM)
+    assert len(re.findall(r"\d\]? \(", table1)) == both
+    table8 = out.partition("Tuna, arXiv 2310.13385, Table 8")[2]
+    assert "| Tuna |" in table8 and ("| Tuna_c (PRM-3B-39K) | " in table8) == True  # noqa: E712
     items = {p.name.removesuffix(".items.json") for p in (tuna_folder / "results/tuna-tiny/tuna").glob("*.items.json")}
     assert items >= {"judge", "nll", "ranking-logprob", "ranking-rank"}
     assert "| tuna_p | " in (tuna_folder / "results/tuna-tiny/held-out.md").read_text()
-    assert "8 prompts are 40 examples" in out and "10 steps of 4" in out  # Alpaca-Mul; Alpaca: 2 steps
+    assert "8 prompts are 40 examples" in out  # Alpaca-Mul
     folder = tuna_folder / "data/tuna-tiny"
     ranked = {s: read_jsonl(folder / f"ranked-{s}.jsonl") for s in ("alpaca", "tuna_p")}
     for student, records in ranked.items():
         assert len(records) == 4 and {r["ranked_by"] for r in records} == {"stand-in"}
         assert {c["source"] for r in records for c in r["candidates"]} == {"reference", student}
-    assert (tuna_folder / "results/tuna-tiny/sheet.html").is_file()
-
-
-def test_tuna_prm(env, tuna_folder):
-    before = (tuna_folder / "results/tuna-tiny/tuna").is_dir()
-    out = recipe("tuna_prm", env, tuna_folder).stdout
-    rows = [line for line in out.splitlines() if line.startswith("| Tuna_c (PRM-3B-")]
-    rows += [line for line in out.splitlines() if line.startswith(("| Tuna_p |", "| Tuna |"))]  # tuna.sh's
-    assert len(rows) == 2 + 2 * before and all(len(re.findall(r"\d\]? \(", line)) == 4 for line in rows)  # both
-    assert "mean words: 0: " in out and "16 prompts" in out  # Table 4; mix-Tuna-104K: 8 and 8
-    assert "changed" not in out  # of what tuna.sh has made
+    page = (tuna_folder / "results/tuna-tiny/sheet.html").read_text()
+    assert (
+        "Carry out the task" not in page and stand_in.ROWS[0]["hypothesis"] in page
+    )  # the question, without a template
 
 
 def test_tuna_sweeps(env, tuna_folder):
@@ -164,24 +176,21 @@ def test_tuna_sweeps(env, tuna_folder):
     assert "(2.14)" in line and len(re.findall(r"\d \(", line)) == 2  # ours at two of six betas
 
 
-def test_tuna_goes_on_after_its_budget(env, tmp_path):
-    """--max_requests ends the ranking early and what is there is trained. The next start asks for the rest; what rests
-    on it is trained anew, the PRM too, so what that ranked is ranked anew; what was asked and sampled stays."""
+def test_max_requests_stops_and_the_next_start_goes_on(env, tmp_path):
+    """What was asked and sampled stays. Once a ranking is there it is not asked for again."""
     want = {"SUPERNI": "", "N": "4", "FIRST": "3", "RESPONSES": "2"}
-    first = recipe("tuna_prm", env, tmp_path, MAX_REQUESTS="2", **want).stdout
+    first = recipe("tuna_prm", env, tmp_path, MAX_REQUESTS="2", **want)
     folder = tmp_path / "data/tuna-tiny"
     asked, sampled = read_jsonl(folder / "ranked-alpaca.jsonl"), (folder / "sampled-alpaca.jsonl").read_bytes()
-    assert "2 of 3 done, 1 missing" in first and "2 prompts, 4 ranked candidates" in first and len(asked) == 2
-    second = recipe("tuna_prm", env, tmp_path, **want).stdout
-    assert "prm-3B: its data changed" in second and "prm-3B-52K.jsonl: what it was made from changed" in second
+    assert "2 of 3 done, 1 missing" in first.stdout and "stopped by MAX_REQUESTS" in first.stdout and len(asked) == 2
+    assert not (tmp_path / "runs/tuna-tiny/tuna_c").exists()
+    second = recipe("tuna_prm", env, tmp_path, **want)
     ranked = read_jsonl(folder / "ranked-alpaca.jsonl")
     assert len(ranked) == 3 and all(r in ranked for r in asked)
-    assert (folder / "sampled-alpaca.jsonl").read_bytes() == sampled
-    [aside] = folder.glob("outdated-*")
-    assert {p.name for p in aside.iterdir()} >= {"prm-3B-52K.jsonl", "prm-3B-52K.jsonl.args.json"}
-    assert len(digests(second)) == len(digests(first)) == 6
-    changed = {name for name, digest in digests(second).items() if digests(first)[name] != digest}
-    assert changed >= {"tuna_c", "prm-3B", "tuna_c-prm-3B-39K"} and "alpaca" not in changed
+    assert (folder / "sampled-alpaca.jsonl").read_bytes() == sampled and "| Tuna_c (PRM-3B-39K) |" in second.stdout
+    (folder / "ranked-alpaca.jsonl.args.json").unlink()  # another ranking would now be refused
+    third = recipe("tuna_prm", env, tmp_path, **want)
+    assert "--by contextual" not in third.stderr and "kept: " in third.stderr
 
 
 def shell_lines(section):

@@ -1,0 +1,128 @@
+"""What the recipes do beside the project's own commands.
+
+need    look whether all that a recipe needs is there, and say at once what is missing; exit code 2 if anything is
+keep    copy a system's figures, item by item too, and the settings of its training to where results are kept
+same    the kept figures of one system under another name too
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+SOURCES = {  # a pattern in a path: where such a file or clone comes from
+    r"esnli_(train|test)": "OanaMariaCamburu/e-SNLI, dataset/",
+    r"esnli_dev": "ESNLI=: the rows of esnli_dev.csv as JSONL",
+    r"nq-open": "nelson-liu/lost-in-the-middle, qa_data/10_total_documents/",
+    r"alpaca_data": "tatsu-lab/stanford_alpaca",
+    r"alpaca-7b": "ALPACA=: a folder with Alpaca-7B's weights; BLOCKS='raw chatgpt3' does without",
+    r"natural-instructions": "a clone of allenai/natural-instructions; SUPERNI= does without",
+    r"lmentry": "a clone of aviaefrat/lmentry; LMENTRY= does without",
+    r"question.jsonl": "lm-sys/FastChat, fastchat/llm_judge/data/vicuna_bench/; VICUNA= does without",
+    r"lima": "GAIR/lima, train.jsonl; BETAS= does without",
+    r"prm-3B-39K": "recipes/tuna_prm.sh makes it: run that first, or leave mix-104K out of SYSTEMS",
+}
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    add = verbs.add_parser("need").add_argument
+    add("--files", nargs="*", default=[], help="files and folders; SOURCES knows where some come from")
+    add("--models", nargs="+", default=[], help="folders, or hub ids")
+    add("--packages", nargs="+", default=[])
+    add("--urls", nargs="+", default=[], help="of servers: OpenAI's wants a key")
+    add("--absent", action="append", default=[], help="what the recipe itself found missing: a sentence")
+    add("--gpus", type=int, default=0)
+    add("--gb", type=int, default=0, help="free in the folder --at")
+    add("--at", default=".")
+    add = verbs.add_parser("keep").add_argument
+    add("figures", type=pathlib.Path, help="folder of *.metrics.json and *.items.json")
+    add("kept", type=pathlib.Path)
+    add("run", nargs="?", type=pathlib.Path, help="its args.json is kept too")
+    add = verbs.add_parser("same").add_argument
+    add("kept", type=pathlib.Path)
+    add("other", type=pathlib.Path)
+    return parser.parse_args()
+
+
+def missing(args):
+    """Yield a sentence for everything that is not there."""
+    yield from args.absent
+    for file in args.files:
+        source = next((source for name, source in SOURCES.items() if re.search(name, file)), "named by you")
+        if not os.path.exists(file):
+            yield f"{file} ({source})"
+    packages = [p for p in ("torch", "transformers", "datasets", *args.packages) if not importlib.util.find_spec(p)]
+    yield from (f"package {package} (pip install {package})" for package in packages)
+    for model in args.models:
+        if not os.path.exists(f"{model}/config.json") and (reason := refused(model)):
+            yield f"{model}: {reason} (a folder, or a hub id; a gated one: accept its terms there, then hf auth login)"
+    if any("api.openai.com" in url for url in args.urls) and not os.environ.get("OPENAI_API_KEY"):
+        yield "OPENAI_API_KEY (the key of api.openai.com)"
+    nvidia = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    if (gpus := len((nvidia or "").splitlines())) < args.gpus:
+        yield f"{args.gpus} GPUs, of 80 GB each: here are {gpus} (GPUS=N takes fewer)"
+    if (free := shutil.disk_usage(args.at).free >> 30) < args.gb:
+        yield f"{args.gb} GB in {args.at}: {free} are free (OUT=FOLDER is for another disk)"
+
+
+def refused(model):
+    """Why the hub does not give a model's config.json, or "": it is fetched."""
+    if not (os.path.sep in model and importlib.util.find_spec("huggingface_hub")):
+        return "no such folder"
+    fetch = f"from huggingface_hub import hf_hub_download as get; get({model!r}, 'config.json')"
+    try:
+        done = subprocess.run([sys.executable, "-c", fetch], capture_output=True, text=True, timeout=60)
+    except subprocess.TimeoutExpired:
+        return "the hub does not answer"
+    return (done.stderr.strip().splitlines() or [""])[-1][:200] if done.returncode else ""
+
+
+def keep(figures, kept, run=None):
+    """An absolute path is of this machine: of each its last part is kept."""
+    part = fresh(kept)
+    part.mkdir(parents=True)
+    files = [f for pattern in ("*.metrics.json", "*.items.json") for f in sorted(figures.rglob(pattern))]
+    for file in [*files, *filter(os.path.exists, [run / "args.json"] if run else [])]:
+        text = file.read_text()
+        if not file.name.endswith(".items.json"):
+            text = re.sub(r"([\"= ])/(?:[^\" ]*/)?([^/\" ]+)", r"\1\2", text)
+        (part / file.name).write_text(text)
+    shutil.rmtree(kept, ignore_errors=True)
+    part.rename(kept)
+
+
+def same(kept, other):
+    part = fresh(other)
+    shutil.copytree(kept, part)
+    for file in part.glob("*.metrics.json"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"name": other.name}, indent=1, ensure_ascii=False))
+    part.rename(other)
+
+
+def fresh(folder):
+    """The name under which a folder is written before it is whole."""
+    part = folder.with_name(folder.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    return part
+
+
+def main():
+    args = parse_args()
+    if args.verb == "keep":
+        keep(args.figures, args.kept, args.run)
+    elif args.verb == "same":
+        same(args.kept, args.other)
+    elif found := [*missing(args)]:
+        print("missing:", *found, sep="\n  ", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
