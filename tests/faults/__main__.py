@@ -328,6 +328,18 @@ class Rig:
             print(f"  {what}: {len(places)} of {calls} calls, {lost - before} lost", flush=True)
         self.report("SIGKILL at system calls", tried, lost)
 
+    def one_dies(self):
+        """SIGKILL of one of two processes: the other ends at once and says so."""
+        (folder := self.folder / "dies").mkdir()
+        children = start("rescue", self.training(folder / "run"), folder, 2)
+        while not common.checkpoints(folder / "run"):
+            assert children[0].wait(0.005) is None, output(children)
+        children[1].kill()
+        began, code = time.monotonic(), children[0].wait(60)
+        bad = code != 2 or "another process ended" not in output(children[:1])
+        self.report("one process of two dies", 1, int(bad), f"the other ended after {time.monotonic() - began:.1f} s")
+        finish(children, 0)
+
     def disk_full(self):
         """A file size limit stops a checkpoint: one sentence, and the run goes on from the checkpoint before."""
         (folder := self.folder / "full").mkdir()
@@ -388,6 +400,7 @@ PARTS = {
     "stop2": lambda rig, args: rig.stop_training(2, args.kills),
     "collect": lambda rig, args: rig.kill_collecting(args.kills),
     "calls": lambda rig, args: rig.kill_at_calls(max(1, args.kills // 5), args.verbs),
+    "dies": lambda rig, args: rig.one_dies(),
     "full": lambda rig, args: rig.disk_full(),
     "malformed": lambda rig, args: rig.malformed(args.malformed, random.Random(args.seed)),
 }
