@@ -29,7 +29,7 @@ bench: .venv/installed  ## step time and memory beside the padded step and peers
 gpu: .venv/installed  ## one GPU, 40 minutes: is the CUDA path right, how fast; without CUDA it says so
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu.py $(ARGS)
 
-faults: .venv/installed  ## the long fault rig: kills, torn files, hostile servers, malformed inputs
+faults: .venv/installed  ## the long fault rig: kills, signals, torn files, malformed inputs
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m tests.faults $(ARGS)
 
 lock:  ## requirements.lock from what .venv holds now

@@ -162,7 +162,7 @@ def interrupted(script, args, folder, world, numbers, times, rng, damage=lambda:
             number = rng.choice(numbers)
             for c in children:
                 c.kill(number)
-            assert None not in finish(children, 60), f"deaf to signal {number}: {output(children)}"
+            assert None not in finish(children, 300), f"deaf to signal {number}: {output(children)}"
             sent, left, saved = sent + 1, left - 1, saved + ("continue with" in output(children))
             damage()
         assert finish(children) == [0] * world, output(children)[-2000:]
