@@ -1,42 +1,37 @@
 """Time and memory of one training step: ours, the padded step, and peers, on the same preferences in one process.
 
-A step is forward, loss and backward of one prompt with its n responses of R tokens each (--prompts: of several), from
-token ids to gradients. With --optimizer (on CUDA without --no_optimizer) clipping and AdamW's update are in it too.
-Contenders take turns, so that whatever slows the machine slows all of them; ratios are taken turn by turn, and medians
-are shown. With OMP_NUM_THREADS=1 on a CPU seconds are those that the thread computed, so that figures stand on a busy
-machine too.
+A step is forward, loss and backward of --prompts prompts with n responses of R tokens each, from token ids to
+gradients. With --optimizer it also clips and takes AdamW's update. Contenders take turns, so whatever slows the machine
+slows all of them. Ratios are taken turn by turn, and medians are shown. With OMP_NUM_THREADS=1 on a CPU, seconds are
+those that the process computed, so the figures stand on a busy machine too.
 
-    ours        common.pack, common.candidate_logprobs: one pass a prompt, logits at response positions only; with
-                FlexAttention on CUDA, in blocks on a CPU, as the scripts train
-    ours_compiled   the same with --compile, each layer compiled
-    padded      what the papers' released code does: one sequence a response, each with its own copy of the prompt,
-                padded; a softmax over the vocabulary at every position, then the responses' tokens are picked
-    trl         TRL's CPO trainer with the SimPO loss, its compute_loss, where `trl` is installed: the best response
-                against each other one, n - 1 pairs (the fewest that name every response, so the cheapest for it)
-    prefix_grouper  PrefixGrouper with SDPA, where `prefix_grouper` is installed: one row a prompt too, whose attention
-                takes the prompt apart from the responses; logits at every position, as its documentation has it
-    flash_pref  flash_pref.shared_prefix around the padded step, where it and flash-attn are installed (CUDA)
+    ours            packed rows: one pass a prompt, logits at response positions only; FlexAttention on CUDA, in blocks
+                    on a CPU, as the scripts train
+    padded          what the papers' released code does: one sequence a response, each with its own copy of the prompt,
+                    padded; a softmax at every position
+    list            what the list losses of ordinal-preference-optimization compute, written plainly (its trainer needs
+                    an old TRL): the padded step, and a second forward without gradient for the reference model
+    dpo, cpo        TRL's DPOTrainer and CPOTrainer, their compute_loss on n - 1 pairs: the best response against each
+                    other one, the fewest pairs that name every response
+    prefix_grouper  PrefixGrouper with SDPA: one row a prompt, whose attention takes the prompt apart from the responses
 
-ideal: n (P + R) / (P + n R), tokens that the padded step reads for each one that we read; and FLOPs that it computes
-(the head at every position, attention over whole rows) for each one that must be.
-MFU: the work that must be done (each token once through the layers, the head at response positions, forward and
-backward) for each second, over the dense bf16 peak of a known GPU.
-of products: the same over what plain matrix products of the model's own shapes, as many tokens tall, reach in the same
-turn: the limit of a step that did nothing else. Under 75% of it on a CPU a profile of one more step goes into the file.
+`+checkpoint` behind a name recomputes every layer in the backward, `+compile` compiles each layer.
 
-    make bench                                                  # CPU: the 135M model, four workloads
-    make bench ARGS="--growth --repeats 3"                      # time and memory against n and against P
-    make bench ARGS="--contenders ours trl prefix_grouper --workloads pairs"    # n = 2, 4, 8
-    make bench ARGS="--model llama-6m --growth"                 # random weights in a small shape: seconds
-    make bench ARGS="--model llama-1b --prompts 4"              # on CUDA: random weights in that shape, full optimizer
-    make bench ARGS="--model llama-2-7b --no_optimizer"         # 7B on a card of 80 GB: weights and gradients take 54
+MFU: the FLOPs that must be computed (each token once through the layers, the head at response positions, forward and
+backward) for each second, over the dense bf16 peak of a known GPU. Of products: the same over what plain matrix
+products of the model's own shapes, as many tokens tall, reach in the same turn.
+
+    make bench                                                             # CPU: the 135M model, four workloads
+    make bench ARGS="--contenders ours padded list dpo cpo prefix_grouper --workloads pairs"       # n = 2, 4, 8
+    make bench ARGS="--workloads candidates prompt --repeats 3"            # time and memory against n and against P
+    make bench ARGS="--model llama-6m"                                     # random weights in a small shape: seconds
 """
 
 import ctypes
+import functools
 import gc
 import importlib.metadata
 import json
-import math
 import os
 import pathlib
 import platform
@@ -52,11 +47,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import run as training_run  # noqa: E402
-
 import common  # noqa: E402
-from collecting.files import write_atomically  # noqa: E402
 from common import in_range, say  # noqa: E402
+from recipes.tiny import make_model, make_tokenizer  # noqa: E402
 
 WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
     "e-SNLI": [(250, 5, 40)],
@@ -67,17 +60,17 @@ WORKLOADS = {  # the papers' shapes: (prompt tokens, responses, tokens of each)
     "prompt": [(P, 5, 40) for P in (125, 250, 500, 1000)],
     "pairs": [(250, n, 40) for n in (2, 4, 8)],
 }
-PAPERS, GROWTH = ["e-SNLI", "multi-document QA", "HH", "Alpaca"], ["candidates", "prompt"]
 GEOMETRIES = {  # random weights in a known shape, where no weights can be had
     "llama-2-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "llama-1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32}
     | {"num_key_value_heads": 4},
     "llama-6m": {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
-    | {"vocab_size": 8192, "tie_word_embeddings": True},  # a smoke run of seconds
+    | {"vocab_size": 8192, "tie_word_embeddings": True},
 }
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s
 
 
-def make_encoded(shape, prompts, vocab_size, seed):
+def make_encoded(shape, prompts, vocab_size, seed=0):
     """Random token ids: time depends on shapes alone."""
     P, n, R = shape
     g = torch.Generator().manual_seed(seed)
@@ -91,62 +84,57 @@ def preference_loss(scores):
     return -F.logsigmoid(gaps[torch.ones_like(gaps).triu(1).bool()]).sum()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Contenders: (model, encoded records) -> (loss to call backward on, scores or None)
+# -------------------- contenders: (model, encoded records) -> (loss, scores [N] or None)
 
 
-def ours(model, encoded, device, pack_for=common.pack_for):
-    batch = pack_for(model.config._attn_implementation, encoded, device)
+def ours(model, encoded):
+    batch = common.pack_for(model, encoded)
     scores = common.length_normalized(*common.candidate_logprobs(model, batch), 0.85)
     return sum(map(preference_loss, scores.split(batch.sizes))), scores
 
 
-def padded_rows(encoded, device):
-    """-> (input_ids [N, L], attention_mask [N, L], labels [N, L], -100 where no response token stands)."""
-    rows = [(e.prompt_ids, r) for e in encoded for r in e.responses]
-    L = max(len(p) + len(r) for p, r in rows)
-    fill = lambda x, value: x + [value] * (L - len(x))  # noqa: E731
-    ids = torch.tensor([fill(p + r, 0) for p, r in rows], device=device)
-    mask = torch.tensor([fill([1] * len(p + r), 0) for p, r in rows], device=device)
-    return ids, mask, torch.tensor([fill([-100] * len(p) + r, -100) for p, r in rows], device=device)
+def filled(rows, device, value=0):
+    """Lists of numbers -> [N, L], filled on the right."""
+    L = max(map(len, rows))
+    return torch.tensor([x + [value] * (L - len(x)) for x in rows], device=device)
 
 
-def padded(model, encoded, device):
-    ids, mask, labels = padded_rows(encoded, device)
+def padded_rows(sequences, device):
+    """[(prompt, response)] -> (input_ids [N, L], attention_mask [N, L], labels [N, L], -100 where no response is)."""
+    ids = filled([p + r for p, r in sequences], device)
+    mask = filled([[1] * len(p + r) for p, r in sequences], device)
+    return ids, mask, filled([[-100] * len(p) + r for p, r in sequences], device, -100)
+
+
+def padded_scores(model, encoded):
+    sequences = [(e.prompt_ids, r) for e in encoded for r in e.responses]
+    ids, mask, labels = padded_rows(sequences, model.device)
     logprobs = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float().log_softmax(-1)
     kept = labels[:, 1:] != -100
     picked = logprobs.gather(-1, labels[:, 1:].clamp(min=0)[..., None])[..., 0] * kept
-    scores = common.length_normalized(picked.sum(1), kept.sum(1), 0.85)
-    return sum(map(preference_loss, scores.split([len(e.responses) for e in encoded]))), scores
+    return common.length_normalized(picked.sum(1), kept.sum(1), 0.85)
 
 
-def flash_pref(model, encoded, device):
-    from flash_pref import shared_prefix
-
-    ids, mask, _ = padded_rows(encoded, device)
-    with shared_prefix(model, input_ids=ids, attention_mask=mask, group_size=len(encoded[0].responses)):
-        loss, scores = padded(model, encoded, device)
-        loss.backward()  # its patches must hold during the backward
-    return None, scores
+def padded(model, encoded, reference=False):
+    scores, sizes = padded_scores(model, encoded), [len(e.responses) for e in encoded]
+    with torch.no_grad():  # the model itself: a frozen copy takes as long, and its memory beside
+        offset = padded_scores(model, encoded) if reference else 0
+    return sum(map(preference_loss, (scores - offset).split(sizes))), scores
 
 
-def prefix_grouper(model, encoded, device):
+def prefix_grouper(model, encoded):
     from prefix_grouper import PrefixGrouper
 
-    def filled(rows):
-        L = max(map(len, rows))
-        ids = torch.tensor([r + [0] * (L - len(r)) for r in rows], device=device)
-        return ids, torch.tensor([[1] * len(r) + [0] * (L - len(r)) for r in rows], device=device)
-
-    prompts, responses = filled([e.prompt_ids for e in encoded]), filled([r for e in encoded for r in e.responses])
+    sides = [e.prompt_ids for e in encoded], [r for e in encoded for r in e.responses]
+    prompts, responses = ([filled(x, model.device), filled([[1] * len(r) for r in x], model.device)] for x in sides)
     lengths, sizes = [len(e.prompt_ids) for e in encoded], [len(e.responses) for e in encoded]
-    grouper = PrefixGrouper.from_ungrouped_masks(prompts[1], responses[1], sizes, device=device)
+    grouper = PrefixGrouper.from_ungrouped_masks(prompts[1], responses[1], sizes, device=model.device)
     for name, width in (("prefix_attn_mask", prompts[0].shape[1]), ("suffix_attn_mask", responses[0].shape[1])):
         keys = getattr(grouper.group_info, name)  # [B, K]; SDPA takes [B, 1, Q, K], the queries being the last keys
-        causal = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=device).tril()[-width:]
+        causal = torch.ones(keys.shape[1], keys.shape[1], dtype=torch.bool, device=model.device).tril()[-width:]
         setattr(grouper.group_info, name, keys[:, None, None, :].bool() & causal)
     depths = [[*range(P)] + [P + i for r in e.responses for i in range(len(r))] for P, e in zip(lengths, encoded)]
-    inputs = {"input_ids": grouper.concat_input(*prompts, *responses), "position_ids": filled(depths)[0]}
+    inputs = {"input_ids": grouper.concat_input(*prompts, *responses), "position_ids": filled(depths, model.device)}
     logits = model(**inputs, prefix_grouper=grouper, use_cache=False).logits
     _, _, logits, kept = grouper.split_output(logits.float(), include_prefix_last=1)
     logits, kept = logits[:, :-1], kept[:, 1:]
@@ -165,39 +153,82 @@ def prefix_grouper_attention(module, query, key, value, attention_mask, prefix_g
 AttentionInterface.register("prefix_grouper", prefix_grouper_attention)
 
 
-def make_trl(model, tokenizer):
-    """-> the contender: TRL's trainer, made once; its batch is collated from the same token ids."""
+@functools.cache
+def trl_trainer(kind, model):
     from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
+    cpu = model.device.type == "cpu"
+    options = {"output_dir": tempfile.mkdtemp(), "report_to": [], "gradient_checkpointing": False}
+    options |= {"use_cpu": cpu, "bf16": not cpu}
     rows = Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}])
-    folder = tempfile.mkdtemp()
-    precision = {"bf16": False, "use_cpu": True} if model.device.type == "cpu" else {"bf16": True}
-    config = CPOConfig(output_dir=folder, loss_type="simpo", cpo_alpha=0.0, report_to=[], **precision)
-    config.gradient_checkpointing = False
-    trainer = CPOTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
+    rest = {"model": model, "train_dataset": rows, "processing_class": make_tokenizer()}
+    if kind == "cpo":
+        return CPOTrainer(args=CPOConfig(loss_type="simpo", cpo_alpha=0.0, **options), **rest)
+    trainer = DPOTrainer(args=DPOConfig(**options), ref_model=make_model(), **rest)
+    trainer.ref_model, trainer.precompute_ref_logps = None, True  # as after precompute_ref_log_probs
+    return trainer
 
-    def step(model, encoded, device):
+
+def trl(kind, model, encoded):
+    best = [(e.prompt_ids, r) for e in encoded for r in e.responses[:1] * (len(e.responses) - 1)]
+    others = [(e.prompt_ids, r) for e in encoded for r in e.responses[1:]]
+    if kind == "cpo":
         batch = {}
-        for side, pick in (
-            ("chosen", lambda e: e.responses[:1] * (len(e.responses) - 1)),
-            ("rejected", lambda e: e.responses[1:]),
-        ):
-            pairs = [common.Encoded(e.id, e.prompt_ids, pick(e), 0, 0) for e in encoded]
+        for side, sequences in (("chosen", best), ("rejected", others)):
             names = (f"{side}_input_ids", f"{side}_attention_mask", f"{side}_labels")
-            batch |= dict(zip(names, padded_rows(pairs, device)))
-        return trainer.compute_loss(model, batch), None
+            batch |= dict(zip(names, padded_rows(sequences, model.device)))
+    else:
+        ids, mask, labels = padded_rows(best + others, model.device)
+        zeros = torch.zeros(len(best), device=model.device)
+        batch = {"input_ids": ids, "attention_mask": mask, "completion_mask": (labels != -100).long()}
+        batch |= {"ref_chosen_logps": zeros, "ref_rejected_logps": zeros}
+    return trl_trainer(kind, model).compute_loss(model, batch), None
 
+
+SHARED = "FlexAttention on CUDA, in blocks on a CPU"
+CONTENDERS = {  # name: (step, attention, package, which of its options)
+    "ours": (ours, None, None, SHARED),
+    "padded": (padded, "sdpa", None, "SDPA"),
+    "list": (functools.partial(padded, reference=True), "sdpa", None, "SDPA; the reference is the model itself"),
+    "dpo": (functools.partial(trl, "dpo"), "sdpa", "trl", "sigmoid loss, precompute_ref_log_probs, its fused head"),
+    "cpo": (functools.partial(trl, "cpo"), "sdpa", "trl", "loss_type simpo, cpo_alpha 0"),
+    "prefix_grouper": (prefix_grouper, "prefix_grouper", "prefix-grouper", "SDPA, include_prefix_last=1"),
+}
+
+
+def installed(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def set_up(model, spec):
+    """Give `model` what "NAME+checkpoint+compile" asks for -> the contender's step. Each layer is compiled once."""
+    name, *options = spec.split("+")
+    step, attention, *_ = CONTENDERS[name]
+    cuda = model.device.type == "cuda"
+    model.set_attn_implementation(attention or ("flex_attention" if cuda else "blocks"))
+    if "checkpoint" in options:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+    for layer in common.decoder_layers(model):
+        if "compile" in options and not hasattr(layer, "compiled"):
+            layer.compile(dynamic=True)
+            layer.compiled = layer._compiled_call_impl
+        layer._compiled_call_impl = layer.compiled if "compile" in options else None
     return step
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Measuring
+# -------------------- measuring
 
 
 class PeakMemory:
     """`with PeakMemory(device) as peak: ...` -> peak.bytes: the most that the process (Linux) or the GPU held, weights
-    and gradients included, and peak.step_bytes: what the block added to what was held before."""
+    and gradients included; peak.step_bytes: what the block added."""
 
     def __init__(self, device):
         self.cuda = device.type == "cuda"
@@ -222,108 +253,90 @@ class PeakMemory:
 
 
 def clock(device):
-    """Seconds. One thread on a CPU: those it computed, so that other programs on the machine do not count; else all."""
+    """Seconds, after the device has finished. One thread on a CPU: those that the process computed."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
     one = device.type == "cpu" and torch.get_num_threads() == 1
     return time.process_time() if one else time.perf_counter()
 
 
-def timed_step(contender, model, optimizer, encoded, device):
+def timed_step(spec, model, optimizer, encoded):
     """-> (seconds, PeakMemory, scores) of one step; gradients stay allocated, as within an accumulated batch."""
-    optimizer.zero_grad(set_to_none=False)
-    with PeakMemory(device) as peak:
-        synchronize(device)
-        began = clock(device)
-        loss, scores = contender(model, encoded, device)
-        if loss is not None:
-            loss.backward()
-            del loss
-        if optimizer.param_groups[0]["lr"]:
+    step = set_up(model, spec)
+    for p in model.parameters():
+        p.grad.zero_()
+    with PeakMemory(model.device) as peak:
+        began = clock(model.device)
+        loss, scores = step(model, encoded)
+        loss.backward()
+        del loss
+        if optimizer:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-        synchronize(device)
-        seconds = clock(device) - began
+        seconds = clock(model.device) - began
     return seconds, peak, None if scores is None else scores.detach().float().cpu()
 
 
-def synchronize(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+def measure(make, specs, shape, prompts, repeats=3, warmup=1, optimize=False):
+    """Interleaved turns of the contenders `specs` over one shape. make() -> a model in training mode.
 
+    -> a row of the results: {"shape", "prompts", "flops", "product_flops": FLOP/s of plain products a turn,
+    "contenders": {spec: {"seconds", "peak_bytes", "step_bytes"}, lists less the warm-up}}. A contender that fails on
+    CUDA is {"failed": why}, and the model is made anew: FSDP2's layers are then left half gathered.
+    """
 
-class Bench:
-    """What is measured: model, optimizer and contenders {name: function}, made anew after a step that failed, since
-    FSDP2's layers are then left half gathered."""
-
-    def __init__(self, names, args, device):
-        self.names, self.args, self.device = names, args, device
-        self.renew()
-
-    def renew(self):
-        self.model = self.optimizer = self.contenders = None
+    def begin():
         gc.collect()
-        if self.device.type == "cuda":
+        if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.model, tokenizer = load(self.args, self.device)
-        makers = {"ours": ours, "ours_compiled": ours, "padded": padded, "flash_pref": flash_pref}
-        makers |= {"prefix_grouper": prefix_grouper}
-        self.contenders = {name: makers.get(name) or make_trl(self.model, tokenizer) for name in self.names}
-        lr = 1e-6 if self.args.optimizer else 0.0
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-        for p in self.model.parameters():
+        model = make()
+        for p in model.parameters():
             p.grad = torch.zeros_like(p)
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-6, weight_decay=0.0, fused=True) if optimize else None
 
-
-def measure(bench, shape, args, device):
-    """Interleaved turns over one shape -> ({contender: {"seconds": [...], "peak_bytes": [...]}}, FLOP/s of plain matrix
-    products in each turn), less the warm-up; of a contender that fails on CUDA {"failed": why}."""
-    P, n, R = shape
-    encoded = make_encoded(shape, args.prompts, bench.model.config.vocab_size, args.seed)
-    products, rates = Products(bench.model, args.prompts * (P + n * R), args.prompts * n * R), []
-    result = {name: {"seconds": [], "peak_bytes": [], "step_bytes": []} for name in bench.names}
-    for turn in range(args.warmup + args.repeats):
+    model, optimizer = begin()
+    device, (P, n, R) = model.device, shape
+    encoded = make_encoded(shape, prompts, model.config.vocab_size)
+    products, rates = Products(model, prompts * (P + n * R), prompts * n * R), []
+    result = {spec: {"seconds": [], "peak_bytes": [], "step_bytes": []} for spec in specs}
+    for turn in range(warmup + repeats):
         scores = {}
-        rates += [products.rate()] * (turn >= args.warmup)
-        for name in bench.names:
-            if "failed" in result[name]:
-                continue
-            set_up(bench.model, name)
-            step = bench.contenders[name], bench.model, bench.optimizer, encoded, device
+        rates += [products.rate()] * (turn >= warmup)
+        for spec in (s for s in specs if "failed" not in result[s]):
             try:
-                seconds, peak, scores[name] = timed_step(*step)
+                seconds, peak, scores[spec] = timed_step(spec, model, optimizer, encoded)
             except Exception as e:  # out of memory, or what does not compile: the others may hold
                 if device.type == "cpu":
                     raise
                 memory = isinstance(e, torch.OutOfMemoryError)
-                result[name] = {"failed": "out of memory" if memory else f"{type(e).__name__}: {str(e)[:200]}"}
-            if "failed" in result[name]:
-                del step
-                bench.renew()
-                continue
-            if turn >= args.warmup:
-                result[name]["seconds"].append(seconds)
-                result[name]["peak_bytes"].append(peak.bytes)
-                result[name]["step_bytes"].append(peak.step_bytes)
+                result[spec] = {"failed": "out of memory" if memory else f"{type(e).__name__}: {str(e)[:300]}"}
+            if "failed" in result[spec]:
+                model = optimizer = None
+                trl_trainer.cache_clear()
+                model, optimizer = begin()
+            elif turn >= warmup:
+                for key, value in zip(result[spec], (seconds, peak.bytes, peak.step_bytes)):
+                    result[spec][key].append(value)
         known = [s for s in scores.values() if s is not None]
-        if not all(torch.allclose(s, known[0], rtol=1e-4 if device.type == "cpu" else 5e-2) for s in known):
+        rtol = 1e-4 if device.type == "cpu" and not optimize else 5e-2  # bf16; weights that the optimizer has moved
+        if not all(torch.allclose(s, known[0], rtol=rtol) for s in known):
             raise SystemExit(f"{shape}: the contenders do not score alike: {scores}")
-    reached = of_products(step_flops(bench.model, shape, args.prompts)[0], rates, result.get("ours", {}))
-    if device.type == "cpu" and reached and reached < 0.75:
-        set_up(bench.model, "ours")
-        result["ours"]["profile"] = profile(bench.contenders["ours"], bench.model, bench.optimizer, encoded, device)
-    return result, rates
+    flops = step_flops(model, shape, prompts)
+    trl_trainer.cache_clear()
+    return {"shape": shape, "prompts": prompts, "flops": flops, "product_flops": rates, "contenders": result}
 
 
 class Products:
-    """Matrix products of the shapes of a model's weights and nothing else: `rows` tokens through every fourth layer's
-    (or each layer's), `head_rows` of four through the head; with passes 3 the backward's two of each as well."""
+    """Matrix products of the shapes of a model's weights and nothing else, forward and backward: `tokens` through every
+    fourth layer, a fourth of `head_tokens` through the head."""
 
-    def __init__(self, model, rows, head_rows, passes=3, every=4):
-        self.device, self.passes = model.device, passes
-        layers = common.decoder_layers(model)[::every]
-        self.shapes = [(rows, *m.weight.shape) for x in layers for m in x.modules() if isinstance(m, torch.nn.Linear)]
-        if (head := model.get_output_embeddings()) is not None:
-            self.shapes += [(max(1, head_rows // every), *head.weight.shape)]
-        self.flops = sum(2 * passes * rows * out * of for rows, out, of in self.shapes)
+    def __init__(self, model, tokens, head_tokens):
+        self.device, head = model.device, model.get_output_embeddings()
+        linear = [
+            m for layer in common.decoder_layers(model)[::4] for m in layer.modules() if hasattr(m, "in_features")
+        ]
+        self.shapes = [(tokens, *m.weight.shape) for m in linear] + [(-(-head_tokens // 4), *head.weight.shape)]
+        self.flops = sum(6 * rows * out * of for rows, out, of in self.shapes)
 
     @torch.no_grad()
     def rate(self):
@@ -331,210 +344,86 @@ class Products:
         options = {"device": self.device, "dtype": torch.bfloat16 if self.device.type == "cuda" else torch.float32}
         inputs = {(rows, of): torch.randn(rows, of, **options) for rows, _, of in self.shapes}
         factors = [(inputs[rows, of], torch.randn(out, of, **options)) for rows, out, of in self.shapes]
-        synchronize(self.device)
         began = clock(self.device)
         for x, weight in factors:
             y = x @ weight.T
-            if self.passes == 3:
-                y @ weight, y.T @ x
-        synchronize(self.device)
+            y @ weight, y.T @ x
         return self.flops / (clock(self.device) - began)
 
 
-def of_products(flops, rates, result):
-    """What a contender computes each second of the FLOPs that must be, over what the products reach: the median of the
-    turns, None without any."""
-    turns = [flops / s / rate for s, rate in zip(result.get("seconds", []), rates)]
-    return statistics.median(turns) if turns else None
-
-
-def limit_sentence(flops, rates, result):
-    reached = of_products(flops, rates, result)
-    text = f"{flops / 1e12:.2f} TFLOP must be; products reach {statistics.median(rates) / 1e12:.3f} TFLOP/s"
-    return text + (f", ours {reached:.0%} of that" if reached else "")
-
-
-def profile(contender, model, optimizer, encoded, device):
-    """-> {operation: its own share of one step's time}, the ten largest."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
-        timed_step(contender, model, optimizer, encoded, device)
-    times = {e.key: e.self_cpu_time_total for e in profiler.key_averages()}
-    largest = sorted(times, key=times.get, reverse=True)[:10]
-    return {name: round(times[name] / sum(times.values()), 4) for name in largest}
-
-
-ATTENTION = {"padded": "sdpa", "trl": "sdpa", "prefix_grouper": "prefix_grouper", "flash_pref": "flash_attention_2"}
-
-
-PEERS = {"trl": "trl", "prefix_grouper": "prefix-grouper", "flash_pref": "flash-pref"}  # contender: its package
-
-
-def set_up(model, name):
-    """The attention of a contender for the steps that follow, and --compile or not; each layer is compiled once."""
-    ours_attention = "blocks" if model.device.type == "cpu" else "flex_attention"
-    model.set_attn_implementation(ATTENTION.get(name, ours_attention))
-    on = name == "ours_compiled"
-    for layer in common.decoder_layers(model):
-        if on and not hasattr(layer, "compiled_call"):
-            layer.compile(dynamic=True)
-            layer.compiled_call = layer._compiled_call_impl
-        layer._compiled_call_impl = layer.compiled_call if on else None
-
-
-def needed_flops(model, tokens, head_rows, pairs, passes=3):
-    """FLOPs of `tokens` through the layers, `head_rows` of them through the head and `pairs` of a query and a key that
-    it sees: 2 a parameter and token, 4 a pair and channel; with passes 3 twice that again for the backward."""
-    config = model.config.get_text_config()
-    embedding = config.vocab_size * config.hidden_size
-    head = 0 if model.get_output_embeddings() is None else embedding
-    tied = head == 0 or config.tie_word_embeddings
-    body = sum(p.numel() for p in model.parameters()) - embedding * (1 if tied else 2)
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    )
-    return passes * (2 * body * tokens + 2 * head * head_rows + 4 * config.num_hidden_layers * width * pairs)
-
-
 def step_flops(model, shape, prompts):
-    """-> (FLOPs that the step needs, FLOPs of the padded step). Needed: each token once, the head at response positions
-    only, attention to what a token sees."""
-    P, n, R = shape
+    """What a step must compute: each token once through the layers, 6 FLOPs a parameter; the head at response positions
+    only; attention to what a token sees, 12 FLOPs a pair and channel."""
+    (P, n, R), config = shape, model.config.get_text_config()
+    head = config.vocab_size * config.hidden_size
+    body = sum(p.numel() for p in model.parameters()) - head * (1 if config.tie_word_embeddings else 2)
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    pair = 12 * config.num_hidden_layers * config.num_attention_heads * width
     pairs = P * P / 2 + n * (R * P + R * R / 2)
-    needed = needed_flops(model, P + n * R, n * R, pairs)
-    return prompts * needed, prompts * n * needed_flops(model, P + R, P + R, (P + R) ** 2)
+    return prompts * (6 * body * (P + n * R) + 6 * head * n * R + pair * pairs)
 
 
-def peak_flops(device):
-    """-> (FLOP/s, what it is), or (None, None)."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else ""
-    known = training_run.peak_flops(name)
-    return (known, f"{name}, dense bf16") if known else (None, None)
+# -------------------- results
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is shown
+def ratio(row, spec, key="seconds", base="ours"):
+    """The median over turns of a contender's seconds, or bytes, over ours; None where either has none."""
+    a, b = row["contenders"][spec].get(key), row["contenders"].get(base, {}).get(key)
+    return statistics.median(i / j for i, j in zip(a, b)) if a and b else None
 
 
-def ratios(row, name, base="ours"):
-    """-> medians over turns: the contender's time over ours, and our memory over its, all of it and the step's own."""
-    a, b = row["contenders"][name], row["contenders"].get(base)
-    if b is None or "failed" in b:
-        return None, None, None
-    over = lambda x, y, key: statistics.median(i / j for i, j in zip(x[key], y[key]))  # noqa: E731
-    return over(a, b, "seconds"), over(b, a, "peak_bytes"), over(b, a, "step_bytes")
+def of_products(row, spec):
+    """What a contender computes each second of the FLOPs that must be, over what the products reach: the median of the
+    turns."""
+    seconds = row["contenders"][spec]["seconds"]
+    return statistics.median(row["flops"] / s / rate for s, rate in zip(seconds, row["product_flops"]))
 
 
 def table(report):
-    """The results as a Markdown table."""
-    lines = [
-        "| workload | prompt / n x R | step | seconds, median of | times ours | ideal, tokens and FLOPs | "
-        "peak GB (step's own) | ours / its peak (step's own) | unique tokens/s | MFU | of products |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    """The results as a Markdown table, then each contender's version and options."""
+    lines = ["| workload | prompt / n x R | step | seconds, median of | times ours | peak GB (step's own) | "]
+    lines[0] += "unique tokens/s | MFU | of products |"
+    lines.append("|---|---|---|---|---|---|---|---|---|")
     for row in report["rows"]:
         P, n, R = row["shape"]
-        for name, c in row["contenders"].items():
-            if "failed" in c:
-                why = c["failed"].replace("\n", " ").replace("|", "/")
-                lines.append(f"| {row['workload']} | {P} / {n} x {R} | {name} | {why} | | | | | | | |")
+        where = f"| {row['workload']} | {row['prompts']} of {P} / {n} x {R} |"
+        for spec, c in row["contenders"].items():
+            if not c.get("seconds"):
+                why = c.get("failed", "").replace("\n", " ").replace("|", "/")
+                lines.append(f"{where} {spec} | {why} | | | | | |")
                 continue
             seconds, peak, own = (statistics.median(c[k]) for k in ("seconds", "peak_bytes", "step_bytes"))
-            times, memory, own_memory = ratios(row, name)
-            ideal = (n * (P + R) / (P + n * R), row["padded_flops"] / row["flops"]) if name == "padded" else None
-            cells = [row["workload"], f"{P} / {n} x {R}", name, f"{seconds:.2f} ({len(c['seconds'])})"]
-            cells += [f"{times:.2f}" if times else "", "{:.2f}, {:.2f}".format(*ideal) if ideal else ""]
-            cells += [f"{peak / 1e9:.2f} ({own / 1e9:.2f})"]
-            cells += [f"{memory:.2f} ({own_memory:.2f})" if memory else ""]
-            cells += [f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
-            cells += [f"{row['flops'] / seconds / report['peak_flops'][0]:.0%}" if report["peak_flops"][0] else ""]
-            reached = of_products(row["flops"], row.get("product_flops", []), c)
-            cells += [f"{reached:.0%}" if reached else ""]
-            lines.append(f"| {' | '.join(cells)} |")
+            times, peak_flops = ratio(row, spec), report["peak_flops"]
+            cells = [spec, f"{seconds:.3g} ({len(c['seconds'])})", f"{times:.2f}" if times else ""]
+            cells += [f"{peak / 1e9:.2f} ({own / 1e9:.2f})", f"{row['prompts'] * (P + n * R) / seconds:.0f}"]
+            cells += [f"{row['flops'] / seconds / peak_flops:.0%}" if peak_flops else ""]
+            lines.append(f"{where} {' | '.join(cells)} | {of_products(row, spec):.0%} |")
+    names = dict.fromkeys(spec.partition("+")[0] for row in report["rows"] for spec in row["contenders"])
+    for name in names:
+        _, _, package, options = CONTENDERS[name]
+        version = f" {report['versions'].get(package)}" if package else ""
+        lines.append(f"\n{name}: {package or 'this tree'}{version}, {options}")
     return "\n".join(lines)
 
 
 def plot(report, path):
-    """Time (top) and peak memory (bottom): the papers' workloads, against candidates, against prompt length."""
-    import matplotlib
+    """Seconds and memory of a step, a picture each: a group of bars a workload."""
+    from pandas import DataFrame
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 8))
-    units = {"seconds": ("seconds a step", 1), "step_bytes": ("the step's own peak memory, GB", 1e-9)}
-    for line, (key, (label, scale)) in zip(axes, units.items()):
-        value = lambda c: statistics.median(c.get(key, [0])) * scale  # noqa: B023, E731
-        rows = [r for r in report["rows"] if r["workload"] in PAPERS]
-        names = list(dict.fromkeys(n for r in rows for n in r["contenders"]))
-        for i, name in enumerate(names):
-            x = [k + 0.8 * i / len(names) for k in range(len(rows))]
-            y = [value(r["contenders"][name]) if name in r["contenders"] else 0 for r in rows]
-            bars = line[0].bar(x, y, width=0.8 / len(names), label=name)
-            line[0].bar_label(bars, fmt="%.3g", fontsize=7)
-        titles = ["{}\n{} / {} x {}".format(r["workload"], *r["shape"]) for r in rows]
-        line[0].set_xticks([k + 0.4 * (1 - 1 / max(1, len(names))) for k in range(len(rows))], titles, fontsize=7)
-        for axis, workload, index in ((line[1], "candidates", 1), (line[2], "prompt", 0)):
-            rows = sorted((r for r in report["rows"] if r["workload"] == workload), key=lambda r: r["shape"][index])
-            for name in list(dict.fromkeys(n for r in rows for n in r["contenders"])):
-                points = [(r["shape"][index], value(r["contenders"][name])) for r in rows if name in r["contenders"]]
-                axis.plot(*zip(*points), marker="o", label=name)
-            if rows and key == "seconds" and "ours" in rows[0]["contenders"]:
-                unique = [r["shape"][0] + r["shape"][1] * r["shape"][2] for r in rows]
-                first = value(rows[0]["contenders"]["ours"]) / unique[0]
-                x = [r["shape"][index] for r in rows]
-                axis.plot(x, [first * u for u in unique], "k:", label="as P + nR from ours' first")
-            axis.set_xlabel({1: "candidates n (P 250, R 40)", 0: "prompt tokens P (n 5, R 40)"}[index])
-        for axis in line:
-            axis.set_ylabel(label)
-            axis.set_ylim(bottom=0)
-            if axis.get_legend_handles_labels()[0]:
-                axis.legend(fontsize=8)
-    figure.suptitle(f"One training step, {report['model']}, {report['device']}")
-    figure.tight_layout()
-    figure.savefig(path, dpi=100)
+    rows, panels = report["rows"], {"seconds": "seconds a step", "step_bytes": "bytes that a step adds"}
+    titles = ["{}\n{} / {} x {}".format(row["workload"], *row["shape"]) for row in rows]
+    for key, label in panels.items():
+        cells = [{n: statistics.median(c[key]) for n, c in row["contenders"].items() if c.get(key)} for row in rows]
+        title = f"One training step, {report['model']}, {report['device']}"
+        axes = DataFrame(cells, titles).plot.bar(rot=0, ylabel=label, title=title, figsize=(3 + 2 * len(rows), 4))
+        axes.figure.savefig(path.with_suffix(f".{key}.png"), bbox_inches="tight")
 
 
-def parse_args():
-    parser = common.Parser(description=__doc__)
-    add = parser.add_argument
-    add(
-        "--model", default=str(ROOT / "demo/model"), help=f"folder or hub id, or one of {', '.join(GEOMETRIES)}: random"
-    )
-    add("--workloads", nargs="+", choices=sorted(WORKLOADS), default=PAPERS)
-    add("--growth", action="store_true", help="the workloads that vary n and the prompt length")
-    add(
-        "--contenders",
-        nargs="+",
-        choices=["ours", "ours_compiled", *sorted(ATTENTION)],
-        help="default: ours padded; on CUDA all that are installed",
-    )
-    add("--repeats", type=in_range(int, 1), default=5, help="turns that count")
-    add("--warmup", type=in_range(int, 0), default=1, help="turns before")
-    add("--prompts", type=in_range(int, 1), default=1, help="prompts a step")
-    add("--optimizer", action="store_true", default=torch.cuda.is_available(), help="clipping and AdamW in the step")
-    add("--no_optimizer", dest="optimizer", action="store_false", help="neither: the default on a CPU")
-    add("--seed", type=int, default=0)
-    add(
-        "--output",
-        help="results, JSON: same workloads in it are replaced (default benchmarks/results/DEVICE-MODEL.json)",
-    )
-    add("--show", action="store_true", help="measure nothing: print the table of --output and draw the plot beside it")
-    args = parser.parse_args()
-    args.workloads = GROWTH if args.growth else args.workloads
-    return args
-
-
-def load(args, device):
-    """-> (model, tokenizer or None), as the training scripts load it: fp32 weights; on CUDA FSDP2 computes in bf16."""
-    if args.model in GEOMETRIES:
-        config = AutoConfig.for_model("llama", **GEOMETRIES[args.model])
-        with device:
-            model, tokenizer = AutoModelForCausalLM.from_config(config, dtype=torch.float32), None
-    else:
-        model = common.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
-        tokenizer = common.load_tokenizer(args.model)
-    model.config.use_cache = False
-    return common.shard(model.train(), device), tokenizer
+def new_report(model_name, device, **more):
+    names = ("torch", "transformers", *sorted({package for *_, package, _ in CONTENDERS.values() if package}))
+    versions = {name: found for name in names if (found := installed(name))}
+    peak = next((v for k, v in PEAKS.items() if k in device_name(device)), None)
+    return {"model": model_name, "device": device_name(device), "versions": versions, "peak_flops": peak} | more
 
 
 def device_name(device):
@@ -545,63 +434,53 @@ def device_name(device):
     return f"{model}, {torch.get_num_threads()} thread(s)"
 
 
-def installed(name):
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def random_model(name, device, dtype=torch.float32, **more):
+    config = AutoConfig.for_model("llama", use_cache=False, **(GEOMETRIES[name] | more))
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).train()
 
 
 def main():
-    args = parse_args()
+    parser = common.Parser(description=__doc__)
+    add = parser.add_argument
+    shapes = f"folder or hub id, or one of {', '.join(GEOMETRIES)}: random weights"
+    add("--model", default=str(ROOT / "demo/model"), help=shapes)
+    add("--workloads", nargs="+", choices=sorted(WORKLOADS), default=[*WORKLOADS][:4])
+    add("--contenders", nargs="+", default=["ours", "padded"], help=f"{', '.join(CONTENDERS)}; +checkpoint, +compile")
+    add("--repeats", type=in_range(int, 1), default=5, help="turns that count")
+    add("--warmup", type=in_range(int, 0), default=1, help="turns before")
+    add("--prompts", type=in_range(int, 1), default=1, help="prompts a step")
+    add("--optimizer", action="store_true", help="clipping and AdamW in the step")
+    add("--output", help="results, JSON (default benchmarks/results/DEVICE-MODEL.json)")
+    add("--show", action="store_true", help="measure nothing: print the table of --output and draw the plot beside it")
+    args = parser.parse_args()
+    for name in {spec.partition("+")[0] for spec in args.contenders}:
+        if name not in CONTENDERS:
+            parser.error(f"--contenders {name}: not one of {', '.join(CONTENDERS)}")
+        if (package := CONTENDERS[name][2]) and not installed(package):
+            parser.error(f"--contenders {name}: pip install {package}")
     _, _, device = common.init_distributed()
-    model_name = pathlib.Path(args.model).name
-    model_name = "SmolLM2-135M" if args.model == str(ROOT / "demo/model") else model_name
-    output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{model_name.lower()}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    versions = {name: installed(name) for name in ("torch", "transformers", *PEERS.values(), "flash-attn")}
-    report = {"model": model_name, "device": device_name(device), "optimizer": args.optimizer}
-    report |= {"versions": {k: v for k, v in versions.items() if v}, "peak_flops": peak_flops(device), "rows": []}
-    before = json.loads(output.read_text()) if output.exists() else report
+    name = "SmolLM2-135M" if args.model == str(ROOT / "demo/model") else pathlib.Path(args.model).name
+    output = pathlib.Path(args.output or ROOT / f"benchmarks/results/{device.type}-{name.lower()}.json")
+
+    def make():
+        if args.model in GEOMETRIES:
+            return common.shard(random_model(args.model, device), device)
+        model = common.load_pretrained(AutoModelForCausalLM, args.model, dtype=torch.float32)
+        model.config.use_cache = False
+        return common.shard(model.train(), device)
+
+    report = new_report(name, device, optimizer=args.optimizer, rows=[])
     if args.show:
-        report = before
-    else:
-        same = all(before[k] == report[k] for k in ("model", "device", "optimizer"))
-        if not same:
-            raise common.UserError(
-                f"--output {output} holds results of another model, device or kind: name another file"
-            )
-        report["peak_flops"] = before["peak_flops"]
-        run(args, report, output, device)
+        report = json.loads(output.read_text())
+    for workload, shape in [(w, s) for w in args.workloads for s in WORKLOADS[w]] * (not args.show):
+        row = measure(make, args.contenders, shape, args.prompts, args.repeats, args.warmup, args.optimizer)
+        report["rows"].append({"workload": workload} | row)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(report, indent=1) + "\n")
+        say(table(report | {"rows": report["rows"][-1:]}))
     print(table(report))
-    plot(report, output.with_suffix(".png"))
-
-
-def run(args, report, output, device):
-    names = args.contenders or ["ours", "padded"]
-    if device.type == "cpu":
-        say("no CUDA device: FlexAttention, flash-pref and bf16 are left out; the same command measures them on one")
-    if device.type == "cuda" and not args.contenders:
-        names = ["ours", "ours_compiled", "padded"]
-        names += ["trl"] * bool(installed("trl") and args.model not in GEOMETRIES)  # it wants a tokenizer
-        names += ["prefix_grouper"] * bool(installed("prefix-grouper"))
-        names += ["flash_pref"] * bool(installed("flash-pref") and installed("flash-attn"))
-    for name in set(names) & set(PEERS):
-        if not installed(PEERS[name]):
-            raise common.UserError(f"--contenders {name}: {PEERS[name]} is not installed")
-    bench = Bench(names, args, device)
-    for workload in args.workloads:
-        for shape in WORKLOADS[workload]:
-            result, rates = measure(bench, shape, args, device)
-            row = {"workload": workload, "shape": shape, "prompts": args.prompts}
-            row |= dict(zip(("flops", "padded_flops"), step_flops(bench.model, shape, args.prompts)))
-            row |= {"product_flops": rates, "contenders": result}
-            same = lambda r: (r["workload"], tuple(r["shape"])) == (workload, shape)  # noqa: B023, E731
-            rows = json.loads(output.read_text())["rows"] if output.exists() else []
-            report["rows"] = [r for r in rows if not same(r)] + [row]
-            write_atomically(output, json.dumps(report, indent=1) + "\n")
-            medians = {n: round(statistics.median(c.get("seconds", [math.nan])), 2) for n, c in result.items()}
-            say(workload, shape, medians, limit_sentence(row["flops"], rates, result.get("ours", {})))
+    plot(report, output)
 
 
 if __name__ == "__main__":

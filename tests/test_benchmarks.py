@@ -6,168 +6,184 @@ import types
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import ROOT, make_model
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
-import pipeline  # noqa: E402
 import reading  # noqa: E402
 import scale  # noqa: E402
 
+import common  # noqa: E402
 
-def test_contenders_score_and_learn_alike():
-    model, encoded = make_model().train(), bench.make_encoded((9, 3, 4), 2, 400, seed=0)
-    found = []
-    peers = [bench.prefix_grouper] * bool(bench.installed("prefix-grouper"))
-    for contender in (bench.ours, bench.padded, *peers):
+HERE = [name for name, (*_, package, _) in bench.CONTENDERS.items() if not package or bench.installed(package)]
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4}
+
+
+def gradient(model):
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+@pytest.mark.parametrize("option", ["", "+checkpoint"])
+def test_contenders_score_and_learn_alike(option):
+    """`list` subtracts the reference's scores, which are the model's own here: its gradient is that of equal scores."""
+    model, encoded = make_model().train(), bench.make_encoded((9, 3, 4), 2, 400)
+    found = {}
+    for name in HERE:
         model.zero_grad()
-        model.set_attn_implementation(bench.ATTENTION.get(contender.__name__, "sdpa"))
-        loss, scores = contender(model, encoded, torch.device("cpu"))
+        loss, scores = bench.set_up(model, name + option)(model, encoded)
         loss.backward()
-        found.append((scores.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
-    (scores, gradient), *others = found
-    for its_scores, its_gradient in others:
-        torch.testing.assert_close(scores, its_scores, atol=1e-4, rtol=1e-5)
-        assert (gradient - its_gradient).norm() < 1e-5 * gradient.norm()
+        found[name] = scores, gradient(model)
+    for name in {"padded", "prefix_grouper"} & {*HERE}:
+        torch.testing.assert_close(found[name][0], found["ours"][0], atol=1e-4, rtol=1e-5)
+        assert (found[name][1] - found["ours"][1]).norm() < 1e-5 * found["ours"][1].norm()
+    model.zero_grad()
+    model.set_attn_implementation("sdpa")
+    scores = bench.padded_scores(model, encoded)
+    (sum(-0.5 * (s[i] - s[j]) for s in scores.split(3) for i in range(3) for j in range(i + 1, 3))).backward()
+    assert (found["list"][1] - gradient(model)).norm() < 1e-5 * gradient(model).norm()  # -log sigmoid(0)' is -1/2
+
+
+@pytest.mark.skipif("dpo" not in HERE, reason="TRL is not installed")
+def test_trl_gets_every_pair():
+    """Its losses from our scores: DPO's of the summed log-probabilities, with a reference of 0, and SimPO's of the
+    means."""
+    model, encoded = make_model().train(), bench.make_encoded((9, 3, 4), 2, 400)
+    sums = bench.padded_scores(model, encoded) * 4**0.85  # [6]: two prompts of three responses
+    gaps = torch.stack([s[0] - s[i] for s in sums.split(3) for i in (1, 2)])
+    for name, want in (
+        ("dpo", -torch.nn.functional.logsigmoid(0.1 * gaps).mean()),
+        ("cpo", -torch.nn.functional.logsigmoid(0.1 * gaps / 4 - 0.5).mean()),
+    ):
+        loss, _ = bench.set_up(model, name)(model, encoded)
+        torch.testing.assert_close(loss, want, atol=1e-5, rtol=1e-5)
 
 
 def test_flops_by_hand():
-    """2 layers, hidden 32, head tied (400 x 32): the work of P 10, n 2, R 3; padded, 2 rows of 13 as a whole."""
+    """2 layers, hidden 32, head tied (400 x 32): the work of P 10, n 2, R 3."""
     model = make_model()
     body = sum(p.numel() for p in model.parameters()) - 400 * 32
     pairs = 10 * 10 / 2 + 2 * (3 * 10 + 3 * 3 / 2)
-    want = 6 * body * 16 + 6 * 400 * 32 * 6 + 12 * 2 * 32 * pairs
-    padded = 2 * (6 * (body + 400 * 32) * 13 + 12 * 2 * 32 * 13 * 13)
-    assert bench.step_flops(model, (10, 2, 3), prompts=1) == (want, padded)
+    assert bench.step_flops(model, (10, 2, 3), prompts=1) == 6 * body * 16 + 6 * 400 * 32 * 6 + 12 * 2 * 32 * pairs
 
 
 def test_ratios_are_taken_turn_by_turn():
-    ours = {"seconds": [1.0, 2.0, 10.0], "peak_bytes": [2, 2, 2], "step_bytes": [1, 1, 1]}
-    padded = {"seconds": [4.0, 8.0, 10.0], "peak_bytes": [3, 4, 5], "step_bytes": [3, 4, 5]}
-    row = {"contenders": {"ours": ours, "padded": padded}}
-    assert bench.ratios(row, "padded") == (4.0, 0.5, 0.25)
+    row = {"contenders": {"ours": {"seconds": [1.0, 2.0, 10.0]}, "padded": {"seconds": [4.0, 8.0, 10.0]}}}
+    assert bench.ratio(row, "padded") == 4.0
 
 
-def test_command(tiny, tmp_path, monkeypatch):
-    """One workload, then another into the same file, table and plot; another model's results are not mixed in."""
+def test_command(tiny, tmp_path, monkeypatch, capsys):
+    """Two workloads, table and plots, then the same table from the file."""
     monkeypatch.setitem(bench.WORKLOADS, "Alpaca", [(6, 2, 3)])
     monkeypatch.setitem(bench.WORKLOADS, "HH", [(8, 2, 3)])
     output = tmp_path / "r.json"
 
     def run(*more):
-        argv = ["bench.py", "--model", str(tiny), "--repeats", "2", "--output", str(output), *more]
-        monkeypatch.setattr(sys, "argv", argv)
+        monkeypatch.setattr(sys, "argv", ["bench.py", "--model", str(tiny), "--output", str(output), *more])
         try:
             bench.main()
         finally:
-            torch.distributed.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()
+        return capsys.readouterr().out
 
-    peers = ["prefix_grouper"] * bool(bench.installed("prefix-grouper"))
-    run("--workloads", "Alpaca", "--contenders", "ours", "padded", *peers)
-    run("--workloads", "HH", "Alpaca")
+    specs = ["ours", "ours+checkpoint", *HERE[1:]]
+    shown = run("--workloads", "Alpaca", "HH", "--repeats", "2", "--contenders", *specs)
     report = json.loads(output.read_text())
-    assert sorted(r["workload"] for r in report["rows"]) == ["Alpaca", "HH"] and "torch" in report["versions"]
+    assert [r["workload"] for r in report["rows"]] == ["Alpaca", "HH"] and "torch" in report["versions"]
+    assert all([*r["contenders"]] == specs and len(r["product_flops"]) == 2 for r in report["rows"])
     assert all(len(c["seconds"]) == 2 for r in report["rows"] for c in r["contenders"].values())
-    assert all(
-        len(r["product_flops"]) == 2 and sum(r["contenders"]["ours"]["profile"].values()) < 1 for r in report["rows"]
-    )
-    assert output.with_suffix(".png").stat().st_size > 10_000
-    with pytest.raises(bench.common.UserError, match="another model"):
-        run("--workloads", "HH", "--optimizer")
+    assert shown.endswith(run("--show")) and shown.count("| ours+checkpoint |") == 4
+    assert (tmp_path / "r.seconds.png").stat().st_size > 10_000
+    with pytest.raises(common.UserError, match="nobody"):
+        run("--contenders", "nobody")
 
 
 def test_a_contender_that_fails_on_a_gpu_leaves_the_others(monkeypatch):
     """Out of memory in the backward, and what does not compile: each is named in the table, the model made anew."""
-    renewed, peak = [], types.SimpleNamespace(bytes=2e9, step_bytes=1e9)
-    args = types.SimpleNamespace(prompts=1, seed=0, warmup=1, repeats=2)
-    here = types.SimpleNamespace(names=["padded", "ours_compiled", "ours"], model=make_model(), optimizer=None)
-    here.contenders, here.renew = {name: name for name in here.names}, lambda: renewed.append(1)
+    made, peak = [], types.SimpleNamespace(bytes=2e9, step_bytes=1e9)
 
-    def step(contender, *rest):
-        if contender == "padded":
+    def make():
+        made.append(1)
+        monkeypatch.setattr(type(model := make_model()), "device", torch.device(device))
+        return model
+
+    def step(spec, *rest):
+        if spec == "padded":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
-        if contender == "ours_compiled":
+        if spec == "ours+compile":
             raise ValueError("a | b\ndoes not compile")
         return 0.5, peak, torch.zeros(2)
 
     monkeypatch.setattr(bench, "timed_step", step)
-    monkeypatch.setattr(bench, "set_up", lambda model, name: None)
-    result, _ = bench.measure(here, (6, 2, 3), args, torch.device("cuda"))
-    assert result["padded"] == {"failed": "out of memory"} and "compile" in result["ours_compiled"]["failed"]
-    assert result["ours"]["seconds"] == [0.5, 0.5] and len(renewed) == 2
-    row = {"workload": "HH", "shape": (6, 2, 3), "prompts": 1, "flops": 1e12, "padded_flops": 2e12}
-    table = bench.table({"rows": [row | {"contenders": result}], "peak_flops": [1e14, "some GPU"]}).splitlines()
-    assert "| padded | out of memory |" in table[2] and "| ValueError: a / b does not compile |" in table[3]
-    assert "| 24 | 2% |" in table[4]  # 12 tokens and 1e12 FLOPs in half a second, of 1e14
+    monkeypatch.setattr(bench.Products, "rate", lambda self: 1e12)
+    device, specs = "cuda", ["padded", "ours+compile", "ours"]
+    row = bench.measure(make, specs, (6, 2, 3), 1, repeats=2)
+    result = row["contenders"]
+    assert result["padded"] == {"failed": "out of memory"} and "compile" in result["ours+compile"]["failed"]
+    assert result["ours"]["seconds"] == [0.5, 0.5] and len(made) == 3
+    report = {"rows": [row | {"workload": "HH", "flops": 1e12}], "peak_flops": 1e14, "versions": {}}
+    table = bench.table(report).splitlines()
+    assert (
+        "| padded | out of memory |" in table[2] and "| ours+compile | ValueError: a / b does not compile |" in table[3]
+    )
+    assert "| 24 | 2% | 200% |" in table[4]  # 12 tokens and 1e12 FLOPs in half a second, of 1e14, and of 1e12
+    device = "cpu"
     with pytest.raises(torch.OutOfMemoryError):
-        bench.measure(here, (6, 2, 3), args, torch.device("cpu"))  # there it is a mistake
+        bench.measure(make, specs, (6, 2, 3), 1)  # there it is a mistake
 
 
-def test_formulas_are_what_torch_does():
-    """State, gathered and reduced bytes of 8 ranks, to the byte."""
-    want, got = scale.predict(scale.SMALL, 8, 16), scale.torch_reports(scale.SMALL, 8)
-    assert len(got) == 3 and got == {name: want[name] for name in got}
+def torch_reports(shape, world):
+    """What a step of torch shows of scale.py's bytes, on process 0 of `world` fake ones (CPU, bf16 policy)."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    traffic = {"gather": 0, "reduce": 0}
+    larger = {"_allgather_base_": ("gather", 0), "_reduce_scatter_base_": ("reduce", 1)}  # output, input
+
+    class Counted(TorchDispatchMode):
+        def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+            name, which = larger.get(function._schema.name.partition("::")[2], (None, None))
+            if name:
+                traffic[name] += args[which].nbytes * (world - 1) // world
+            return function(*args, **(kwargs or {}))
+
+    try:
+        model = common.shard(scale.build(shape, "cpu").train(), torch.device("cpu"), bf16=True)
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        ids = torch.zeros(1, 16, dtype=torch.long)
+        with Counted():
+            model(input_ids=ids, logits_to_keep=torch.arange(8)).logits.float().mean().backward()
+        optimizer.step()
+        local = [p.to_local() for p in model.parameters()]
+        adam = [s for p in model.parameters() for s in optimizer.state[p].values() if s.numel() > 1]
+        state = local + [p.grad.to_local() for p in model.parameters()] + [getattr(s, "_local_tensor", s) for s in adam]
+        return {"state": sum(x.nbytes for x in state)} | {f"{k} traffic": v for k, v in traffic.items()}
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_formulas_are_what_torch_does(whole, monkeypatch):
+    """State, gathered and reduced bytes of 8 processes, to the byte: of a model that stays whole, and of one that does
+    not."""
+    monkeypatch.setattr(common, "stays_whole", lambda model: whole)
+    want, got = scale.predict(SMALL, 8, 16), torch_reports(SMALL, 8)
+    gather = want["whole gather traffic" if whole else "gather traffic"]
+    assert got == {"state": want["state"], "gather traffic": gather, "reduce traffic": want["reduce traffic"]}
 
 
 def test_kept_bytes_of_a_layer():
     """Twice the tokens are twice the bytes, a third layer adds what the second added, and the queries, keys, values,
     output and log-sum-exp of attention are in it."""
-    one, two, three = (scale.kept_bytes(scale.SMALL, 16, n) for n in (1, 2, 3))
-    assert three - two == two - one == (scale.kept_bytes(scale.SMALL, 32, 2) - scale.kept_bytes(scale.SMALL, 32, 1)) / 2
+    one, two, three = (scale.kept_bytes(SMALL, 16, n) for n in (1, 2, 3))
+    assert three - two == two - one == (scale.kept_bytes(SMALL, 32, 2) - scale.kept_bytes(SMALL, 32, 1)) / 2
     assert two - one > 16 * (4 * 64 * 2 + 4 * 4)
 
 
-def reading_report(tiny, tmp_path, monkeypatch, *more):
-    argv = ["reading.py", "--model", tiny, "--repeats", 1, "--output", tmp_path / "r.json", *more]
-    monkeypatch.setattr(sys, "argv", [*map(str, argv)])
-    bench.common.run_cli(reading.main)
-    return json.loads((tmp_path / "r.json").read_text())
-
-
-def test_reading(tiny, tmp_path, monkeypatch):
-    """Every job of the second page, whose contenders must agree, into one file."""
-    monkeypatch.setattr(reading, "LONG", 50)
-    report = reading_report(tiny, tmp_path, monkeypatch, "--candidates", 30)
-    assert list(report) == list(reading.JOBS)
-    assert list(report["few-shot"]["contenders"]) == ["ours", "flat", "rows", "padded"]
-    assert all(len(c["seconds"]) == 1 for job in report.values() for c in job["contenders"].values())
-    assert all(job["limit"][0] > 0 and job["flops"] > 0 for job in report.values())
-
-
-def test_reading_of_data(tiny, tmp_path, monkeypatch):
-    """Records of two files; trees, flat rows and a row a prompt agree, on prompts that share a start and none."""
-    for name, start in (("shared", "A cook stirs soup. "), ("apart", "")):
-        rows = [{"id": str(i), "prompt": f"{i} {start}Why {i}?", "candidates": []} for i in range(4)]
-        for row in rows:
-            row["prompt"] = start + row["prompt"]
-            row["candidates"] = [{"text": f"{word} {row['id']}", "source": "a"} for word in ("Yes", "No, no")]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    files = ["--data", tmp_path / "shared.jsonl", tmp_path / "apart.jsonl", "--prompts", 3]
-    report = reading_report(tiny, tmp_path, monkeypatch, *files, "--contenders", "flat", "rows")
-    assert list(report) == ["step shared", "sample shared", "step apart", "sample apart"]
-    assert list(report["step apart"]["contenders"]) == ["ours", "flat", "rows"]
-
-
-def test_tree_work_by_hand():
-    """Prompt 1 2 3, responses 4 5 and 4 6: six tokens, three of them predicted; 1 + 2 + 3 + 4 + 5 + 5 pairs."""
-    model = make_model()
-    encoded = bench.common.Encoded("a", [1, 2, 3], [[4, 5], [4, 6]], 0, 0)
-    assert reading.tree_work(model, [encoded], 3).flops == bench.needed_flops(model, 6, 3, 20, 3)
-
-
-def test_pipeline(tiny, tokenizer, tmp_path, monkeypatch):
-    """Every step is timed both ways; the plain ones read and draw the same."""
-    output = tmp_path / "r.json"
-    argv = ["pipeline.py", "--model", str(tiny), "--prompts", "2", "--output", str(output)]
+def test_reading(tiny, monkeypatch, capsys):
+    """Every job of the second page, whose contenders must agree."""
+    argv = ["reading.py", "--model", str(tiny), "--repeats", "1"]
     monkeypatch.setattr(sys, "argv", argv)
-    pipeline.main()
-    [turn] = json.loads(output.read_text())["turns"]
-    assert [*turn["ours"]] == [*turn["plain"]] == ["prepare", "sample", "rank", "score", "train", "evaluate", "report"]
-    model = bench.common.load_pretrained(bench.AutoModelForCausalLM, str(tiny))
-    drawn = []
-    for generate in (pipeline.generation.generate, pipeline.plain_generate):
-        torch.manual_seed(0)
-        drawn.append(
-            generate(model, tokenizer, ["A man", "Two girls sit"], num_samples=2, temperature=0.8, max_new_tokens=6)
-        )
-    assert [r["text"] for group in drawn[0] for r in group] == [r["text"] for group in drawn[1] for r in group]
+    common.run_cli(reading.main)
+    assert capsys.readouterr().out.count(" times; ") == 3

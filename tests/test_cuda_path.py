@@ -164,3 +164,53 @@ def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
     graphs = torch._dynamo.eval_frame._debug_get_cache_entry_list(type(compiled.model.layers[0]).forward.__code__)
     torch.distributed.destroy_process_group()
     assert 1 <= len(graphs) <= 2
+
+
+class Collectives(TorchDispatchMode):
+    """Counts the collectives of FSDP2 by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = collections.Counter()
+
+    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.found[name] += name in ("_allgather_base_", "_reduce_scatter_base_")
+        return function(*args, **(kwargs or {}))
+
+
+def step_of_rows(process, world, folder, whole, results):
+    """One of `world` processes: the gradient of a step of several rows each, and its collectives."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/{world}{whole}", rank=process, world_size=world
+    )
+    common.stays_whole = lambda model: whole
+    model = common.shard(make_model().train(), torch.device("cpu"))
+    prompts = [(e,) for e in make_encoded(*[(20 + i, [5, 3 + i]) for i in range(8)])]
+    args = types.SimpleNamespace(max_tokens_per_row=40, padded=False)
+    with Collectives() as collectives:
+        for weight, batch in common.rows(prompts, model, None, args):
+            logprobs, lengths = common.candidate_logprobs(model, batch)
+            (weight * (logprobs / lengths).sum() * world).backward()
+            gathered = not isinstance(model.model.layers[0].mlp.up_proj.weight, torch.distributed.tensor.DTensor)
+    full = lambda x: x.full_tensor() if hasattr(x, "full_tensor") else x  # noqa: E731
+    gradient = torch.cat([full(p.grad).flatten() for p in model.parameters()])
+    if process == 0:
+        results[world, whole] = gradient, dict(+collectives.found), gathered
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def test_a_model_that_stays_whole_is_gathered_once_a_step(tmp_path):
+    """Four rows on each of two processes: the gradient of one process; three groups (two layers, the root) are gathered
+    and reduced once a step where the model stays whole, else the layers twice a row."""
+    with torch.multiprocessing.Manager() as manager:
+        results = manager.dict()
+        for world, whole in ((1, True), (2, True), (2, False)):
+            torch.multiprocessing.spawn(step_of_rows, (world, tmp_path, whole, results), nprocs=world)
+        (want, *_), (got, few, sharded), (other, many, _) = (results[k] for k in ((1, True), (2, True), (2, False)))
+    for gradient in (got, other):
+        assert (gradient - want).norm() < 1e-6 * want.norm()
+    assert few == {"_allgather_base_": 3, "_reduce_scatter_base_": 3} and not sharded
+    assert many == {"_allgather_base_": 4 * (2 + 2 + 1), "_reduce_scatter_base_": 4 * 3}

@@ -1,6 +1,7 @@
-"""make gpu's checks: all on CUDA, on a CPU in small sizes those that are quick there."""
+"""make gpu: its small form on a CPU (on CUDA: all of it), and what becomes of a part that fails."""
 
 import json
+import os
 import sys
 import time
 
@@ -13,104 +14,69 @@ import gpu  # noqa: E402
 
 import common  # noqa: E402
 
-CUDA = torch.cuda.is_available()
-CHECKS = gpu.CHECKS if CUDA else [gpu.kernel, gpu.packed, gpu.tolerance, gpu.head, gpu.memory]
 
-
-@pytest.mark.parametrize("check", CHECKS, ids=lambda c: c.__name__)
-def test_check(check):
-    torch._dynamo.reset()  # row lengths of earlier tests make sizes dynamic, and torch 2.13's C++ for flex then fails
-    _, _, device = common.init_distributed()
-    try:
-        result = check(device)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert result["passed"], result
-
-
-@pytest.mark.skipif(CUDA, reason="says so without CUDA alone")
-def test_without_cuda_it_says_so():
-    assert "no CUDA device here" in command(sys.executable, "benchmarks/gpu.py").stdout
-
-
-@pytest.mark.skipif(not CUDA, reason="needs CUDA")
-def test_command():
-    command(sys.executable, "benchmarks/gpu.py", "--parts", "packed")
+def test_every_part_passes(tmp_path, monkeypatch):
+    """As a command: every part is in gpu.json, the steps' tables are what bench.py shows."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    shown = command(sys.executable, "benchmarks/gpu.py", "--minutes", "9").stdout
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    assert {k: v.get("error", v["passed"]) for k, v in report["parts"].items()} == dict.fromkeys(gpu.PARTS, True)
+    for name in ("steps_1b", "steps_7b"):
+        table = command(sys.executable, "benchmarks/bench.py", "--show", "--output", tmp_path / f"{name}.json").stdout
+        assert table.splitlines()[-1] in shown and (tmp_path / f"{name}.seconds.png").exists()
+        assert "| padded" in table and "| ours+checkpoint |" in table
 
 
 @pytest.fixture
-def page(tmp_path, monkeypatch):
-    """page("--parts", ...) is the command where there is a GPU, its parts run on the CPU -> (gpu.json, gpu.md)."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
-
-    def run(*argv):
-        with monkeypatch.context() as patch:
-            patch.setattr(gpu, "ROOT", tmp_path)
-            patch.setattr(sys, "argv", ["gpu.py", *argv])
-            gpu.main()
-        folder = tmp_path / "benchmarks/results/some-gpu"
-        return json.loads((folder / "gpu.json").read_text())["parts"], (folder / "gpu.md").read_text()
-
-    return run
+def device():
+    yield common.init_distributed()[2]
+    torch.distributed.destroy_process_group()
 
 
-def test_parts_are_on_the_page_whatever_becomes_of_them(page, monkeypatch):
-    """One fails, one hangs, one passes; a later call keeps the others; the time may be over."""
-    found = {"kernel": "raise torch.OutOfMemoryError('CUDA out of memory')", "packed": "import time; time.sleep(60)"}
-    found["head"] = "print('RESULT {\"passed\": true, \"nats\": 1}'); print('a warning')"
-    run_command = gpu.run_command
+def test_attention_finds_a_wrong_mask(device, monkeypatch):
+    """A window that is one token off, and prompts that see each other."""
+    row = gpu.some_rows(device)[0]
+    errors = lambda: gpu.attention_errors(row, 4, 2, 16, torch.float32, "mistral", device)  # noqa: E731
+    assert errors() < 1e-5
+    with monkeypatch.context() as patch:
+        patch.setattr(gpu, "KINDS", {"mistral": {"sliding_window": gpu.KINDS["mistral"]["sliding_window"] + 1}})
+        build = gpu.build
+        patch.setattr(gpu, "build", lambda *args: [m := build(*args), setattr(m.config, "sliding_window", 100)][0])
+        assert errors() > 0.01
+    monkeypatch.setattr(common, "sees", lambda query, key, *rest: key <= query)
+    assert errors() > 0.1
 
-    def fake(command, limit, **env):
-        code = found[command[command.index("--check") + 1]]
-        return run_command([sys.executable, "-c", "import torch; " + code], min(limit, 20), **env)
 
-    monkeypatch.setattr(gpu, "run_command", fake)
-    parts, _ = page("--parts", "kernel", "head")
-    assert not parts["kernel"]["passed"] and "CUDA out of memory" in parts["kernel"]["error"]
-    assert parts["head"]["passed"] and parts["head"]["nats"] == 1
-    parts, text = page("--parts", "packed")
-    assert "stopped after 20 s" in parts["packed"]["error"] and parts["head"]["passed"]
-    parts, text = page("--parts", "packed", "--minutes", "0.1")
-    assert parts["packed"]["error"] == "not begun: 0.1 minutes are over"
-    assert "| kernel | FAILED |" in text and "| head | passed |" in text
+def test_what_a_part_found_stays_whatever_becomes_of_it():
+    """One fails, one hangs, one dies, one passes: each after it said something."""
+
+    def fails(save):
+        save(nats=1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def hangs(save):
+        save(nats=1)
+        time.sleep(60)
+
+    def dies(save):
+        save(nats=1)
+        os._exit(3)
+
+    written = []
+    found = [gpu.run_part(part, 2, lambda found: written.append(dict(found))) for part in (fails, hangs, dies)]
+    assert all(x["nats"] == 1 and not x["passed"] for x in found) and written.count({"nats": 1}) == 3
+    errors = [x["error"].splitlines()[-1] for x in found]
+    assert errors[1:] == ["stopped after 2 s", "its process died"] and errors[0].endswith("CUDA out of memory")
+    assert gpu.run_part(lambda save: {"passed": True}, 20)["passed"]
 
 
 def test_what_a_part_started_does_not_go_on(tmp_path):
-    """Past its time a shell's child, which would hold the GPU's memory, ends too."""
-    with pytest.raises(RuntimeError, match="stopped after 1 s"):
-        gpu.run_command(["bash", "-c", f"(sleep 5; touch {tmp_path}/late) & wait"], 1)
-    time.sleep(6)
+    """Past its time a part's own process, which would hold the GPU's memory, ends too."""
+
+    def part(save):
+        gpu.FORK.Process(target=lambda: [time.sleep(4), (tmp_path / "late").touch()]).start()
+        time.sleep(60)
+
+    gpu.run_part(part, 1)
+    time.sleep(5)
     assert not (tmp_path / "late").exists()
-
-
-def test_recipes_run_or_say_why_not(tmp_path, monkeypatch):
-    """Those whose data is named run at SCALE=135m; a failure is recorded."""
-    (tmp_path / "recipes").mkdir()
-    (tmp_path / "recipes/pro_hh.sh").write_text("test $SCALE = 135m && mkdir -p $OUT")
-    (tmp_path / "recipes/pro_ablations.sh").write_text("echo no such thing; exit 3")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    monkeypatch.setenv("HH", "somewhere")
-    monkeypatch.delenv("ALPACA", raising=False)
-    figures = gpu.recipes(60)
-    assert not figures["passed"] and figures["tuna"] == "not run: set ALPACA" and (tmp_path / "runs/gpu").is_dir()
-    assert figures["pro_hh"].endswith(" s") and "exit code 3: no such thing" in figures["pro_ablations"]
-    for name, *_ in gpu.RECIPES_135M:
-        sourced = (ROOT / "recipes" / f"{name.partition('_')[0]}_common.sh").read_text()
-        assert (ROOT / "recipes" / f"{name}.sh").exists() and "135m)" in sourced
-
-
-def test_bench_shows_what_it_measured_before_it_failed(tmp_path, monkeypatch):
-    said = []
-
-    def fake(command, limit):
-        said.append(command)
-        if "--show" not in command:
-            (tmp_path / "b.json").write_text("{}")
-            raise RuntimeError("stopped after 9 s")
-        return "a line\n| a | table |"
-
-    monkeypatch.setattr(gpu, "run_command", fake)
-    result = gpu.bench(tmp_path, "b", 9, "--model", "llama-6m")
-    assert result == {"passed": False, "error": "stopped after 9 s", "table": "| a | table |"}
-    assert said[0][-2:] == ["--repeats", "3"] and said[1][-1] == "--show"
