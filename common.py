@@ -50,7 +50,7 @@ from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.attention.flex_attention import create_block_mask
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -709,6 +709,8 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
     except Exception as e:  # a folder may hold anything
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         folder, hub = pathlib.Path(name), re.search("use_safetensors|safetensors conversion", str(e))
+        if (folder / "adapter_config.json").exists():
+            reason = "it is an adapter: merge it into its base model (peft's merge_and_unload), and give that"
         if hub or list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):
             reason = "its weights are pickles, which can run code. If you trust their author, add --allow_pickle, or "
             reason += f"make safetensors of them: python collect_candidates.py convert --model {name} --output FOLDER"
@@ -740,8 +742,12 @@ def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     for turn in range(dist.get_world_size()):  # equally many everywhere: the barrier is of all machines
         if turn == int(os.environ.get("LOCAL_RANK", 0)):
             options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32}
+            if getattr(load_pretrained(AutoConfig, args.model), "quantization_config", None):
+                raise UserError(f"--model {args.model}: its weights are quantised: give the model that is not")
             model = load_pretrained(auto_class, args.model, **options, **kwargs)
             tokenizer = load_tokenizer(args.model, model=model)
+            check_positions(model, args)
+            settle_config(model, tokenizer)
             if not args.padded:
                 set_attention(model, device, args.attn)
             every = args.activation_checkpointing
@@ -754,6 +760,43 @@ def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
             model = shard(model.train(), device, args.bf16)
         dist.barrier()
     return model, tokenizer
+
+
+def check_positions(model, args):
+    """Raise UserError where --max_length is more than a model's positions, or more than its rotary frequencies stay the
+    same for: beyond, the longest sequence of a row would change the scores of the others."""
+    config = model.config.get_text_config()
+    rope, limit = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", None)
+    kind = rope.get("rope_type")
+    limit = rope["original_max_position_embeddings"] if kind == "longrope" else limit
+    if limit and args.max_length > limit and (not rope or kind in ("dynamic", "longrope")):
+        why = f"beyond {limit} tokens its {kind} positions change with the row" if rope else f"it has {limit} positions"
+        raise UserError(f"--max_length {args.max_length}: {why}: set --max_length {limit}")
+
+
+def settle_config(model, tokenizer):
+    """Make the config say what is trained and saved: no router loss, which is no part of the objective; a head that is
+    tied only if it is one tensor with the embedding; an end at the EOS that training teaches; no sampling settings that
+    transformers would refuse to save."""
+    config, own = model.config.get_text_config(), model.generation_config
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
+        say("the router loss that its config asks for is no part of the objective, and is left out")
+    pairs = getattr(model, "all_tied_weights_keys", {})
+    model.all_tied_weights_keys = {a: b for a, b in pairs.items() if model.get_parameter(a) is model.get_parameter(b)}
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        model.config.tie_word_embeddings = config.tie_word_embeddings = False
+    if own:
+        ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+        if tokenizer.eos_token_id not in ends:
+            own.eos_token_id = [tokenizer.eos_token_id, *(t for t in ends if t is not None)]
+        try:
+            own.validate(strict=True)
+        except ValueError:
+            say("its generation_config.json is not valid: only the special tokens in it are kept")
+            tokens = {k: v for k, v in own.to_dict().items() if k.endswith("_token_id")}
+            model.generation_config = transformers.GenerationConfig(**tokens)
 
 
 def set_attention(model, device, asked="auto"):
@@ -963,12 +1006,17 @@ def load_checkpoint(output, model, optimizer):
     if not (found := checkpoints(output)):
         return 0
     state, groups = training_state(model, optimizer)
+    reader = dcp.HuggingFaceStorageReader(found[-1])
     try:
-        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(found[-1]))
+        saved = reader.read_metadata().state_dict_metadata  # no moments of parameters that never had a gradient
+        state["optimizer"] = {k: v for k, v in state["optimizer"].items() if f"optimizer.{k}.step" in saved}
+        dcp.load(state, storage_reader=reader)
     except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
         raise UserError(f"{found[-1]} is damaged ({type(e).__name__}): delete it and start anew") from e
-    states.set_model_state_dict(model, state["model"], options=states.StateDictOptions(strict=False))  # tied ones once
-    states.set_optimizer_state_dict(model, optimizer, {"state": state["optimizer"], "param_groups": groups})
+    some = states.StateDictOptions(strict=False)  # tied weights once
+    states.set_model_state_dict(model, state["model"], options=some)
+    moments = {"state": state["optimizer"], "param_groups": groups}
+    states.set_optimizer_state_dict(model, optimizer, moments, options=some)
     say(f"resuming after step {int(found[-1].name[5:])} from {found[-1]}")
     return int(found[-1].name[5:])
 

@@ -86,9 +86,10 @@ def load(folder, **changed):
     """common.load_model of a folder that has no tokenizer."""
     args = types.SimpleNamespace(model=str(folder), attn="sdpa", padded=False, allow_pickle=False, compile=False)
     args.bf16, args.activation_checkpointing, device = False, None, changed.pop("device", "cpu")
+    args.max_length = 64
     vars(args).update(changed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "load_tokenizer", lambda name, model: None)
+        patch.setattr(common, "load_tokenizer", lambda name, model: make_tokenizer())
         return common.load_model(args, torch.device(device))[0]
 
 
