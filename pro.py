@@ -1,4 +1,6 @@
-"""PRO: preference ranking optimization, one loss over a ranking of any length (arXiv 2306.17492).
+"""PRO: preference ranking optimization, one loss over a ranking of any length (Song et al., AAAI 2024).
+
+Equations, sections and tables are numbered as in arXiv 2306.17492v1.
 
     torchrun --nproc_per_node 4 pro.py                                                 # data/hh/ranked.jsonl
     torchrun --nproc_per_node 4 pro.py --no_ranking                                    # the baseline BoN

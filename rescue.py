@@ -1,4 +1,6 @@
-"""RESCUE: train a language model to rank partially ordered human and model responses (arXiv 2311.09136).
+"""RESCUE: train a language model to rank partially ordered human and model responses (Wang et al., ACL SRW 2024).
+
+Equations, sections and figures are numbered as in arXiv 2311.09136v3.
 
     torchrun --nproc_per_node 4 rescue.py --ordering label                            # the paper's main experiment
     torchrun --nproc_per_node 4 rescue.py --ordering none                             # its SFT baseline

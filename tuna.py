@@ -1,4 +1,6 @@
-"""Tuna: instruction tuning with a stronger model's rankings (arXiv 2310.13385).
+"""Tuna: instruction tuning with a stronger model's rankings (Li et al., Findings of EMNLP 2023).
+
+Equations, sections and tables are numbered as in arXiv 2310.13385v1.
 
     torchrun --nproc_per_node 4 tuna.py --stage sft --epochs 3 --batch_size 512               # Alpaca: runs/tuna-sft
     torchrun --nproc_per_node 4 tuna.py --stage probabilistic                                 # Tuna_p, from Alpaca

@@ -228,6 +228,7 @@ def test_readme_rescue_recipe_runs(cli, tiny, tmp_path, monkeypatch):
             writer.writerows(
                 [f"{name}-{i}", r["label"], r["premise"], r["hypothesis"], r["explanation"]] for i, r in enumerate(part)
             )
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # its prompts
     small = {"sample": ["--max_new_tokens", "4"], "nli": ["--max_new_tokens", "4"], "rescue.py": ["--model", str(tiny)]}
     ran = []
     for line in readme_commands("RESCUE on e-SNLI"):
@@ -267,12 +268,12 @@ def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, tmp_path, mon
     (tmp_path / "alpaca_data.json").write_text(json.dumps(alpaca))
     more = {
         "hh --subset": ["--input", *["hh.jsonl"] * 4],
-        "reward": ["--reward_model", reward_folder],
         "sample": ["--max_new_tokens", "6"],
     }
     more |= {"pro.py": ["--model", tiny], "--stage sft": ["--model", tiny]}
     with Server(longest_first) as server:
         for line in readme_commands("PRO and Tuna"):
+            line = line.replace("OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5", str(reward_folder))
             words = shlex.split(line.replace("https://api.openai.com/v1", server.url))
             words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
             words += next((extra for key, extra in more.items() if key in line), [])
