@@ -45,10 +45,9 @@ largest() { printf '%s\n' "$@" | sort -n | tail -1; }
 most=$(largest $SIZES)
 POOL=${POOL:-$((MIN_CANDIDATES == 1 ? most : most * 3 / 2))} # prompts that lack a well-formed response are left out
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
-drop=($DROP)
-[ -z "$DROP" ] || [ "$DRAWN" = "$SAMPLES" ] || drop+=(--per_source "$SAMPLES")
-names=() start=$MODEL mix=$DATA/sampled
-[ -z "$TEACHER" ] || mix=$DATA/mixed
+of=sampled
+[ "$DRAWN" = "$SAMPLES" ] || of=whole
+names=() start=$MODEL mix=$DATA/$([ -n "$TEACHER" ] && echo mixed || echo "$of")
 
 train() { # train OUTPUT DATA ORDERING SIZE SEED FLAGS...
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$start" --output "$1" --max_train_samples "$4" --seed "$5" \
@@ -74,7 +73,7 @@ enough() { # enough FILE SIZES...: the SIZES that FILE has prompts for; says whi
   done
 }
 annotate() { # annotate PREFIX SIZES...: PREFIX.jsonl -> PREFIX-label.jsonl, and from it -similarity and -gpt
-  collect rank --by label "${drop[@]}" ${DROP:+--min_candidates "$MIN_CANDIDATES"} --input "$1.jsonl" --output "$1-label.jsonl"
+  collect rank --by label ${DROP:+$DROP --min_candidates "$MIN_CANDIDATES"} --input "$1.jsonl" --output "$1-label.jsonl"
   collect rank --by similarity --encoder "$ENCODER" --input "$1-label.jsonl" --output "$1-similarity.jsonl"
   [ -z "$RANKER" ] || ask "$1-gpt.jsonl" python collect_candidates.py rank --by gpt --model "$RANKER" --base_url "$BASE_URL" \
     --limit "$(largest "${@:2}")" --input "$1-label.jsonl" --output "$1-gpt.jsonl"
@@ -105,20 +104,19 @@ candidates() { # prompts and candidates of the training, flipped ones too, and o
     sampler=$RUNS/sampler/model
     [ -z "$FROM_SAMPLER" ] || start=$sampler
   fi
-  # Sec. 5.1: three samples, a stronger model's, the human one. The teacher, which is paid, is asked about the prompts that
-  # have three samples with the form, and about a tenth more than are needed
+  # Sec. 5.1: three samples, a stronger model's, the human one. Of more that are drawn the first three with the form are
+  # kept. The teacher, which is paid, is asked about a tenth more prompts than are needed
   sample train sampled "$DRAWN"
-  if [ -n "$TEACHER" ] && [ -n "$DROP" ]; then
-    collect rank --by label "${drop[@]}" --min_candidates $((1 + SAMPLES)) --input "$DATA/sampled.jsonl" --output "$DATA/whole.jsonl"
-    if [ -z "$(enough "$DATA/whole.jsonl" "$most")" ]; then
+  if [ "$of" = whole ]; then
+    collect rank --by label --drop_malformed --per_source "$SAMPLES" --min_candidates $((1 + SAMPLES)) \
+      --input "$DATA/sampled.jsonl" --output "$DATA/all-whole.jsonl"
+    if [ -z "$(enough "$DATA/all-whole.jsonl" "$most")" ]; then
       echo "of $POOL prompts too few have $SAMPLES well-formed samples: a larger POOL and another OUT, or a smaller SIZES" >&2
       exit 2
     fi
-    into "$DATA/to_teach.jsonl" head -n $((most * 11 / 10)) "$DATA/whole.jsonl"
-    teach to_teach mixed
-  elif [ -n "$TEACHER" ]; then
-    teach sampled mixed
+    into "$DATA/whole.jsonl" head -n $((most * 11 / 10)) "$DATA/all-whole.jsonl"
   fi
+  [ -z "$TEACHER" ] || teach "$of" mixed
   annotate "$mix" $SIZES
   SIZES=$(enough "$mix-label.jsonl" $SIZES)
   if [ -n "$FLIP_SIZES" ]; then # in place of the others, as released; of a fifth more prompts than are needed
@@ -133,7 +131,7 @@ candidates() { # prompts and candidates of the training, flipped ones too, and o
   into "$DATA/test-first.jsonl" head -n "$RANKED" "$DATA/test.jsonl"
   sample test-first test-sampled "$SAMPLES"
   [ -z "$TEACHER" ] || teach test-sampled test-mixed
-  collect rank --by label $DROP --input "$DATA/test-${mix##*/}.jsonl" --output "$DATA/test-ranked.jsonl"
+  collect rank --by label $DROP --input "$DATA/test-$([ -n "$TEACHER" ] && echo mixed || echo sampled).jsonl" --output "$DATA/test-ranked.jsonl"
   [ "$sampler" = "$MODEL" ] || KEEP_MODELS=1 measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
 }
 

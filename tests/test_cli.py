@@ -266,10 +266,7 @@ def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, tmp_path, mon
     write_jsonl(tmp_path / "hh.jsonl", hh)
     alpaca = [{"instruction": f"Name {i} things.", "input": "", "output": "One, two."} for i in range(4)]
     (tmp_path / "alpaca_data.json").write_text(json.dumps(alpaca))
-    more = {
-        "hh --subset": ["--input", *["hh.jsonl"] * 4],
-        "sample": ["--max_new_tokens", "6"],
-    }
+    more = {"hh --subset": ["--input", *["hh.jsonl"] * 4], "sample": ["--max_new_tokens", "6"]}
     more |= {"pro.py": ["--model", tiny], "--stage sft": ["--model", tiny]}
     with Server(longest_first) as server:
         for line in readme_commands("PRO and Tuna"):
