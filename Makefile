@@ -23,10 +23,10 @@ test: .venv/installed  ## ruff, then every test
 	$(BIN)/ruff format --check .
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
 
-bench: .venv/installed  ## step time and memory beside the padded step and peers (PAGE=reading: scoring, generating; PAGE=pipeline); ARGS=--help
-	$(BIN)/python benchmarks/$(or $(PAGE),bench).py $(ARGS)
+bench: .venv/installed  ## step time and memory beside the padded step and peers; ARGS=--help
+	$(BIN)/python benchmarks/bench.py $(ARGS)
 
-gpu: .venv/installed  ## one GPU, 40 minutes: is the CUDA path right, how fast; without CUDA it says so
+gpu: .venv/installed  ## one GPU, eight minutes: is the CUDA path right, how fast; without CUDA its small form
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/gpu.py $(ARGS)
 
 faults: .venv/installed  ## the long fault rig: kills, signals, torn files, malformed inputs

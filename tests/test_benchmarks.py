@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import bench  # noqa: E402
-import reading  # noqa: E402
 import scale  # noqa: E402
 
 import common  # noqa: E402
@@ -179,11 +178,3 @@ def test_kept_bytes_of_a_layer():
     one, two, three = (scale.kept_bytes(SMALL, 16, n) for n in (1, 2, 3))
     assert three - two == two - one == (scale.kept_bytes(SMALL, 32, 2) - scale.kept_bytes(SMALL, 32, 1)) / 2
     assert two - one > 16 * (4 * 64 * 2 + 4 * 4)
-
-
-def test_reading(tiny, monkeypatch, capsys):
-    """Every job of the second page, whose contenders must agree."""
-    argv = ["reading.py", "--model", str(tiny), "--repeats", "1"]
-    monkeypatch.setattr(sys, "argv", argv)
-    common.run_cli(reading.main)
-    assert capsys.readouterr().out.count(" times; ") == 3
