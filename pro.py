@@ -189,6 +189,9 @@ def load_data(args, path, limit=None):
         raise UserError(f"{path}: record {single['id']!r} has one candidate: nothing to rank (BoN: --no_ranking)")
     lengths = sorted({len(r["candidates"]) for r in records})
     say(f"{path}: {len(records)} prompts, ranking lengths {', '.join(map(str, lengths))}")
+    tied = sum(len(set(ranking_levels(r["candidates"]).tolist())) < len(r["candidates"]) for r in records)
+    if tied and args.no_temperature and not args.first_only:
+        say(f"{tied} prompts have equal candidates, which Eq. 8 takes in the file's order: see --first_only")
     others = {r["reward_model"] for r in records if "reward_model" in r} - {args.reward_model}
     if args.bootstrap_splits and others:
         say(f"the data was scored by {', '.join(sorted(others))}: its rewards and --reward_model's may not compare")

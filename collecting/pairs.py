@@ -83,18 +83,16 @@ def column(row, names, ours, where):
     """The row's value under the name of --columns, else under our name or a known one; None where none is there."""
     if ours in names:
         if names[ours] not in row:
-            raise UserError(
-                f"{where}: no column {names[ours]!r} (--columns); the columns are {', '.join(row)} ({SECTION})"
-            )
+            raise UserError(f"{where}: no column {names[ours]!r} (--columns); the columns are {', '.join(row)}")
         return row[names[ours]]
     return next((row[name] for name in (ours, *COLUMNS[ours]) if row.get(name) is not None), None)
 
 
 def several(value):
     """A value, or a list of them -> a list. Messages with a turn of the user's are one response."""
-    turns = value if isinstance(value, list) else ()
-    one = any(isinstance(turn, dict) and turn.get("role") in ("user", "system") for turn in turns)
-    return value if isinstance(value, list) and not one else [value]
+    if not isinstance(value, list):
+        return [value]
+    return [value] if any(isinstance(x, dict) and x.get("role") in ("user", "system") for x in value) else value
 
 
 def as_candidates(responses, sources, rewards, ranks, order, where):
@@ -128,11 +126,10 @@ def as_candidates(responses, sources, rewards, ranks, order, where):
 def rating(fields, where):
     """A response's own rating: the mean of its `annotations` (UltraFeedback), else a field of RATINGS, else None."""
     aspects = fields.get("annotations")
-    if isinstance(aspects, dict):
-        values = [number(a.get("Rating"), where) for a in aspects.values() if isinstance(a, dict)]
-        values = [v for v in values if v is not None]
-        if values:
-            return sum(values) / len(values)
+    aspects = aspects.values() if isinstance(aspects, dict) else ()
+    values = [number(a.get("Rating"), where) for a in aspects if isinstance(a, dict)]
+    if values := [v for v in values if v is not None]:
+        return sum(values) / len(values)
     return next((number(fields[k], where) for k in RATINGS if fields.get(k) is not None), None)
 
 
@@ -167,9 +164,7 @@ def render(context, where, tokenizer):
         return context, None
     messages = [{"role": "user", "content": context}] if isinstance(context, str) else context
     if not isinstance(messages, list) or not all(map(is_message, messages)):
-        raise UserError(
-            f"{where}: the prompt must be a text or a list of messages, each with role and content ({SECTION})"
-        )
+        raise UserError(f"{where}: the prompt must be a text or messages, each with role and content ({SECTION})")
     if not tokenizer:
         raise UserError(f"{where}: the prompt is messages: name the model whose template renders them, --chat_template")
     messages = [{k: m[k] for k in ("role", "content")} for m in messages]

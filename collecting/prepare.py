@@ -314,8 +314,8 @@ def prepare_flags(add):
 
 
 def prepare(args):
-    convert, template = TASKS[args.task]
-    template = read_template(args, template)
+    convert, default = TASKS[args.task]
+    template = read_template(args, default)
     if args.from_release and (args.task not in RELEASED or not args.input):
         raise UserError(f"--from_release reads --task {' or '.join(RELEASED)}, from --input")
     if args.references and not (args.from_release and args.task == "alpaca"):
@@ -358,10 +358,8 @@ def prepare(args):
             check_record(record, where)
         records[record["id"]] = record
     if len(records) <= args.validation:
-        raise UserError(
-            f"--input {' '.join(args.input or ['(hub)'])}: {len(records)} records after --skip {args.skip}, "
-            f"of which --validation wants {args.validation}"
-        )
+        found = f"{len(records)} records after --skip {args.skip} ({left_out} rows left out)"
+        raise UserError(f"--input {' '.join(args.input or ['(hub)'])}: {found}; --validation wants {args.validation}")
     output = pathlib.Path(args.output or f"data/{args.task}/train.jsonl")
     held_out = set(random.Random(0).sample(sorted(records), args.validation))
     main = records.keys() if args.keep_validation else records.keys() - held_out

@@ -54,7 +54,8 @@ def rouge_scorer(use_stemmer=False):
 
     class Words(tokenizers.DefaultTokenizer):
         def tokenize(self, text):
-            plain, parts = super().tokenize, WORD.split(text.lower())  # every second part is a word in another script
+            plain = super().tokenize
+            parts = [text] if text.isascii() else WORD.split(text.lower())  # every second one: a word in another script
             return [t for i, part in enumerate(parts) for t in ([part] if i % 2 else plain(part))] or text.split()
 
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words(use_stemmer))
