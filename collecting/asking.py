@@ -24,7 +24,9 @@ def ask_records(args, journal, ids, prompts, **options):
     until that file is deleted. Raises UserError where no prompt was ever answered.
     """
     file, failed, answered = pathlib.Path(f"{journal.path}.refused.jsonl"), {}, False
-    refused = {row["id"]: row for _, row in read_rows(file)} if journal.done and file.exists() else {}
+    if not journal.done:
+        file.unlink(missing_ok=True)  # it is an earlier output's
+    refused = {row["id"]: row for _, row in read_rows(file)} if file.exists() else {}
     done = {n for n, i in enumerate(ids) if i in journal.done or i in refused}
     for n, responses, error in complete(args, prompts, done=done, **options):
         answered = answered or not error

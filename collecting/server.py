@@ -204,6 +204,8 @@ def read_reply(content, count, keep_thinking=False):
             text = (full if keep_thinking else without_thinking(full)).strip()
             finish = str(choice.get("finish_reason") or "").lower()
             cut, said = CUT.get(finish), message.get("refusal") or choice.get("error")
+            if not text and may_pass(as_dict(said).get("code")):
+                raise ValueError("an error after which another try may help")
             if not text and (said or full or thinking or cut):
                 why = words(json.dumps(said)) if said else "nothing but thinking" if full or thinking else cut
                 count[f"of no text ({why})"] += 1

@@ -252,7 +252,7 @@ def test_cuts_and_empty_responses_are_counted(capsys):
         (said_by(None, refusal="I cannot."), "no response: I cannot."),
         (said_by("", "content_filter"), "no response: cut by a content filter"),
         (said_by("", "length"), "no response: cut at --max_new_tokens"),
-        (said_by(None, "error") | {"error": {"message": "the GPU fell off", "code": 502}}, "the GPU fell off"),
+        (said_by(None, "error") | {"error": {"message": "the GPU fell off"}}, "the GPU fell off"),
         (said_by(None, reasoning_content="Let me see"), "nothing but thinking"),
         (said_by("<think>Let me see", "length"), "nothing but thinking"),
     ],
@@ -353,6 +353,7 @@ def test_top_p_is_not_sent_at_1():
         ({"error": "Unexpected endpoint or method. (POST /chat/completions)"}, "Unexpected endpoint or method", 1),
         ({"detail": "Method Not Allowed"}, "no completion: Method Not Allowed", 4),
         ({"error": {"message": "upstream is busy", "code": 502}}, "no completion: upstream is busy", 4),
+        ({"choices": [{"message": {}, "error": {"message": "busy", "code": 502}}]}, "no completion: ", 4),
     ],
 )
 def test_an_error_in_a_good_reply_is_shown(reply, said, requests):
