@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from api_server import Server
+from api_server import Server, chat
 from conftest import call, nli, read_jsonl, write_jsonl
 
 from collecting.flip import clean_sentence
@@ -82,6 +82,26 @@ def test_flip_of_the_human_responses_shares_one_budget(tmp_path, monkeypatch):
         call(monkeypatch, "flip", "--of", "human", "--input", records, "--output", tmp_path / "o.jsonl",
             "--base_url", server.url, "--model", "m", "--max_requests", "6")  # fmt: skip
     assert sum(server.asked.values()) == 6
+
+
+def test_a_refused_response_is_left_out_and_its_record_is_done(tmp_path, cli):
+    """Of two responses of a record the server refuses to rewrite one, of another record to label it: what is left is
+    flipped, and a second run asks nothing."""
+    records = [nli(0, "h #### Neutral", "Fine. #### Neutral", "Rude. #### Neutral"), nli(1, "h", "Odd. #### Neutral")]
+    source, out = write_jsonl(tmp_path / "in.jsonl", records), tmp_path / "o.jsonl"
+
+    def behave(prompt, nth, body):
+        if prompt.endswith("Rude.") or prompt.startswith("prompt 1"):
+            return 400, {}, b'{"error": {"message": "filtered"}}'
+        return chat("Entailment" if prompt.startswith("prompt") else f"Not {prompt.rpartition(' ')[2]}")
+
+    with Server(behave) as server:
+        flags = ["--input", source, "--output", out, "--base_url", server.url, "--model", "m", "--concurrency", 1]
+        result = cli("collect_candidates", "flip", *flags)
+        assert result.code == 0 and "2 refused, 1 labelled" in result.out and "HTTP 400 (filtered)" in result.out
+        assert [len(r["candidates"]) for r in read_jsonl(out)] == [4, 2]
+        asked = sum(server.asked.values())
+        assert cli("collect_candidates", "flip", *flags).code == 0 and sum(server.asked.values()) == asked
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import json
 from collections import Counter
 
 import pytest
-from api_server import Server
+from api_server import Server, chat
 from conftest import call, nli, read_jsonl, refused, write_jsonl
 
 from collecting.server import read_reply
@@ -69,6 +69,25 @@ def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, cli):
         file.unlink()
         assert cli("collect_candidates", *command, "--base_url", server.url).code == 0  # more than 20 in a row: no end
         assert sum(server.asked.values()) == 70
+
+
+@pytest.mark.parametrize(
+    "by, reply",
+    [
+        ("gpt", "2 > 1"),
+        ("contextual", "Reference: r\nDuplicates: none\nScores:\n0: 1 1 1\n1: 2 1 1\n2: 3 1 1\nRanking: 2 > 1 > 0"),
+    ],
+)
+def test_a_ranker_that_refuses_a_prompt_ranks_the_others(tmp_path, cli, by, reply):
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "h", "a", "b") for i in range(3)])
+    refusal = (400, {}, b'{"error": {"message": "filtered"}}')
+    with Server(lambda prompt, nth, body: refusal if "prompt 1" in prompt else chat(reply)) as server:
+        flags = ["rank", "--by", by, "--input", records, "--output", tmp_path / "o.jsonl", "--model", "m"]
+        result = cli("collect_candidates", *flags, "--base_url", server.url)
+        assert result.code == 0 and "r1 refused: HTTP 400 (filtered)" in result.out and "missing" not in result.out
+        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["r0", "r2"]
+        assert cli("collect_candidates", *flags, "--base_url", server.url).code == 0
+    assert sum(server.asked.values()) == 3
 
 
 def completion(*texts):

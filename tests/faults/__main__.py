@@ -1,4 +1,5 @@
-"""The fault rig: kills and stops training and collecting, tears files, fills the disk, feeds malformed inputs.
+"""The fault rig: kills and stops training and collecting, tears files, fills the disk, serves hostile HTTP,
+feeds malformed inputs.
 
     make faults                                                  the long form, hours of a core
     make faults ARGS="--parts calls --piece 2/8 --rows f"        a piece of it: every eighth case, its rows added to f
@@ -31,6 +32,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from api_server import Server  # noqa: E402
 from conftest import make_model, make_records, make_tokenizer, read_jsonl, write_jsonl  # noqa: E402
 from faults.malformed import corpus  # noqa: E402
 from test_evaluating_lmentry import make_lmentry  # noqa: E402
@@ -351,6 +353,45 @@ class Rig:
         bad = codes != [2] or not said or outcome(folder / "run") != outcome(folder / "whole")
         self.report("disk full while saving", 1, int(bad), output(full).strip().splitlines()[-1][:90] if bad else "")
 
+    def hostile_server(self, kills):
+        """`teacher` against a server that fails 12 prompts twice, each time in another way, and always refuses 4, each
+        in another way, and SIGKILLs meanwhile: every prompt once and in order, the refused ones apart and not asked
+        again, and the key in no file and no output."""
+        (folder := self.folder / "hostile").mkdir()
+        faults = [429, 500, b"<html>", b"[1]", b'{"choices": []}', b'{"choices": [{}]}', "half", "silence", "drip"]
+        faults += ["flood", (503, {"Retry-After": "1"}), b'{"choices": [{"message": {"content": "\\ud800"}}]}']
+        refusals = [403, (400, {}, b'{"error": {"message": "filtered"}}'), b'{"error": {"message": "too long"}}']
+        refusals += [b'{"choices": [{"message": {"content": null, "refusal": "no"}, "finish_reason": "stop"}]}']
+        records = [r | {"candidates": r["candidates"][:1]} for r in make_records(16)]
+        numbers, rng = {r["prompt"]: number for number, r in enumerate(records)}, random.Random(self.seed)
+
+        def behave(prompt, nth, body):
+            if (number := numbers[prompt]) >= 12:
+                return refusals[number - 12]
+            return faults[(2 * number + nth) % len(faults)] if nth <= 2 else None
+
+        source, out = write_jsonl(folder / "in.jsonl", records), folder / "out.jsonl"
+        os.environ["OPENAI_API_KEY"] = key = "sk-the-rigs-own-secret"
+        with Server(behave) as server:
+            flags = f"teacher --model m --base_url {server.url} --timeout 0.8 --concurrency 4 --source t".split()
+            args = [*flags, "--input", source, "--output", out]
+            for _ in range(kills):
+                children = start("collect_candidates", args, folder)
+                if children[0].wait(rng.uniform(0.1, 3)) is None:
+                    children[0].kill()
+                    children[0].wait()
+            codes = finish(start("collect_candidates", args, folder))
+            asked = sum(server.asked.values())
+            codes += finish(start("collect_candidates", args, folder))
+            again = sum(server.asked.values()) - asked
+        done, refused = (read_jsonl(p) if p.exists() else [] for p in (out, folder / "out.jsonl.refused.jsonl"))
+        whole = codes == [0, 0] and again == 0 and [r["id"] for r in done] == [r["id"] for r in records[:12]]
+        whole = whole and {r["id"] for r in refused} == {r["id"] for r in records[12:]}
+        whole = whole and all([c["text"][:4] for c in r["candidates"][1:]] == ["echo"] for r in done)
+        leaks = [p.name for p in folder.rglob("*") if p.is_file() and key.encode() in p.read_bytes()]
+        note = f"{asked} requests, {kills} kills; the key leaked into {leaks or 'nothing'}"
+        self.report("hostile server", 16, 0 if whole and not leaks else 16, note)
+
     def malformed(self, share, rng):
         folder = self.folder / "malformed"
         folder.mkdir()
@@ -402,6 +443,7 @@ PARTS = {
     "calls": lambda rig, args: rig.kill_at_calls(max(1, args.kills // 5), args.verbs),
     "dies": lambda rig, args: rig.one_dies(),
     "full": lambda rig, args: rig.disk_full(),
+    "hostile": lambda rig, args: rig.hostile_server(max(1, args.kills // 6)),
     "malformed": lambda rig, args: rig.malformed(args.malformed, random.Random(args.seed)),
 }
 
