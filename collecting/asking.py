@@ -116,8 +116,8 @@ def ask_local(args, dialogues, count, *, completions, **options):
     for i, samples in zip(texts, responses):
         count["tokens"] += sum(r["num_tokens"] for r in samples)
         for k, r in enumerate(samples):
-            text = without_thinking(r["text"]).strip()
+            text = without_thinking(r["text"])
             if text != r["text"] and not args.keep_thinking:  # the likelihood was the thinking's too
-                samples[k] = r = {"text": text, "finished": r["finished"]}
+                samples[k] = r = {"text": text.strip(), "finished": r["finished"]}
             count.update({"responses": 1, "cut at --max_new_tokens": not r["finished"], "empty": not r["text"]})
         yield i, samples, None
