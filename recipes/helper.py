@@ -81,7 +81,8 @@ def refused(model):
         done = subprocess.run([sys.executable, "-c", fetch], capture_output=True, text=True, timeout=60)
     except subprocess.TimeoutExpired:
         return "the hub does not answer"
-    return (done.stderr.strip().splitlines() or [""])[-1][:200] if done.returncode else ""
+    error = (done.stderr.strip().splitlines() or [""])[-1].partition(":")[0].rpartition(".")[2]
+    return f"the hub says {error}" if done.returncode else ""
 
 
 def keep(figures, kept, run=None):
