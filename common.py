@@ -778,7 +778,7 @@ def settle_config(model, tokenizer):
     """Make the config say what is trained and saved: no router loss, which is no part of the objective; a head that is
     tied only if it is one tensor with the embedding; an end at the EOS that training teaches; no sampling settings that
     transformers would refuse to save."""
-    config, own = model.config.get_text_config(), model.generation_config
+    config, own = model.config.get_text_config(), getattr(model, "generation_config", None)  # a reward model has none
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
         say("the router loss that its config asks for is no part of the objective, and is left out")
