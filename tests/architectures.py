@@ -131,14 +131,16 @@ def gradients(model, batch):
     logprobs, lengths = candidate_logprobs(model, batch)
     (common.length_normalized(logprobs, lengths, 0.85) * torch.linspace(-1, 2, len(logprobs))).sum().backward()
     full = lambda g: g.full_tensor() if hasattr(g, "full_tensor") else g  # noqa: E731
-    return logprobs.detach(), {n: full(p.grad).clone() for n, p in model.named_parameters()}
+    return logprobs.detach(), {n: full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_same_gradients(got, want, bound=1e-5):
-    """Relative difference of every parameter tensor; one whose gradient is rounding (a key's bias) beside the whole."""
+def assert_same_gradients(got, want, bound=1e-5, floor=1e-4):
+    """Relative difference of every parameter tensor; one whose gradient is rounding (a key's bias) beside a share,
+    `floor`, of the whole."""
+    assert got.keys() == want.keys()
     whole = torch.stack([g.norm() for g in want.values()]).norm()
     for name, g in want.items():
-        assert (got[name] - g).norm() <= bound * max(g.norm(), 1e-4 * whole), name
+        assert (got[name] - g).norm() <= bound * max(g.norm(), floor * whole), name
 
 
 def is_causal(model):

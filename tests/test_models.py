@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from architectures import ENCODED, LONG, TREE, assert_same_gradients, gradients, make, tiny
-from conftest import make_model, make_tokenizer, refused
+from conftest import ROOT, make_model, make_tokenizer, refused
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -85,6 +85,32 @@ class TestWindows:
 
 def full(ids):
     return common.dense_mask(torch.full((ids.shape[1],), ids.shape[1]), torch.arange(ids.shape[1]))
+
+
+TABLE = (ROOT / "PAPERS.md").read_text().partition("## Architectures")[2].partition("\n## ")[0]
+READS = {how.strip(): names.split(", ") for _, how, names, _ in (x.split("|") for x in TABLE.splitlines() if "|" in x)}
+
+
+class TestTheTable:
+    """PAPERS.md says what reads packed rows and what does not; `python -m tests.architectures` writes it anew."""
+
+    @pytest.mark.parametrize("name", map(str.strip, READS["packed"]))
+    def test_packed_is_padded(self, name):
+        model = tiny(name)
+        common.set_attention(model, torch.device("cpu"))
+        common.check_packing(model, TREE)
+        model.eval()  # some drop or add noise in training
+        packed, grads = gradients(model, common.pack_for(model, TREE))
+        padded, padded_grads = gradients(model, pack_padded(TREE))
+        torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
+        assert_same_gradients(grads, padded_grads, floor=1e-2)
+
+    @pytest.mark.parametrize("name", map(str.strip, READS["--padded"]))
+    def test_the_others_are_refused(self, name):
+        model = tiny(name)
+        common.set_attention(model, torch.device("cpu"))
+        with pytest.raises(common.UserError, match="add --padded"):
+            common.check_packing(model, TREE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
