@@ -4,7 +4,6 @@ import json
 import pathlib
 import re
 import shlex
-import shutil
 import subprocess
 
 import pytest
@@ -12,6 +11,7 @@ from api_server import Server, chat
 from conftest import ROOT, read_jsonl, warm_environment
 from test_evaluating_lmentry import make_lmentry
 
+from recipes import helper
 from recipes import tiny as stand_in
 
 
@@ -247,7 +247,7 @@ def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
             words = shlex.split(f"{line} {' '.join(extra for key, extra in more.items() if key in line)}")
             words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
             if "--paired" in words:  # Tuna_c's, as if it had been asked and judged the same
-                shutil.copytree(f"runs/eval/{words[2]}", f"runs/eval/{words[3]}")
+                helper.same(*(pathlib.Path("runs/eval") / name for name in words[2:4]))
             result = cli(words[0][:-3], *words[1:])
             assert result.code == 0, (line, result.err)
             ran.append(words[1])
