@@ -71,7 +71,7 @@ def rank_flags(add):
 
 def rank(args):
     """Annotate every candidate; see --by. Under torchrun a model on this machine scores on every process."""
-    if args.by not in ("label", "similarity", "probabilistic", "reward") and not args.model:
+    if args.by in ("gpt", "contextual", "logprob", "prm") and not args.model:
         raise UserError(f"--by {args.by} needs --model")
     student = pathlib.Path(args.input or "").name.removesuffix(".jsonl").partition("sampled-")[2]
     ranked = f"ranked-{student}" if student else "ranked"
