@@ -238,7 +238,7 @@ def bootstrap(model, tokenizer, records, number, step, output, args):
         rewards = on_policy.rewards(batch, answers, args)  # line 8: score
         new = [y | {"reward": r} for y, r in zip(answers, rewards)]
         rankings = [d | {"candidates": insert_candidate(d["candidates"], y)} for d, y in zip(batch, new)]  # 7, 8
-        journal.write(d for d in rankings if d["id"] not in journal.done)
+        journal.write(rankings)
     common.stop_if_asked()
     journal.finish()
     torch.distributed.barrier()

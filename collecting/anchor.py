@@ -41,7 +41,7 @@ def anchor(args):
             kind = "gold" if record["documents"][number]["gold"] else "distractor"
             response |= {"source": args.source, "anchor": kind, "document": number + 1}
             record.setdefault("candidates", []).append(response)
-        journal.write(r for r in batch if r["id"] not in journal.done)
+        journal.write(batch)
     journal.finish()
 
 

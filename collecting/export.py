@@ -4,7 +4,7 @@ import pathlib
 
 import common
 from collecting.files import load_candidates
-from collecting.journal import Journal, settings_of
+from collecting.journal import write_all
 from collecting.prompts import HINDSIGHT_TEMPLATE, fill, read_template
 from common import UserError
 
@@ -35,18 +35,17 @@ def hindsight(args):
     records = load_candidates(args.input)
     templates = read_template(args, HINDSIGHT_TEMPLATE).strip().split("\n---\n")
     heads = [t.partition("{")[0].rstrip() for t in templates]
-    journal = Journal(args.output, [r["id"] for r in records], settings_of(args))
+    rows = []
     for number, record in enumerate(records):
         best, *_, worst = best_first(record, args.input) * 2  # a lone response is better and worse
         template, head = templates[number % len(templates)], heads[number % len(heads)]
         fields = {"better": best["text"], "worse": worst["text"]}
         text = fill(template.removeprefix(head), fields, args.prompt_file or "the template").strip()
-        if record["id"] not in journal.done:
-            last = best if template.rfind("{better}") > template.rfind("{worse}") else worst  # it ends the response
-            cut = {"finished": False} if last.get("finished") is False else {}
-            candidates = [{"text": text, "source": "hindsight", "rank": 0} | cut]
-            journal.write([record | {"prompt": f"{record['prompt']} {head}".rstrip(), "candidates": candidates}])
-    journal.finish()
+        last = best if template.rfind("{better}") > template.rfind("{worse}") else worst  # it ends the response
+        cut = {"finished": False} if last.get("finished") is False else {}
+        candidates = [{"text": text, "source": "hindsight", "rank": 0} | cut]
+        rows.append(record | {"prompt": f"{record['prompt']} {head}".rstrip(), "candidates": candidates})
+    write_all(args.output, rows, args)
 
 
 def trl_row(record, path):
@@ -92,6 +91,4 @@ def export(args):
     if args.format == "trl":
         files[output.with_name(f"{output.stem}-prompts.jsonl")] = [{k: r[k] for k in ("id", "prompt")} for r in rows]
     for path, content in files.items():
-        journal = Journal(path, [r["id"] for r in content], settings_of(args))
-        journal.write(r for r in content if r["id"] not in journal.done)
-        journal.finish()
+        write_all(path, content, args)

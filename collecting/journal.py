@@ -76,8 +76,8 @@ class Journal:
         return lines
 
     def write(self, records):
-        """Append records and sync the file: from here on they survive a kill."""
-        for record in records:
+        """Append the records that were not there at the start, and sync the file: now they survive a kill."""
+        for record in (r for r in records if r["id"] not in self.done):
             try:
                 self._part.write(json.dumps(record, ensure_ascii=False, allow_nan=False).encode() + b"\n")
             except ValueError as e:
@@ -116,6 +116,13 @@ def settings_of(args):
     values = [x for k, v in settings.items() if k not in NO_PATHS for x in (v if isinstance(v, list) else [v])]
     contents = {f"content of {x}": content_of(x) for x in values if isinstance(x, str) and x and os.path.exists(x)}
     return {f"--{k}": v for k, v in settings.items()} | contents
+
+
+def write_all(path, records, args):
+    """Write finished records in PATH, by a journal."""
+    journal = Journal(path, [r["id"] for r in records], settings_of(args))
+    journal.write(records)
+    journal.finish()
 
 
 def open_collected(args, before, after, read=read_records, process=0, processes=1):

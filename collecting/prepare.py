@@ -14,7 +14,7 @@ from collecting.answers import NLI_LABELS, has_answer, normalize_answer
 from collecting.files import as_object, check_record, read_source, row_id
 from collecting.flags import TEMPLATE_HELP, group
 from collecting.hh import HH_PUBLISHED, hh_rows, prepare_hh, prepare_hh_release, say_counts
-from collecting.journal import Journal, settings_of
+from collecting.journal import write_all
 from collecting.pairs import pair_converter, prepare_pair
 from collecting.prompts import (
     ALPACA_TEMPLATE,
@@ -365,9 +365,7 @@ def prepare(args):
     main = records.keys() if args.keep_validation else records.keys() - held_out
     for path, ids in ((output, main), (output.with_name("validation.jsonl"), held_out)):
         if ids:
-            journal = Journal(path, [i for i in records if i in ids], settings_of(args))
-            journal.write(records[i] for i in records if i in ids and i not in journal.done)
-            journal.finish()
+            write_all(path, [r for i, r in records.items() if i in ids], args)
     if args.task == "hh":
         return say_counts(read, Counter(r["subset"] for r in records.values()), args)
     without = "two different responses" if args.task == "pairs" else "a response"

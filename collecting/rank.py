@@ -92,7 +92,7 @@ def rank(args):
     more = {"journal": journal} if args.by in ASKED else {}
     bar = tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0)
     for record in RANKERS[args.by](bar, args, **more):
-        journal.write([record] * (record["id"] not in journal.done))
+        journal.write([record])
     if journal.finish() and (words := words_by_rank(load_candidates(journal.path), args.by)):
         say("mean words:", ", ".join(f"{key}: {mean:.1f}" for key, mean in words.items()))
         rounded = json.dumps({key: round(mean, 1) for key, mean in words.items()})

@@ -131,7 +131,7 @@ def sample(args):
             count["responses"] += len(responses)
             count["unfinished"] += sum(not r["finished"] for r in responses)
             count["empty"] += sum(not r["text"] for r in responses)
-        journal.write(r for r in batch if r["id"] not in journal.done)
+        journal.write(batch)
     journal.finish()
     totals = common.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
     say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))

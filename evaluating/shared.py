@@ -49,8 +49,8 @@ def predict(args, verb, records, compute, batches_of=None):
     by_length = lambda records: generation.batches_by_length(records, args.batch_size)  # noqa: E731
     batches = [b for b in (batches_of or by_length)(records) if not all(r["id"] in journal.done for r in b)]
     for batch in tqdm(batches[process::world], desc=verb, disable=process != 0):
-        done = {r["id"]: p for r, p in zip(batch, compute(batch, device))}  # whole: padding changes the last digits
-        journal.write({"id": i} | p for i, p in done.items() if i not in journal.done)
+        predictions = compute(batch, device)  # of the whole batch: padding changes the last digits
+        journal.write({"id": r["id"]} | p for r, p in zip(batch, predictions, strict=True))
     journal.finish()
     return [row for _, row in read_rows(args.output)] if process == 0 else []
 
