@@ -12,12 +12,10 @@ from collecting import scoring
 from collecting.files import load_candidates, write_atomically
 from collecting.flags import api_flags, group
 from collecting.journal import LONGEST_WAIT, open_collected
-from collecting.rank_asked import rank_by_gpt
-from collecting.rank_contextual import rank_by_contextual
-from collecting.rank_labels import drop_malformed, rank_by_label
-from collecting.rank_likelihood import rank_by_logprob, rank_by_prm, rank_by_probabilistic
-from collecting.rank_similarity import rank_by_similarity
-from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL, rank_by_reward
+from collecting.rank_asked import rank_by_contextual, rank_by_gpt
+from collecting.rank_given import drop_malformed, rank_by_label, rank_by_probabilistic
+from collecting.rank_local import rank_by_logprob, rank_by_prm, rank_by_reward, rank_by_similarity
+from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL
 from common import UserError, in_range, say
 
 RANKERS = {
@@ -77,10 +75,8 @@ def rank(args):
     ranked = f"ranked-{student}" if student else "ranked"
     if args.drop_malformed and args.by != "label":
         raise UserError("--drop_malformed belongs to --by label")
-    if args.min_candidates > 1 and not args.drop_malformed:
-        raise UserError("--min_candidates counts what --drop_malformed leaves: give both")
-    if args.per_source and not args.drop_malformed:
-        raise UserError("--per_source counts what --drop_malformed leaves: give both")
+    if (args.min_candidates > 1 or args.per_source) and not args.drop_malformed:
+        raise UserError("--min_candidates and --per_source count what --drop_malformed leaves: give it too")
     process, processes = common.init_distributed(LONGEST_WAIT)[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
     records = [expand_ranking(r, args) if args.expand else r for r in records]

@@ -1,11 +1,15 @@
-"""rank --by gpt: a stronger model, asked for its ranking (RESCUE)."""
+"""The rankers that ask a stronger model: rank --by gpt (RESCUE) and contextual (Tuna)."""
 
+import json
+import pathlib
 import random
 import re
 from collections import Counter
 
+import common
 from collecting import asking
-from collecting.prompts import GPT_TEMPLATE, fill, read_template
+from collecting.files import read_rows, write_atomically
+from collecting.prompts import CONTEXTUAL_TEMPLATE, GPT_TEMPLATE, alpaca_prompt, fill, read_template, task_of
 from common import HUMAN, UserError, say
 
 RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
@@ -63,3 +67,187 @@ def parse_ranking(text, n):
     lines = [line for line in lines if re.fullmatch(r"\d+(\s*[>,]\s*\d+)*", line)]
     numbers = [int(x) for x in re.findall(r"\d+", lines[-1])] if lines else []
     return numbers if sorted(numbers) == list(range(1, n + 1)) else None
+
+
+CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the form asked for, from first line to last:
+a score for every response that is ranked, and the ranking in a line of its own at the end."""
+
+
+def rank_by_contextual(records, args, journal):
+    """Set `rank` and `score` as a stronger model sees them, reading all responses at once (Tuna Sec. 2.3, Table 9).
+
+    Responses are numbered 0 to n - 1 in a seeded random order (the print is silent about the order), the ranker's own
+    is n. The rank goes by the sum of its three scores, ties by the ranking it states. The original response is shown
+    only with --rank_original; repetitions get rank null. A reply that cannot be read is asked for again, asking.RE_ASKS
+    times; then it is kept in OUTPUT.unparsed.jsonl. Its record is left for another run, as where a request failed.
+    What the journal holds is not yielded.
+    """
+    template, count, asked, prompts = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
+    by = {"ranked_by": common.run_name(args.model)}
+    for record in records:
+        candidates = record["candidates"]
+        shown = [i for i, c in enumerate(candidates) if args.rank_original or c["source"] not in HUMAN]
+        if len({candidates[i]["text"].strip() for i in shown}) < 2:
+            count["all the same"] += 1
+            yield record | {"candidates": [c | {"rank": None} for c in candidates]} | by
+            continue
+        random.Random(f"{args.seed}-{record['id']}").shuffle(shown)
+        asked.append((record, shown))
+        prompts.append(contextual_prompt(template, record, shown, args.prompt_file or "the template"))
+    file = pathlib.Path(f"{args.output}.unparsed.jsonl")  # one reply a record, of whichever run was the last
+    kept = {row["id"]: row for _, row in read_rows(file)} if file.exists() else {}
+
+    def read(number, text):
+        try:
+            verdict = parse_contextual(text, len(asked[number][1]))
+            if args.keep_reference and not verdict["reference"]:
+                raise ValueError("your own response is missing")
+            return verdict, None
+        except ValueError as e:
+            return None, CONTEXTUAL_AGAIN.format(reason=e)
+
+    ids, again = [record["id"] for record, _ in asked], lambda i, text: read(i, text)[1]
+    for number, replies, error in asking.ask_records(args, journal, ids, prompts, follow_up=again):
+        record, shown = asked[number]
+        verdict = read(number, replies[0]["text"])[0] if replies else None
+        if verdict:
+            count.update(["parsed", verdict["type"] or "of no type"] + ["repeated"] * len(verdict["repeated"]))
+            yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict, args)} | by
+            continue
+        count[error or "unparsed"] += 1
+        if replies:
+            kept[record["id"]] = {"id": record["id"], "reply": replies[0]["text"]}
+            write_atomically(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept.values()))
+    say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none asked for")
+
+
+def contextual_prompt(template, record, shown, where):
+    """The template with {task}, or {instruction} and {input} apart (Table 9; below a line --- for records without), or
+    the record's {prompt}; all {responses} or each {response_0} ..., their {count}, the number of the {last} and that of
+    the {reference}."""
+    texts = [record["candidates"][i]["text"] for i in shown]
+    fields = {f"response_{k}": text for k, text in enumerate(texts)}
+    fields["responses"] = "\n\n".join(f"Response {k}:\n{text}" for k, text in enumerate(texts))
+    fields |= {"count": str(len(texts)), "last": str(len(texts) - 1), "reference": str(len(texts))}
+    fields |= {"task": task_of(record), "prompt": record["prompt"], "input": record.get("input") or ""}
+    fields |= {"instruction": record.get("instruction") or record["prompt"]}
+    return alpaca_prompt(template, fields, where)
+
+
+def parse_contextual(reply, n):
+    """A ranker's reply about responses 0..n-1, its own being n -> {type, reference, repeated, scores {number: total},
+    ratings {number: [3]}, ranking [numbers], best first: by score, ties as stated}.
+
+    Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`.
+    Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. With a line
+    `Duplicates:` exactly the repetitions that it names are not ranked. Without one (Table 9) what is not ranked is a
+    repetition. A reply without any score is ranked as stated: the released code reads the ranking alone. ValueError
+    with the reason where the ranking is missing, has a response without a score, or contradicts the duplicates.
+    """
+    raw = reply.splitlines()
+    lines = [re.sub(r"[*`#\"'‘’“”]+|^\s*[-•]\s+", "", line).strip() for line in raw]
+    end, ranking = read_ranking(lines)
+    found = {}  # number -> total, ratings: the last line that gives them, below the heading if there is one
+    heading = max(
+        (i for i, line in enumerate(lines[:end]) if re.fullmatch(r"(?i)(scores|ratings)\s*:?", line)), default=0
+    )
+    for line in lines[heading:end]:
+        if (m := SCORE_LINE.match(line)) and (score := read_score(m[2])):
+            found[int(m[1])] = score
+    if len(set(ranking)) < len(ranking) or not set(ranking) <= set(range(n + 1)):
+        raise ValueError("the ranking names a response twice, or one that is not there")
+    if found and (unscored := sorted(set(ranking) - found.keys())):
+        raise ValueError(f"response {unscored[0]} has no score (three numbers from 0 to 5, or their sum)")
+    repeated, groups = set(range(n)) - set(ranking), read_duplicates(lines[:end])
+    if groups is not None:
+        named = {i for group in groups for i in group}
+        if not repeated <= named or any(len(group - repeated) != 1 for group in groups):
+            raise ValueError("the ranking leaves out a response, or holds one that repeats another")
+    kind = re.search(r"(?im)^type\s*[:=]\s*(open|close)", "\n".join(lines)) or re.search(
+        r"(?i)\b(open|close)d?.?ended", reply
+    )
+    return {
+        "type": kind and {"o": "open", "c": "closed"}[kind[1][0].lower()],
+        "reference": read_reference(raw, lines, end, n),
+        "repeated": sorted(repeated),
+        "scores": {k: total for k, (total, _) in found.items()},
+        "ratings": {k: ratings for k, (_, ratings) in found.items()},
+        "ranking": sorted(ranking, key=lambda k: -found[k][0]) if found else ranking,
+    }
+
+
+SCORE_LINE = re.compile(r"(?i)\|?\s*(?:response\s+)?(\d+)\s*(?:overall|total)?\s*(?:score|rating)?\s*[:.)|=-]\s*(.*)$")
+ASPECTS = r"""(?ix)\b(level\ of|relevance|details?|justification|accuracy|clarity|overall|total|sum|scores?|and)\b
+    | /\s*15\b | \bout\ of\ (5|15)\b"""
+RANKING_LINE = re.compile(r"(?i)(?:.*\b)?rank(?:ing)?(?: order)?(?: is| would be)?\s*[:=](.*)")
+NUMBERS = re.compile(r"\d+(?:(?:\s*(?:[>,;≥→]|>=|->)\s*|\s+)\d+)*\s*(?:$|[.;(])")
+
+
+def read_ranking(lines):
+    """-> (index of the last line with `ranking:` or `rank:` and numbers, these numbers, best first). The numbers may
+    stand on the next line."""
+    heads = [(i, m[1].strip()) for i, m in enumerate(map(RANKING_LINE.match, lines)) if m]
+    if not heads:
+        raise ValueError("there is no line with the ranking")
+    for i, payload in reversed(heads):
+        payload = payload or next(filter(None, lines[i + 1 :]), "")
+        inner = re.match(r"\[([^\]]*)\]", payload)
+        if m := NUMBERS.match(re.sub(r"(?i)responses?|[\[\]]", " ", inner[1] if inner else payload).strip()):
+            return i, [int(k) for k in re.findall(r"\d+", m[0])]
+    raise ValueError("the ranking is not numbers, best first")
+
+
+def read_score(text):
+    """What stands behind a response's number -> (total, its three ratings or None), or None where that is no score."""
+    inner = re.match(r"\[([^\]]*)\]", text)
+    inner = re.sub(ASPECTS, " ", inner[1] if inner else text)
+    if len(re.findall(r"\d\s*/\s*5\b", inner)) == 3:  # 3/5 4/5 5/5; but 3/4/5 are three ratings
+        inner = re.sub(r"/\s*5\b", " ", inner)
+    numbers = re.findall(r"\d+(?:\.\d+)?", inner) if re.fullmatch(r"[\d\s,+/=:;|().]*", inner) else []
+    values = [float(v) if "." in v else int(v) for v in numbers]
+    if len(values) in (3, 4) and max(values[:3]) <= 5:  # a fourth is their sum, which is made here
+        return sum(values[:3]), values[:3]
+    return (values[0], None) if len(values) == 1 and values[0] <= 15 else None
+
+
+def read_duplicates(lines):
+    """The groups of the last line `Duplicates:`, sets of numbers; None where there is no such line."""
+    heads = [m[1] for m in (re.match(r"(?i)duplicates?(?: responses?)?\s*:(.*)", line) for line in lines) if m]
+    text = re.sub(r"(?i)responses?|[\[\]()]", " ", heads[-1]).strip(" .,").lower() if heads else ""
+    if not heads or not text or re.fullmatch(r"[^\d]*\b(?:none|no|not|nil)\b[^\d]*", text):
+        return [] if heads else None
+    same = r"\b(?:is|are) (?:a |the |nearly |almost )*(?:duplicates?|same|identical|copy)(?: of| as| to)?"
+    text = re.sub(same, "=", text)
+    groups = [re.split(r"\s*(?:=|&|and)\s*", group.strip(" =")) for group in re.split("[,;]", text)]
+    if not all(len(group) > 1 and all(k.isdecimal() for k in group) for group in groups):
+        raise ValueError("the duplicates are no groups such as 1=3")
+    return [{int(k) for k in group} for group in groups]
+
+
+def read_reference(raw, lines, end, n):
+    """The ranker's own response, "" where it gave none: behind `Reference:` or `Response n:`, up to the next part."""
+    start = rf"(?i)(?:reference(?: response)?|response {n})\s*:(.*)"
+    begun = next((i for i in range(end) if (m := re.match(start, lines[i])) and not read_score(m[1].strip())), None)
+    if begun is None:
+        return ""
+    stop = r"(?i)(duplicates?( responses?)?|scores|ratings|response \d+|third|fourth)\b.{0,3}[:,]?"
+    until = next((i for i in range(begun + 1, end) if re.match(stop, lines[i])), end)
+    return "\n".join([raw[begun].partition(":")[2].strip(" *"), *raw[begun + 1 : until]]).strip()
+
+
+def contextual_candidates(candidates, shown, verdict, args):
+    """The candidates with the verdict's ranks and scores; response k of the verdict is candidate shown[k]. Of the same
+    text twice only the better placed is ranked."""
+    candidates, texts, place = [c | {"rank": None} for c in candidates], set(), 0
+    for k in verdict["ranking"]:
+        if k == len(shown):
+            if not args.keep_reference:
+                continue
+            candidates.append({"text": verdict["reference"], "source": common.run_name(args.model)})
+        c = candidates[shown[k] if k < len(shown) else -1]
+        if c["text"].strip() not in texts:
+            texts.add(c["text"].strip())
+            given = {"score": verdict["scores"].get(k), "ratings": verdict["ratings"].get(k)}
+            c |= {"rank": place} | {name: value for name, value in given.items() if value is not None}
+            place += 1
+    return candidates

@@ -1,8 +1,7 @@
-"""Reward models, and rank --by reward (PRO)."""
+"""Reward models (PRO)."""
 
 import functools
 import math
-from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +17,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import common
 from collecting import scoring
 from collecting.prompts import render_chat
-from common import UserError, say
+from common import UserError
 
 
 class RewardModelConfig(GPTNeoXConfig):
@@ -128,28 +127,3 @@ def score_dialogues(model, dialogues):
             raise UserError(f"packed and single sequences differ by {gap:.2g}")
 
     return scoring.score_rows(model, sequences, values_of, check)
-
-
-def rank_by_reward(records, args):
-    """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.3)."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    options = {"form": args.dialogue, "allow_pickle": args.allow_pickle}
-    outcome = Counter()
-    for chunk in scoring.chunks(records):
-        pairs = [(r, c) for r in chunk for c in r["candidates"]]
-        rewards = iter(reward_logits(args.reward_model, device, pairs, **options))
-        for record in chunk:
-            candidates = [c | {"reward": next(rewards)} for c in record["candidates"]]
-            own = {c["source"]: c["reward"] for c in candidates if c["source"] in ("chosen", "rejected")}
-            if len(own) == 2:
-                gap = own["chosen"] - own["rejected"]
-                outcome["agrees" if gap > 0 else "differs" if gap < 0 else "equal"] += 1
-            candidates.sort(key=lambda c: -c["reward"])
-            candidates = [c | {"rank": sum(x["reward"] > c["reward"] for x in candidates)} for c in candidates]
-            yield record | {"candidates": candidates, "reward_model": args.reward_model}
-    agrees, differs, equal = common.all_sum([outcome[x] for x in ("agrees", "differs", "equal")])
-    if total := agrees + differs + equal:
-        say(
-            f"{args.reward_model} prefers the chosen response to the rejected one in {agrees:.0f} of "
-            f"{total:.0f} pairs; {equal:.0f} have equal rewards"
-        )

@@ -8,7 +8,7 @@ import statistics
 
 from collecting.files import load_candidates, read_records, read_rows, write_atomically
 from collecting.prompts import task_of
-from collecting.rank_likelihood import spearman
+from collecting.rank_given import spearman
 from common import UserError, in_range, say
 from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
 from evaluating.tables import markdown

@@ -161,7 +161,7 @@ def test_a_local_model_is_asked_the_same_after_a_kill(cli, tiny, tmp_path, monke
 
     monkeypatch.setattr("collecting.flip.one_label", some)
     monkeypatch.setattr("collecting.rank_asked.parse_ranking", some)
-    monkeypatch.setattr("collecting.rank_contextual.parse_contextual", verdict)
+    monkeypatch.setattr("collecting.rank_asked.parse_contextual", verdict)
     asked, generate = [], generation.generate
     monkeypatch.setattr(generation, "generate", lambda *a, **k: asked.append(a[2]) or generate(*a, **k))
     records = make_records(16)

@@ -1,4 +1,4 @@
-"""collecting/rank_contextual.py: the replies that are read, and the way through a server."""
+"""collecting/rank_asked.py: the replies that are read, and the way through a server."""
 
 import re
 
@@ -7,7 +7,7 @@ from api_server import Server, chat
 from conftest import RANKABLE, read_jsonl, run, write_jsonl
 
 import common
-from collecting.rank_contextual import contextual_prompt, parse_contextual
+from collecting.rank_asked import contextual_prompt, parse_contextual
 
 OURS = """Type: closed
 Reference: Paris.

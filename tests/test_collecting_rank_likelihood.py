@@ -1,11 +1,11 @@
-"""collecting/rank_likelihood.py: by a teacher's log-probabilities, and a proxy ranking model."""
+"""collecting/rank_given.py and rank_local.py: by a teacher's log-probabilities, and a proxy ranking model."""
 
 import pytest
 from conftest import RANKABLE, make_model, make_tokenizer, read_jsonl, run, write_jsonl
 from transformers import AutoModelForCausalLM
 
 import common
-from collecting.rank_likelihood import spearman
+from collecting.rank_given import spearman
 from collecting.scoring import score_candidates
 
 

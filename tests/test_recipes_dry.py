@@ -279,7 +279,7 @@ def test_the_prompts_that_ship():
     """Three shots: in the form that training teaches, before the training prompt. Tuna's: both parts take a record."""
     from collecting.answers import parse_nli
     from collecting.prompts import NLI_TEMPLATE
-    from collecting.rank_contextual import contextual_prompt
+    from collecting.rank_asked import contextual_prompt
 
     shots = (ROOT / "recipes/prompts/nli_three_shots.txt").read_text()
     assert shots.endswith("\n\n" + NLI_TEMPLATE)

@@ -1,0 +1,111 @@
+"""The rankers that run no model: rank --by label (RESCUE), and --by probabilistic (Tuna)."""
+
+from collections import Counter
+
+from scipy.stats import spearmanr
+
+from collecting.answers import NLI_LABELS, has_answer, parse_nli
+from common import HUMAN, UserError, say
+
+KINDS = ("total", "well-formed", "malformed", "correct", "wrong", "unparsed")
+OF_SAMPLE = ("logprob", "num_tokens", "teacher", "finished")  # said of the text as it was sampled
+
+
+def rank_by_label(records, args):
+    """Set every candidate's `label` and `correct`. What cannot be parsed is kept, with label null and correct false.
+
+    Multi-document QA has no label: a candidate is correct where it holds an answer. It is counted by its passage.
+    """
+    count = Counter()
+    for record in records:
+        qa = record.get("task") == "multidoc_qa"
+        if qa and not isinstance(record.get("answers"), list):
+            raise UserError(f"{args.input}: record {record['id']!r} has no list of answers")
+        if not qa and record.get("label") not in NLI_LABELS:
+            raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
+        for c in record["candidates"]:
+            if qa:
+                c["correct"] = has_answer(c["text"], record["answers"])
+                source = f"{c['source']} from {c['anchor']}" if "anchor" in c else c["source"]
+                kinds = ["total", "correct" if c["correct"] else "wrong"]
+                c["text"] += f" #### {'Correct' if c['correct'] else 'Incorrect'}" * args.mark_answers
+            else:
+                c["label"], well_formed = parse_nli(c["text"])
+                c["correct"], source = c["label"] == record["label"], c["source"]
+                outcome = "correct" if c["correct"] else "wrong" if c["label"] else "unparsed"
+                kinds = ["total", "well-formed" if well_formed else "malformed", outcome]
+            count.update((source, kind) for kind in kinds)
+        yield record
+    kinds = [k for k in KINDS if any(count[s, k] for s, _ in list(count))]
+    for source in sorted({s for s, _ in count}):
+        say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
+        warn_of_form(source, count[source, "unparsed"], count[source, "total"], "can be read")
+
+
+def warn_of_form(source, bad, total, what):
+    """A loud line where fewer than a fifth of a source's responses are of use."""
+    if 5 * bad > 4 * total:
+        share = f"of the responses by {source} {1 - bad / total:.0%} {what}"
+        say(f"WARNING: {share}: it was asked for another form, or cut")
+        say("         short. Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
+
+
+def drop_malformed(records, min_candidates, per_source=None):
+    """Yield the NLI records without the model responses that are not well-formed, except those that are left with
+    fewer than min_candidates (RESCUE's released code: 5, the human response among them). The others get the human
+    responses' form, one line: explanation #### Label. They are whole, and their likelihood is no longer known.
+    per_source: of each model keep the first so many (the released code samples 6 and keeps 3)."""
+    total, malformed, left_out = Counter(), Counter(), 0
+    for record in records:
+        kept, good = [], Counter()
+        for c in record["candidates"]:
+            label, well_formed = parse_nli(c["text"])
+            if c["source"] in HUMAN:
+                kept.append(c)
+                continue
+            total[c["source"]] += 1
+            malformed[c["source"]] += not well_formed
+            good[c["source"]] += well_formed
+            if well_formed and not (per_source and good[c["source"]] > per_source):
+                explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
+                text = {"text": f"{explanation} #### {label.capitalize()}"}
+                kept.append({k: v for k, v in c.items() if k not in OF_SAMPLE} | text)
+        left_out += len(kept) < min_candidates
+        if len(kept) >= min_candidates:
+            yield record | {"candidates": kept}
+    say("malformed and left out:", ", ".join(f"{malformed[s]} of {n} by {s}" for s, n in total.items()))
+    say(f"left out: {left_out} prompts with fewer than --min_candidates {min_candidates}")
+    for source, n in total.items():
+        warn_of_form(source, malformed[source], n, "are well-formed")
+
+
+def rank_by_probabilistic(records, args):
+    """Set `rank` by the teacher's likelihood, logprob / num_tokens ** --length_penalty (Tuna Eq. 3).
+
+    It is null where the likelihood is not known; `ranked_by` is the teacher. tuna.py --stage probabilistic does this
+    by itself; here it is for Table 4 and for mixtures.
+    """
+    for record in records:
+        candidates = record["candidates"]
+        known = [{"logprob", "num_tokens"} <= c.keys() for c in candidates]
+        if not any(known):
+            raise UserError(f"{args.input}: record {record['id']!r} has no logprob; add it with rank --by logprob")
+        teachers = sorted({c.get("teacher", "a teacher not named") for c, k in zip(candidates, known) if k})
+        if len(teachers) > 1:
+            names = " and ".join(teachers)
+            raise UserError(f"{args.input}: record {record['id']!r} has log-probabilities of {names}: two scales")
+        scores = [
+            c["logprob"] / c["num_tokens"] ** args.length_penalty if k else None for c, k in zip(candidates, known)
+        ]
+        yield record | {"candidates": with_ranks(candidates, scores), "ranked_by": teachers[0]}
+
+
+def with_ranks(candidates, scores):
+    """The candidates, each with its `rank`: 0 has the highest score, equal ones share it, null has no score."""
+    ranks = [None if s is None else sum(x > s for x in scores if x is not None) for s in scores]
+    return [c | {"rank": rank} for c, rank in zip(candidates, ranks)]
+
+
+def spearman(a, b):
+    """Spearman's rank correlation of two lists of n > 1 numbers; 0 where one is constant, which orders nothing."""
+    return float(spearmanr(a, b).statistic) if len({*a}) > 1 and len({*b}) > 1 else 0.0
