@@ -69,6 +69,7 @@ def mean_reward(model, tokenizer, records, args, step):
     signal stops the run here: the mean of some answers is no figure."""
     total = 0.0
     for batch, found in answers(model, tokenizer, records, args, step, what="reward", temperature=0.0):
+        found = [a | {"text": a["text"].strip()} for a in found]  # as evaluate.py reads answers
         total += sum(1 / (1 + math.exp(-max(r, -700))) for r in rewards(batch, found, args))
     common.stop_if_asked()
     return 100 * common.all_sum([total])[0] / len(records)
