@@ -6,16 +6,14 @@ import random
 import common
 from collecting import generation
 from collecting.files import read_records
-from collecting.flags import generation_flags
+from collecting.flags import collected_flags, generation_flags
 from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.prompts import QA_TEMPLATE, qa_prompt, read_template
 from common import UserError, in_range
 
 
 def anchor_flags(add):
-    add("--task", default="multidoc_qa", help="for the default paths: data/TASK/train.jsonl, data/TASK/anchored.jsonl")
-    add("--input", help="records of prepare --task multidoc_qa")
-    add("--output", help="the same records with candidates")
+    collected_flags(add, "train", "anchored", "multidoc_qa")
     add("--model", required=True, help="hub id or folder")
     add("--source", help="the candidates' source (default: the model's name)")
     add("--num_distractors", type=in_range(int, 0), default=4, help="responses from distractors (Sec. 5.2: 4)")

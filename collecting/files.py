@@ -144,6 +144,14 @@ def row_id(row, default):
     return default if row.get("id") in (None, "") else str(row["id"])
 
 
+def text_field(row, name, where, optional=False, strip=str.strip):
+    """A row's text, stripped; UserError where it has none, unless optional."""
+    value = "" if optional and row.get(name) is None else row.get(name)
+    if not isinstance(value, str) or not (optional or value.strip()):
+        raise UserError(f"{where}: field {name!r} must be a non-empty string")
+    return strip(value)
+
+
 def parse_json(line, where):
     """The value of JSON in UTF-8; UserError, naming `where`, for anything that could not be written back."""
 

@@ -26,10 +26,17 @@ for others' Alpaca weights, which you save as templates/alpaca.txt"""
 
 
 # fmt: off
-def collected_flags(add, before, after):
-    add("--task", default="esnli", help=f"for the default paths: data/TASK/{before}.jsonl, data/TASK/{after}.jsonl")
+def collected_flags(add, before, after, task="esnli"):
+    add("--task", default=task, help=f"for the default paths: data/TASK/{before}.jsonl, data/TASK/{after}.jsonl")
     add("--input", help="records, JSONL")
     add("--output", help="the same records with more in them, JSONL")
+
+
+def sampling_flags(add, num_samples):
+    add("--source", help="the candidates' source (default: the model's name; of RUN/model: RUN)")
+    add("--num_samples", type=in_range(int, 1, 10_000), default=num_samples, help="a prompt (RESCUE: 3, Tuna: 4)")
+    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
+    add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
 
 
 def generation_flags(add, max_new_tokens, alpaca=None):

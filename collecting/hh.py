@@ -4,7 +4,7 @@ import itertools
 import pathlib
 import re
 
-from collecting.files import read_source
+from collecting.files import read_source, text_field
 from collecting.prompts import fill
 from common import UserError, say
 
@@ -31,11 +31,13 @@ def split_dialogue(text):
     return messages if not before.strip() else []
 
 
-def hh_record(number, row, context, candidates, template, where):
+def hh_record(row, index, context, candidates, template, where):
+    """A record of a dialogue and its candidates, best first."""
     names = {v: k for k, v in HH_ROLES.items()}
     dialogue = "\n\n".join(f"{names[m['role']]}: {m['content']}" for m in context)
-    record = {"id": number, "task": "hh", "subset": row["subset"]}
+    record = {"id": f"{row['subset']}-{index}", "task": "hh", "subset": row["subset"]}
     record |= {"prompt": fill(template, {"dialogue": dialogue}, where), "messages": context}
+    candidates = [c | {"rank": place} for place, c in enumerate(candidates)]
     return record | {"label": None, "answers": None, "candidates": candidates}
 
 
@@ -45,18 +47,12 @@ def prepare_hh(row, where, index, template):
     None where the two have not identical contexts but different responses (Sec. 4.1; the released code compares the
     number of turns alone).
     """
-    for field in ("chosen", "rejected"):
-        if not isinstance(row.get(field), str) or not row[field].strip():
-            raise UserError(f"{where}: field {field!r} must be a non-empty string")
-    *context, chosen = split_dialogue(row["chosen"]) or [None]
-    *other, rejected = split_dialogue(row["rejected"]) or [None]
+    *context, chosen = split_dialogue(text_field(row, "chosen", where)) or [None]
+    *other, rejected = split_dialogue(text_field(row, "rejected", where)) or [None]
     if not context or context != other or not chosen["role"] == rejected["role"] == "assistant" or chosen == rejected:
         return None
-    candidates = [
-        {"text": message["content"], "source": source, "rank": place}
-        for place, (source, message) in enumerate((("chosen", chosen), ("rejected", rejected)))
-    ]
-    return hh_record(f"{row['subset']}-{index}", row, context, candidates, template, where)
+    candidates = [{"text": chosen["content"], "source": "chosen"}, {"text": rejected["content"], "source": "rejected"}]
+    return hh_record(row, index, context, candidates, template, where)
 
 
 def prepare_hh_release(row, where, index, template):
@@ -72,11 +68,8 @@ def prepare_hh_release(row, where, index, template):
     if not good or None in marks or turns[-1] != "<|assistant|>" or any(p != turns for p in prefixes):
         raise UserError(f"{where}: not a row of PRO's preprocessed files (prefix, suffix, reward; one prefix a row)")
     context = [{"role": MARKS[m], "content": t.removeprefix(m).strip()} for m, t in zip(marks[:-1], turns)]
-    candidates = [
-        {"text": text, "source": "release", "reward": reward, "rank": place}
-        for place, (text, reward) in enumerate(zip(texts, rewards))
-    ]
-    return hh_record(f"{row['subset']}-{index}", row, context, candidates, template, where)
+    candidates = [{"text": text, "source": "release", "reward": reward} for text, reward in zip(texts, rewards)]
+    return hh_record(row, index, context, candidates, template, where)
 
 
 def hh_rows(args):

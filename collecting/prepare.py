@@ -11,7 +11,7 @@ from collections import Counter
 from tqdm import tqdm
 
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
-from collecting.files import as_object, check_record, read_source, row_id
+from collecting.files import as_object, check_record, read_source, row_id, text_field
 from collecting.flags import TEMPLATE_HELP, group
 from collecting.hh import HH_PUBLISHED, hh_rows, prepare_hh, prepare_hh_release, say_counts
 from collecting.journal import write_all
@@ -36,13 +36,6 @@ ESNLI_FIELDS = {
     "Explanation_1": "explanation",
     "explanation_1": "explanation",
 }
-
-
-def text_field(row, name, where, optional=False, strip=str.strip):
-    value = "" if optional and row.get(name) is None else row.get(name)
-    if not isinstance(value, str) or not (optional or value.strip()):
-        raise UserError(f"{where}: field {name!r} must be a non-empty string")
-    return strip(value)
 
 
 def strip_lines(text):

@@ -10,7 +10,7 @@ from tqdm import tqdm
 import common
 from collecting import scoring
 from collecting.files import load_candidates, write_atomically
-from collecting.flags import api_flags, group
+from collecting.flags import api_flags, collected_flags, group
 from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.rank_asked import rank_by_contextual, rank_by_gpt
 from collecting.rank_given import drop_malformed, rank_by_label, rank_by_probabilistic
@@ -37,10 +37,7 @@ EXPAND_SOURCES = ["text-curie-001", "alpaca-7b", "gpt-3.5-turbo"]
 # fmt: off
 def rank_flags(add):
     add("--by", required=True, choices=sorted(RANKERS), help="which annotation to add")
-    add("--task", default="esnli", help="for the default paths, which are under data/TASK")
-    add("--input", help="records with candidates, JSONL (default: sampled.jsonl)")
-    add("--output", help="the same records, annotated (default: ranked.jsonl; of sampled-RUN.jsonl: ranked-RUN.jsonl)")
-
+    collected_flags(add, "sampled", "ranked[-RUN]")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first records")
     add("--limit", type=in_range(int, 1), help="then take this many (Tuna: GPT-4 ranked the first 13K)")
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import common
 from collecting import generation
-from collecting.flags import generation_flags, group, prompt_flags
+from collecting.flags import collected_flags, generation_flags, group, prompt_flags, sampling_flags
 from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.prompts import shown_prompts
 from common import in_range, say
@@ -15,14 +15,9 @@ from common import in_range, say
 
 # fmt: off
 def sample_flags(add):
-    add("--task", default="esnli", help="for the default paths, which are under data/TASK")
-    add("--input", help="records, JSONL (default: train.jsonl)")
-    add("--output", help="with the new candidates (default: sampled.jsonl; of RUN/model: sampled-RUN.jsonl)")
+    collected_flags(add, "train", "sampled[-RUN]")
     add("--model", required=True, help="hub id or folder")
-    add("--source", help="the candidates' source (default: the model's name; of RUN/model: RUN)")
-    add("--num_samples", type=in_range(int, 1, 10_000), default=4, help="responses a prompt (RESCUE: 3, Tuna: 4)")
-    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
-    add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
+    sampling_flags(add, 4)
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="of the samples")
     prompt_flags(add)
     generation_flags(add, 128, alpaca=512)
@@ -114,7 +109,7 @@ def sample(args):
     of_run = f"-{name}" if common.run_settings(args.model) else ""  # the samples of two students never share a file
     records, journal = open_collected(args, "train", f"sampled{of_run}", process=process, processes=processes)
     by = {"source": args.source, "teacher": name}
-    options, count, diversity = generation.options_of(args), Counter(), Counter()
+    options, count = generation.options_of(args), Counter()
     batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
     for batch, model, tokenizer in batches:
         prompts = shown_prompts(args, batch)
@@ -125,7 +120,7 @@ def sample(args):
                 again = options | {"num_samples": n, "temperature": temperature}
                 return generation.generate(model, tokenizer, [prompts[i] for i in numbers], **again)
 
-            drawn = keep_diverse(drawn, draw, args, diversity)
+            drawn = keep_diverse(drawn, draw, args, count)
         for record, responses in zip(batch, drawn):
             record["candidates"] = record.get("candidates", []) + [r | by for r in responses]
             count["responses"] += len(responses)
@@ -133,11 +128,10 @@ def sample(args):
             count["empty"] += sum(not r["text"] for r in responses)
         journal.write(batch)
     journal.finish()
-    totals = common.all_sum([count[k] for k in ("responses", "unfinished", "empty")])
+    trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
+    kinds = ["responses", "unfinished", "empty", "kept at once", "too similar", *trials, "least similar kept"]
+    kinds += ["pairs", "similar pairs before", "similar pairs after"]
+    totals = common.all_sum([count[k] for k in kinds])
     say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
     if args.max_rouge_l is not None:
-        trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
-        kinds = ["kept at once", "too similar", *trials, "least similar kept"]
-        kinds += ["pairs", "similar pairs before", "similar pairs after"]
-        totals = common.all_sum([diversity[k] for k in kinds])
-        say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds, totals)))
+        say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds[3:], totals[3:])))

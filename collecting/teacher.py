@@ -2,18 +2,15 @@
 
 import common
 from collecting import asking, generation
-from collecting.flags import api_flags, collected_flags, prompt_flags
+from collecting.flags import api_flags, collected_flags, prompt_flags, sampling_flags
 from collecting.journal import open_collected
 from collecting.prompts import shown_prompts
-from common import UserError, in_range
+from common import UserError
 
 
 def teacher_flags(add):
     collected_flags(add, "train", "teacher")
-    add("--source", help="the candidates' source (default: the model's name)")
-    add("--num_samples", type=in_range(int, 1), default=1, help="responses a prompt")
-    add("--temperature", type=in_range(float, 0), default=0.8, help="0: greedy")
-    add("--top_p", type=in_range(float, 0, 1), default=1.0, help="sample from the likeliest tokens of this mass")
+    sampling_flags(add, 1)
     add("--logprobs", action="store_true", help="ask the server for logprob and num_tokens (Tuna's teacher score)")
     add("--completions", action="store_true", help="continue the prompt as it stands (/completions), not as a chat")
     prompt_flags(add)
