@@ -874,7 +874,7 @@ FREE = {"output", "resume", "checkpoint_every", "track"}
 FREE |= {"attn", "max_tokens_per_row", "activation_checkpointing", "compile"}
 
 
-def open_run(args):
+def open_run(args, doc):
     """-> the folder OUTPUT as a Path, locked while the process lives. Ends the program where the run is finished.
     Raises UserError where the folder is another's, or its run has other arguments or data."""
     output, file = pathlib.Path(args.output), pathlib.Path(args.output) / "args.json"
@@ -896,6 +896,7 @@ def open_run(args):
         if not begun:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             about = {"command": shlex.join(sys.argv), "settings": settings, "versions": versions}
+            about["paper"] = doc.partition("\n\n    ")[0]  # a script's docstring begins with it
             file.write_text(json.dumps(about, indent=1))
     dist.barrier()
     if run_settings(output / "model") != settings:
@@ -1029,6 +1030,20 @@ def save_model(model, tokenizer, folder):
         if dist.get_rank() == 0:
             model.save_pretrained(part, state_dict=untied(model, state))
             tokenizer.save_pretrained(part)
+            (part / "README.md").write_text(model_card(folder.parent))
+
+
+def model_card(output):
+    """The model card of a run's model, which push_to_hub keeps: the method, the base model, the command, args.json."""
+    about = json.loads((output / "args.json").read_text())
+    base, paper = about["settings"]["model"], about.get("paper", "")
+    paper = re.sub(r"arXiv (\d+\.\d+)", r"[arXiv \1](https://arxiv.org/abs/\1) ", paper)
+    base_model = "" if os.path.isdir(base) else f"base_model: {base}\n"  # the hub takes no local folder there
+    head = f"---\n{base_model}library_name: transformers\n---\n\n# {output.name}\n\n{paper}\n\nPlease cite the paper.\n"
+    command = f"\nTrained from `{base}`:\n\n```sh\n{about['command']}\n```\n"
+    return (
+        f"{head}{command}\nAll arguments, and the digest of the data:\n\n```json\n{json.dumps(about, indent=1)}\n```\n"
+    )
 
 
 def learning_rate(step, total, args):

@@ -288,7 +288,7 @@ def main():
     data = load_data(args, args.data, args.max_train_samples)
     held_out = load_data(args, args.eval_data) if args.eval_data else []
     splits, batches, split_of = plan_steps(len(data), args)  # Algorithm 1, line 1
-    output = common.open_run(args)  # ends here if the run is finished
+    output = common.open_run(args, __doc__)  # ends here if the run is finished
 
     model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
     prompts, held_out_prompts = (encode(tokenizer, x, args) for x in (data, held_out))

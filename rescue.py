@@ -265,7 +265,7 @@ def main():
     process, world, device = common.init_distributed()
     data = load_data(args, args.data, args.max_train_samples)
     held_out = load_data(args, args.eval_data) if args.eval_data else []
-    output = common.open_run(args)  # ends here if the run is finished
+    output = common.open_run(args, __doc__)  # ends here if the run is finished
 
     model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
     prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
