@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-from collections import Counter
 
 from collecting import asking
 from collecting.files import read_rows
@@ -106,36 +105,32 @@ def verdict(text):
 SWAPPED = {"A": "B", "B": "A", "C": "C", None: None}
 
 
-def agreed(pair, verdicts):
-    """The verdict on a question from its two, both as system 1 sees them: the one that both gave, or by their mean."""
+def outcomes(pair, verdicts):
+    """A question's verdicts with system 1 as A and as B -> those that count, as system 1 sees them: both of them where
+    they are averaged; else one, which both gave, or the mean of both. It is None where an order is unparsed."""
+    pair = [pair[0], SWAPPED[pair[1]]]
+    if verdicts == "average":
+        return pair
     sides = {*pair} - {"C"} if verdicts == "mean" else {*pair}
-    return sides.pop() if len(sides) == 1 else "C"
+    return [None if None in pair else sides.pop() if len(sides) == 1 else "C"]
 
 
 def judge_items(ids, pairs, verdicts):
     """-> {"win", "lose": {id: value}}, the mean of which is judge_metrics'."""
-    seen = {i: (first, SWAPPED[second]) for i, (first, second) in zip(ids, pairs)}
-    if verdicts == "average":
-        return {name: {i: pair.count(v) / 2 for i, pair in seen.items()} for name, v in (("win", "A"), ("lose", "B"))}
-    one = {i: None if None in pair else agreed(pair, verdicts) for i, pair in seen.items()}
-    return {name: {i: float(x == v) for i, x in one.items()} for name, v in (("win", "A"), ("lose", "B"))}
+    found = {i: outcomes(pair, verdicts) for i, pair in zip(ids, pairs)}
+    return {name: {i: x.count(v) / len(x) for i, x in found.items()} for name, v in (("win", "A"), ("lose", "B"))}
 
 
 def judge_metrics(pairs, verdicts):
     """[(verdict with system 1 as A, verdict with system 1 as B)] -> shares that system 1 wins, ties and loses, and that
     are unparsed: of all questions where the orders must agree (one unparsed order is enough), of all verdicts where
     they are averaged; of the questions parsed in both orders, how many change with the order."""
-    pairs = [(first, SWAPPED[second]) for first, second in pairs]  # both as system 1 sees them
+    counted = [v for pair in pairs for v in outcomes(pair, verdicts)]
     parsed = [pair for pair in pairs if None not in pair]
-    if verdicts == "average":
-        outcomes, n = Counter(v for pair in pairs for v in pair), 2 * len(pairs)
-    else:
-        outcomes, n = Counter(agreed(pair, verdicts) for pair in parsed), len(pairs)
-        outcomes[None] = n - len(parsed)
-    shown = [a == "A" for a, b in pairs if a in ("A", "B")] + [b == "B" for a, b in pairs if b in ("A", "B")]
-    shares = {name: outcomes[v] / n for name, v in (("win", "A"), ("tie", "C"), ("lose", "B"), ("unparsed", None))}
-    return shares | {
-        "flip_rate": mean(a != b for a, b in parsed) if parsed else 0.0,
+    shown = [v == "A" for pair in pairs for v in pair if v in ("A", "B")]
+    names = {"win": "A", "tie": "C", "lose": "B", "unparsed": None}
+    return {name: counted.count(v) / len(counted) for name, v in names.items()} | {
+        "flip_rate": mean(a != SWAPPED[b] for a, b in parsed) if parsed else 0.0,
         "first_place_preferred": mean(shown) if shown else 0.0,
         "questions": len(pairs),
     }

@@ -11,7 +11,7 @@ from collecting.prompts import task_of
 from collecting.rank_given import spearman
 from common import UserError, in_range, say
 from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
-from evaluating.tables import markdown
+from evaluating.tables import markdown, read_document
 
 PAGE = pathlib.Path(__file__).with_name("sheet.html")
 
@@ -102,11 +102,11 @@ def score_sheet(args):
     the win rate, which ties make too wide rather than too narrow, the normal one for the mean score, with p against
     each other system by a paired bootstrap (the paper of Table 2, Tuna's, names no test). --within: score_within.
     """
-    key = read_sheet_file(key_file(args.output), "orders")
+    key = read_document(key_file(args.output), orders=list)
     check_key(key, args)
     judged = [{} for _ in key["orders"]]  # per prompt: system -> its scores, one an annotator
     for path in args.score:
-        results = read_sheet_file(path, "answers")
+        results = read_document(path, answers=list)
         if results.get("sheet") != key.get("sheet") or len(results["answers"]) != len(judged):
             raise UserError(f"--score {path}: these are the results of another sheet than {args.output}")
         for i, (answer, order) in enumerate(zip(results["answers"], key["orders"])):
@@ -161,16 +161,6 @@ def score_systems(judged, key):
             row |= {f"p, {names[o]}": paired_bootstrap(differences)[2]} if o != s else {}
         table[name] = row
     return table
-
-
-def read_sheet_file(path, field):
-    try:
-        document = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read ({e})") from e
-    if not isinstance(document, dict) or not isinstance(document.get(field), list):
-        raise UserError(f"{path}: has no list {field!r}")
-    return document
 
 
 def sheet_points(answer, order, where):
