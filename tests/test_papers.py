@@ -73,7 +73,7 @@ def own_paper(path):
 def parts(path):
     """A file as (text, own paper): pages by their sections, PAPERS.md's with a paper each, code whole, of tests the
     docstrings and comments."""
-    if path.parent.name == "tests":
+    if path.parent.name == "tests" and path.suffix == ".py":
         tokens = tokenize.generate_tokens(path.open().readline)
         said = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string.startswith('"""')]
         return [("\n".join(said), own_paper(path))]
