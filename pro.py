@@ -9,8 +9,8 @@ Equations, sections and tables are numbered as in arXiv 2306.17492v1.
     python pro.py --data d.jsonl --model demo/model --output runs/x                    # one process, GPU or CPU
 
 A prompt x has responses y^1 > y^2 > ... > y^n, best first. The model scores a response by its own mean token
-log-likelihood. The loss contrasts each response with all that follow it, and the gaps between the rewards of a reward
-model sharpen or soften each contrast:
+log-likelihood. The loss contrasts each response with all that follow it. The gaps between the rewards of a reward model
+make each contrast sharper or softer:
 
     Eq. 6      s_k = log pi(y^k | x) / |y^k|
     Eq. 8      L_PRO = - sum over k < n of log( exp(s_k) / sum over i >= k of exp(s_i) )
@@ -18,31 +18,31 @@ model sharpen or soften each contrast:
     Eq. 10-11  T_k^i = 1 / (r_k - r_i) for i > k,   T_k^k = min over i > k of T_k^i      r: the reward model's logits
     Eq. 7      L = L_PRO + beta L_SFT,   L_SFT = -log pi(y^1 | x),   beta = 0.05 (n - 1)^2 (Sec. 4.3)
 
-Table 5's ablations are flags, and they combine: --no_sft, --no_temperature (Eq. 8), --first_only (the term k = 1
-alone). Without L_PRO (--no_ranking) it is the baseline BoN: supervised fine-tuning on the best of n. The baseline RRHF
-is rescue.py's; recipes/README.md has its command for this setting (Sec. 4.4). The baseline CoH is --no_ranking on the
+Table 5's ablations are flags, and they combine: --no_sft, --no_temperature (Eq. 8), --first_only (only the term k = 1).
+Without L_PRO (--no_ranking) it is the baseline BoN: supervised fine-tuning on the best of n. rescue.py trains the
+baseline RRHF; recipes/README.md has the command for this setting (Sec. 4.4). The baseline CoH is --no_ranking on the
 data that `collect_candidates.py hindsight` makes.
 
 Algorithm 1, self-bootstrapping: the prompts are divided into K splits. Before each split the current model answers its
-prompts, a reward model scores the answers, and they join the rankings. An answer never takes the first place, and the
-rewards are sorted anew, so that they still descend (footnote 6). With --epochs 2 each split is trained twice on.
+prompts, a reward model scores the answers, and they join the rankings. An answer never takes the first place. The
+rewards are then sorted again, so that they descend (footnote 6). With --epochs 2 each split is trained on twice.
 
---eval_data evaluates every --eval_every steps. With --reward_model it also logs the mean reward of greedy answers, and
-that decides which model is the best, as in the released code.
+With --eval_data the model is evaluated every --eval_every steps. With --reward_model the evaluation also logs the mean
+reward of greedy answers. That reward then decides which model is the best, as in the released code.
 
 Where the print and the released code differ, or the print is silent:
  1. Temperatures multiply as reward gaps, 1/T = r_k - r_i, and each sum is a log-sum-exp in float32. The released code
     exponentiates and adds 1e-10 inside the logarithm: wrong from gaps of about 6 on, inf or NaN for negative gaps.
- 2. Equal rewards: T is infinite in the limit, so the term is exp(0) = 1. Where all rewards from k on are equal, term k
-    is the constant log(n - k + 1), without gradient. Equal rewards are no pair of pair_accuracy.
- 3. BoN and SFT, which have no other term, are the usual token mean of Eq. 1. L_SFT beside L_PRO is the sum that Eq. 1
-    prints, as released. --sft_reduction chooses.
- 4. n in beta is the prompt's own number of responses. The paper's l is the same for all prompts.
+ 2. Equal rewards make T infinite, so exp(s / T) is 1. If all rewards from k on are equal, term k is the constant
+    log(n - k + 1), without gradient. Two equal rewards do not count as a pair in pair_accuracy.
+ 3. L_SFT beside L_PRO is the sum over tokens, as Eq. 1 prints it and as released. Alone (BoN, SFT) it is the usual
+    mean over tokens. --sft_reduction chooses.
+ 4. n in beta is the number of responses of each prompt. The paper's l is the same for all prompts.
  5. The print is silent on the schedule (released: constant), weight decay (released: torch's default 0.01; here 0, as
-    in the other scripts), the choice of the checkpoint (released: the best of 280 test samples by reward, every 600
-    steps), and on lengths (released: a prompt's last 384 tokens; a response has what is left of 512).
- 6. A whole response ends with EOS. In the released code the padding counts as EOS, so a response ends only where it is
-    shorter than the longest of its batch.
+    in the other scripts), the choice of the checkpoint (released: every 600 steps by the reward on 280 test samples,
+    the best is kept), and on lengths (released: a prompt's last 384 tokens; a response has what is left of 512).
+ 6. A whole response ends with EOS. In the released code a response gets its EOS from the padding, so the longest
+    response of a batch has none.
  7. The print is silent on K and on how Algorithm 1, line 6, samples y. Here K is a flag, the temperature is 1, and an
     answer has up to 128 tokens.
 
@@ -64,10 +64,10 @@ from common import UserError, candidate_logprobs, in_range, pair_statistics, say
 def pro_loss(scores, rewards=None, first_only=False, score_scale=1.0, target_margin=0.0):
     """Eq. 8, or with rewards Eq. 9-11. scores [n] fp32, best first; rewards [n], descending -> scalar.
 
-    Ours: score_scale multiplies the scores, and every s_i with i > k gains target_margin. For n = 2 without rewards
-    that is SimPO (arXiv 2405.14734, Eq. 6) with beta = score_scale and gamma = target_margin.
-    first_only keeps the term k = 1 (Table 5). Fewer than two scores give 0. Rewards that ascend give NaN, which ends a
-    run at its next log line: an exception here would wait for the GPU at every prompt.
+    first_only keeps only the term k = 1 (Table 5). Fewer than two scores give 0. Rewards that ascend give NaN, and
+    common.means then ends the run: to raise an error here, each prompt would have to wait for the GPU.
+    Ours: score_scale multiplies the scores, and target_margin is added to every s_i with i > k. For n = 2 without
+    rewards that is SimPO (arXiv 2405.14734, Eq. 6) with beta = score_scale and gamma = target_margin.
     """
     loss = scores.sum() * 0.0
     for k in range(min(1, len(scores) - 1) if first_only else len(scores) - 1):
@@ -83,20 +83,20 @@ def pro_loss(scores, rewards=None, first_only=False, score_scale=1.0, target_mar
 
 
 def sft_loss(logprobs, lengths, reduction):
-    """L_SFT of Eq. 7: the NLL of the best candidate, which is the first. logprobs, lengths [n] -> scalar. reduction
-    over its tokens: "sum" or "mean"."""
+    """L_SFT of Eq. 7: the NLL of the best candidate, which is the first. logprobs, lengths [n] -> scalar. `reduction`
+    over its tokens is "sum" or "mean"."""
     return -logprobs[0] / (lengths[0] if reduction == "mean" else 1.0)
 
 
 def insert_candidate(candidates, new):
-    """Footnote 6: put `new` into a ranking, best first, by its reward, but never first -> the longer ranking."""
+    """Put `new` into a ranking (best first) by its reward, but never first (footnote 6) -> the longer ranking."""
     rest = sorted([*candidates[1:], new], key=lambda c: -c["reward"])  # stable: among equals the new one comes last
     return [c | {"rank": place} for place, c in enumerate([candidates[0], *rest])]
 
 
 def ranking_levels(candidates):
-    """Preference levels [n] of a ranking, best first: its rewards, where it has them, else its negative ranks. Rewards
-    are sorted anew (footnote 6: an inserted answer may have a larger one than the first)."""
+    """Preference levels [n] of a ranking (best first): its rewards if it has them, else its negative ranks. Rewards are
+    sorted again, because an inserted answer may have a larger one than the first (footnote 6)."""
     if all("reward" in c for c in candidates):
         return torch.tensor(sorted((float(c["reward"]) for c in candidates), reverse=True))
     return torch.tensor([-float(c.get("rank") or 0) for c in candidates])
@@ -127,7 +127,7 @@ def parse_args():
     parser.set_defaults(max_prompt_length=384, eval_every=600)  # as released
     args = parser.parse_args()
     if args.no_ranking and (args.no_sft or args.no_temperature or args.first_only or args.bootstrap_splits):
-        parser.error("--no_ranking drops L_PRO: --no_sft would leave no loss, and no other flag of L_PRO has a meaning")
+        parser.error("--no_ranking drops L_PRO: with --no_sft no loss is left, and the other flags of L_PRO do nothing")
     if (args.score_scale, args.target_margin) != (1, 0) and not args.no_temperature:
         parser.error("--score_scale and --target_margin belong to Eq. 8: add --no_temperature")
     if args.bootstrap_splits and not args.reward_model:
@@ -150,8 +150,8 @@ COLLECT = """  python collect_candidates.py prepare --task hh --subset harmless-
 
 
 def draw_candidates(record, ranking_length, seed):
-    """At most `ranking_length` of a record's candidates: those that the data came with, then a seeded draw of the
-    others, in the file's order."""
+    """At most `ranking_length` of a record's candidates, in the file's order: those that the data came with, then a
+    seeded draw of the others."""
     candidates = record["candidates"]
     given = [i for i, c in enumerate(candidates) if c["source"] in common.GIVEN]
     others = [i for i in range(len(candidates)) if i not in given]
@@ -160,8 +160,8 @@ def draw_candidates(record, ranking_length, seed):
 
 
 def sort_candidates(record, needs_reward, path):
-    """The record with its candidates best first: by `reward`, or by `rank` where the loss needs no reward. Raises
-    UserError where a candidate lacks it."""
+    """The record with its candidates best first: by `reward`, or by `rank` if the loss needs no reward. Raises
+    UserError if a candidate lacks the annotation."""
     candidates = record["candidates"]
     if all("reward" in c for c in candidates):
         return record | {"candidates": sorted(candidates, key=lambda c: -c["reward"])}
@@ -175,8 +175,8 @@ def sort_candidates(record, needs_reward, path):
 
 
 def load_data(args, path, limit=None):
-    """-> records, each with its candidates best first, at most --ranking_length of them. BoN trains on the first one
-    alone. Says what was found."""
+    """-> records, each with at most --ranking_length candidates, best first. BoN trains on the first one only. Prints
+    what was found."""
     needs_reward = bool(args.bootstrap_splits) or not (args.no_temperature or args.no_ranking)
     records = common.load_candidates(path, limit, how=COLLECT)
     if args.ranking_length:
@@ -191,7 +191,7 @@ def load_data(args, path, limit=None):
     say(f"{path}: {len(records)} prompts, ranking lengths {', '.join(map(str, lengths))}")
     tied = sum(len(set(ranking_levels(r["candidates"]).tolist())) < len(r["candidates"]) for r in records)
     if tied and args.no_temperature and not args.first_only:
-        say(f"{tied} prompts have equal candidates, which Eq. 8 takes in the file's order: see --first_only")
+        say(f"{tied} prompts have equal candidates; Eq. 8 ranks them in the file's order (--first_only does not)")
     others = {r["reward_model"] for r in records if "reward_model" in r} - {args.reward_model}
     if args.bootstrap_splits and others:
         say(f"the data was scored by {', '.join(sorted(others))}: its rewards and --reward_model's may not compare")
@@ -206,8 +206,8 @@ def encode(tokenizer, records, args):
 
 
 def plan_steps(num_prompts, args):
-    """-> (splits: lists of prompts; the prompts of every step; the number of its split). Without Algorithm 1 there is
-    one split."""
+    """-> (splits, batches, split_of): the prompts of each split, the prompts of each step, and the split of each step.
+    Without Algorithm 1 there is one split."""
     order = list(range(num_prompts))
     count = args.bootstrap_splits or 1
     if count > num_prompts:
@@ -221,10 +221,10 @@ def plan_steps(num_prompts, args):
 
 
 def bootstrap(model, tokenizer, records, number, step, output, args):
-    """Algorithm 1, lines 3 to 9, for the records of one split -> (Encoded, levels [n]) each, with an answer more.
+    """Algorithm 1, lines 3 to 9, for the records of one split -> (Encoded, levels [n]) each, with one more answer.
 
-    Finished records go to OUTPUT/bootstrap/split-K.jsonl, with the reward model's own logits. So a killed run continues
-    where it was, and one that resumes inside a split trains on the answers that the split began with.
+    Finished records go to OUTPUT/bootstrap/split-K.jsonl, with the reward model's logits. So a killed run continues
+    where it was. A run that resumes inside a split trains on the answers that were drawn when the split began.
     """
     from collecting import on_policy
     from collecting.journal import Journal
@@ -257,7 +257,7 @@ def row_losses(model, batch, levels, args):
     scores = logprobs / lengths  # [N], Eq. 6
     prompts = []
     for s, logp, length, r in zip(*(x.split(batch.sizes) for x in (scores, logprobs, lengths, levels))):  # [n] each
-        ranked = s[:1] if args.no_ranking else s  # best first; of one response L_PRO is 0
+        ranked = s[:1] if args.no_ranking else s  # best first; L_PRO of one response is 0
         rewards = None if args.no_temperature or args.no_ranking else r
         pro_term = pro_loss(ranked, rewards, args.first_only, args.score_scale, args.target_margin)
         sft_term = sft_loss(logp, length, args.sft_reduction)
@@ -269,14 +269,14 @@ def row_losses(model, batch, levels, args):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, records, prompts, step, args):
-    """-> the figures of held-out prompts, for the log; with --reward_model the mean reward of greedy answers too."""
+    """-> the figures of held-out prompts, for the log. With --reward_model also the mean reward of greedy answers."""
     model.eval()
     rows = common.rows(prompts, model, tokenizer, args)
     terms = [(weight, batch, row_losses(model, batch, *columns, args)) for weight, batch, *columns in rows]
     model.train()
     figures = common.means(LOSSES, terms, len(prompts))
     if args.reward_model:
-        from collecting import on_policy  # a copy of this script needs it here and in bootstrap alone
+        from collecting import on_policy  # a copy of this script needs it only here and in bootstrap
 
         figures["reward"] = on_policy.mean_reward(model, tokenizer, records, args, step)
     return {f"eval_{k}": v for k, v in figures.items()}
@@ -288,7 +288,7 @@ def main():
     data = load_data(args, args.data, args.max_train_samples)
     held_out = load_data(args, args.eval_data) if args.eval_data else []
     splits, batches, split_of = plan_steps(len(data), args)  # Algorithm 1, line 1
-    output = common.open_run(args, __doc__)  # ends here if the run is finished
+    output = common.open_run(args, __doc__)  # the program ends here if the run is finished
 
     model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
     prompts, held_out_prompts = (encode(tokenizer, x, args) for x in (data, held_out))
@@ -301,7 +301,7 @@ def main():
 
     for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
         last = step == len(batches)
-        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # `step` steps are taken
             line = {"step": step} | evaluate(model, tokenizer, held_out, held_out_prompts, step, args)
             evaluations[step] = line
             line["best"] = common.is_best(evaluations, step)
@@ -317,7 +317,7 @@ def main():
             for i, prompt in zip(split, bootstrap(model, tokenizer, records, split_of[step], step, output, args)):
                 prompts[i] = prompt
         began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
-        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
 

@@ -20,25 +20,26 @@ An ordering (Sec. 4) says which pairs there are. A partial ordering (PO) does no
     human       PO: the human response before every model response
     label       PO: responses with the right label or answer before the others
     hybrid      PO: human, then right, then wrong. Multi-document QA (Sec. 5.2): right and anchored in the gold
-                passage, then right, then wrong
+                passage, then the other right ones, then wrong
     similarity  FO: by embedding similarity to the human response
     gpt         FO: the human response, then a stronger model's ranking of the others
     none        no pairs: supervised fine-tuning on the human response (Sec. 6.1)
-    reward      FO: by a reward model's score; y* is the best-rewarded. With --alpha 1 and both lambdas 1: RRHF
+    reward      FO: by a reward model's score; y* is the best-rewarded. It is RRHF if --alpha and both lambdas are 1
 
-Where the print and the released code differ, the default is what gave the paper's results:
- 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, rewards pairs that are already in order. The code has
-    RRHF's hinge on violated pairs. Default: the code's, summed over a prompt's pairs, averaged over prompts.
- 2. Eq. 1 as printed is not divided by |y*|. Default: the code's, which is.
- 3. y* in the code is the response with the best score in its data, there always the human one. Default: the human
-    response, else the best correct one, else the prompt has no SFT term. With `reward`: the code's.
- 4. lambda 1.0 in the code goes to the first response of a list. Default: to responses whose `source` is human. On
-    multi-document QA the code has 1.0 for all: --length_scaling 1. (Sec. 7 speaks of NLI alone.)
- 5. The batch is 64 in print and 8 in the code's script; alpha in the tables is not printed and 0.1 in the script.
-    Default: 64 and 0.1.
- 6. Multi-document QA has no human response and no SFT term, in print and code: --no_sft. alpha then scales the whole
-    loss. Adam does not see that; only clipping does.
- 7. Ours: a prompt without a pair and without y* is left out of the batches (the code computes its zeros). Of the other
+Where the print, the released code and this script differ:
+ 1. Eq. 2 as printed, -E max{0, log pi(y_b) - log pi(y_1-b)}, widens pairs that are already in order and ignores the
+    others. The code has RRHF's hinge on violated pairs. Default: the code's. It is summed over the pairs of a prompt
+    and averaged over prompts.
+ 2. Eq. 1 as printed is not divided by |y*|. In the code it is. Default: the code's.
+ 3. In the code, y* is the response with the best score in the data, and that is always the human one. Default: the
+    human response, else the best correct one. A prompt with neither has no SFT term. With `reward`: the code's.
+ 4. In the code, the first response of a list has lambda 1.0. Default: the responses whose `source` is human have it.
+    On multi-document QA the code has 1.0 for all: --length_scaling 1. (Sec. 7 is about NLI only.)
+ 5. The batch size is 64 in print and 8 in the code's script. alpha is not printed for the tables and 0.1 in the
+    script. Default: 64 and 0.1.
+ 6. Multi-document QA has no human response and no SFT term, in print and code: --no_sft. Then alpha scales the whole
+    loss. Adam's update does not depend on that scale; gradient clipping does.
+ 7. Ours: a prompt without a pair and without y* is left out of the batches (in the code its loss is 0). Of the other
     prompts, only y* and the candidates in a pair are computed.
 
 The log: rank_loss and sft_loss are Eq. 2 and 1 per prompt. pair_accuracy is the share of ordered pairs with s(better) >
@@ -70,9 +71,9 @@ def ranking_loss(scores, levels, margin=0.0, weights=1.0):
 
 
 def lambda_weights(scores, levels):
-    """LiPO's lambda weights (arXiv 2402.01878): |G_i - G_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|.
+    """LiPO's lambda weights (arXiv 2402.01878) -> [n, n]: |G_i - G_j| |1 / log(1 + rank_i) - 1 / log(1 + rank_j)|.
 
-    rank: by the scores, 1 for the highest. G = 2 ** level - 1 with the levels numbered from 0. -> [n, n].
+    rank_i is the place of candidate i by score, 1 for the highest. G_i = 2 ** level_i - 1, levels numbered from 0.
     """
     rank = 1 + (scores[:, None] < scores[None, :]).sum(1)  # [n]
     gain = 2.0 ** levels.unique(return_inverse=True)[1] - 1  # [n]
@@ -93,8 +94,8 @@ def is_human(record):
 
 
 def preference(record, ordering):
-    """A record's candidates -> [n] preference levels, larger better (Sec. 4 and 5.2). Equal levels are not compared;
-    NaN is compared with nothing."""
+    """A record's candidates -> [n] preference levels, larger better (Sec. 4 and 5.2). Equal levels are not compared. A
+    candidate of level NaN is not compared with any."""
     candidates, human = record["candidates"], is_human(record)
     if ordering == "none":
         return [0.0] * len(candidates)
@@ -117,8 +118,8 @@ def preference(record, ordering):
 
 
 def sft_target(record, levels, ordering):
-    """The index of y* (Eq. 1) among the candidates, or None: the human response, else the best correct one (the first
-    among equals). With `reward`: the best-rewarded one, as in RRHF."""
+    """The index of y* (Eq. 1) among the candidates, or None: the human response, else the best correct one (of equal
+    ones the first). With `reward`: the best-rewarded one, as in RRHF."""
     candidates = range(len(levels))
     if ordering == "reward":
         return max(candidates, key=lambda i: levels[i])
@@ -140,8 +141,8 @@ def draw_candidates(record, num_candidates, seed):
 
 
 def select_candidates(record, args):
-    """-> (the record with the candidates to compute, which are y* and those in a pair; their levels [n]; which of them
-    is y* [n], bool)."""
+    """-> (record, levels [n], target [n] bool). The record keeps the candidates to compute: y* and those in a pair.
+    target is true at y*."""
     record = draw_candidates(record, args.num_candidates, args.seed)
     levels = torch.tensor(preference(record, args.ordering))
     y = None if args.no_sft else sft_target(record, levels.tolist(), args.ordering)
@@ -184,11 +185,12 @@ COLLECT = """  python collect_candidates.py prepare --task esnli --input esnli_t
 
 
 def check_annotations(record, path, ordering):
-    """Raise UserError, naming the record and the command that helps, where it lacks what its ordering needs."""
+    """Raise UserError if a candidate lacks the annotation that the ordering needs. The message names the record and
+    the command that adds it."""
     where, human, field = f"{path}: record {record['id']!r}", is_human(record), NEEDS.get(ordering)
     if not any(human) and ordering in ("human", "none", "similarity"):
         raise UserError(
-            f"{where} has no human response (source human or reference): --ordering gpt or reward need none"
+            f"{where} has no human response (source human or reference): --ordering gpt and reward do without"
         )
     for i, (c, h) in enumerate(zip(record["candidates"], human)):
         if field and field not in c and not (h and field in ("correct", "similarity", "rank")):
@@ -198,7 +200,7 @@ def check_annotations(record, path, ordering):
 
 
 def load_data(args, path, limit=None):
-    """-> a list of (record, levels [n], target [n]) as select_candidates gives them; says what was found."""
+    """-> a list of (record, levels [n], target [n]) as select_candidates gives them. Prints what was found."""
     by = args.ordering if args.ordering in ("similarity", "gpt", "reward") else "label --drop_malformed"
     records = common.load_candidates(path, limit, how=COLLECT.format(by))
     for record in records:
@@ -207,7 +209,7 @@ def load_data(args, path, limit=None):
     kept = [s for s in selected if len(s[1])]
     pairs = sum(int((levels[:, None] > levels[None, :]).sum()) for _, levels, _ in kept)
     if args.ordering != "none" and not pairs:
-        hint = "nothing to rank. See what `rank` said of them, and --num_candidates"
+        hint = "nothing can be ranked. Check what `rank` printed, and --num_candidates"
         raise UserError(f"{path}: --ordering {args.ordering} finds no two candidates of different preference: {hint}")
     count = Counter(is_human(r)[int(y.int().argmax())] if y.any() else None for r, _, y in selected)
     chosen = "the best-rewarded" if args.ordering == "reward" else "the best correct response"
@@ -216,14 +218,14 @@ def load_data(args, path, limit=None):
     if len(records) > len(kept):
         say(f"{len(records) - len(kept)} prompts are left out: they have neither a pair nor an SFT term")
     if left := sum(max(0, len(r["candidates"]) - args.num_candidates) for r in records):
-        say(f"--num_candidates {args.num_candidates} leaves out {left} model responses, a seeded draw")
+        say(f"--num_candidates {args.num_candidates} leaves out {left} model responses, drawn by --seed")
     if args.no_sft:
         say("no SFT term: length-normalised ranking alone can degenerate, so watch best_score (and see --margin)")
     return kept
 
 
 def encode(tokenizer, data, args):
-    """-> (Encoded, lambdas [n], levels [n], target [n]) for each record, a number per candidate."""
+    """-> (Encoded, lambdas [n], levels [n], target [n]) for each record. n: its candidates."""
     encoded = common.encode_all(tokenizer, [record for record, _, _ in data], args)
     human = [torch.tensor(is_human(record)) for record, _, _ in data]
     lambdas = [torch.where(h, args.human_length_scaling, args.length_scaling) for h in human]
@@ -265,7 +267,7 @@ def main():
     process, world, device = common.init_distributed()
     data = load_data(args, args.data, args.max_train_samples)
     held_out = load_data(args, args.eval_data) if args.eval_data else []
-    output = common.open_run(args, __doc__)  # ends here if the run is finished
+    output = common.open_run(args, __doc__)  # the program ends here if the run is finished
 
     model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
     prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
@@ -279,7 +281,7 @@ def main():
 
     for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
         last = step == len(batches)
-        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # `step` steps are taken
             evaluations[step] = line = {"step": step} | evaluate(model, tokenizer, held_out, args)
             line["best"] = common.is_best(evaluations, step)
             if line["best"]:
@@ -288,7 +290,7 @@ def main():
         if last:
             break
         began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
-        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
 

@@ -9,21 +9,22 @@ should get the larger reward (Bradley-Terry). A ranking of k responses is all it
     PRO Sec. 2     L = -log sigmoid( r(x, y_better) - r(x, y_worse) )
     of k responses L = the mean of that over the prompt's ordered pairs, k (k - 1) / 2 without ties
 
-RESCUE's Eq. 4, by which it explains rewards (it trains none), is another form: -log of the softmax of the best
-response's reward among all. For two responses it is the same.
+RESCUE trains no reward model, but its Eq. 4 describes one with another loss: -log of the best response's share in the
+softmax over all rewards. For two responses the losses are equal.
 
 --ordering names the annotation that says which response is better: `rank` (HH's chosen and rejected, a stronger model's
 ranking), `label` (right before wrong), or another model's `reward`. Equals are not compared. All candidates of a prompt
 share one forward.
 
 The print is silent on these choices:
- 1. The head starts at zero, so all rewards are equal and the loss is log 2. The last layer's norm precedes the head.
- 2. The learning rate is 1e-5, for one epoch: a second one overfits to pairs. No dropout is added.
+ 1. The head starts at zero, so all rewards are equal and the first loss is log 2. The head reads the states after the
+    model's final norm.
+ 2. The learning rate is 1e-5, for one epoch: a second epoch overfits to the pairs. No dropout is added.
 
-OUTPUT/model is a folder that AutoModelForSequenceClassification loads, with one label. Its forward scores the rightmost
-token that is not padding, so its padding token differs from EOS. `dialogue_form` plain in its config says that it reads
-prompt, response and EOS as the training scripts do. It is used by `collect_candidates.py rank --by reward`, by
-`pro.py --reward_model`, by `evaluate.py hh`, and as Tuna's proxy ranking model.
+AutoModelForSequenceClassification loads OUTPUT/model, with one label. Its forward scores the rightmost token that is
+not padding, so its padding token differs from EOS. `"dialogue_form": "plain"` in its config says that it reads prompt,
+response and EOS as the training scripts do. `collect_candidates.py rank --by reward`, `pro.py --reward_model` and
+`evaluate.py hh` use it. It is also Tuna's proxy ranking model.
 
 The log: loss is per prompt. pair_accuracy is the share of ordered pairs with r(better) > r(worse), and gap their mean
 difference. best_score is the mean reward of the best candidates.
@@ -41,9 +42,9 @@ from common import UserError, pair_statistics, say
 
 
 def ranking_loss(rewards, levels):
-    """-log of PRO Eq. 2, for more than two the mean over pairs with levels[i] > levels[j] of -log sigmoid(r_i - r_j).
+    """-log of PRO Eq. 2: the mean of -log sigmoid(r_i - r_j) over pairs with levels[i] > levels[j].
 
-    rewards [n] fp32, levels [n], larger better -> scalar. Ties are not compared; no pairs give 0.
+    rewards [n] fp32; levels [n], larger better -> scalar. Ties are not compared; no pairs give 0.
     """
     better = levels[:, None] > levels[None, :]  # [n, n]
     losses = -F.logsigmoid(rewards[:, None] - rewards[None, :])  # [n, n]
@@ -53,7 +54,7 @@ def ranking_loss(rewards, levels):
 def add_score_forward(model):
     """Give a sequence classifier a forward that returns the scores of `positions` instead of the last token's.
 
-    The base model is called inside the root's forward, so under fully_shard its weights are gathered when it runs.
+    It calls the base model inside the root's forward, because fully_shard gathers the root's weights only there.
     """
 
     def forward(input_ids, attention_mask, position_ids, positions):
@@ -71,7 +72,7 @@ def candidate_rewards(model, batch):
 
 
 def check_packing(model, encoded):
-    """common.check_packing, on the directions of the states that the head reads: the head itself may still be zero."""
+    """common.check_packing on the normalised states that the head reads, because the head itself may still be zero."""
     head, model.score.forward = model.score.forward, lambda states: F.normalize(states.float(), dim=-1)[:, None]
     common.check_packing(model, encoded, lambda batch: candidate_rewards(model, batch))
     model.score.forward = head
@@ -86,7 +87,7 @@ COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-ba
 
 
 def load_data(args, path, limit=None):
-    """-> a list of (record, its candidates' levels [n]); says how many pairs there are."""
+    """-> a list of (record, its candidates' levels [n]). Prints how many pairs there are."""
     field, level = LEVELS[args.ordering]
     hint = f"python collect_candidates.py rank --by {args.ordering} --input {path} --output NEW.jsonl"
     data = []
@@ -95,7 +96,7 @@ def load_data(args, path, limit=None):
             if field not in c and c["source"] not in common.HUMAN:  # the original response may be unranked
                 where = f"{path}: record {record['id']!r}"
                 raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
-        ranked = [c for c in record["candidates"] if c.get(field) is not None]  # null: a repetition, or the original
+        ranked = [c for c in record["candidates"] if c.get(field) is not None]  # null: a repeated text, or the original
         if ranked:
             data.append((record | {"candidates": ranked}, torch.tensor([float(level(c)) for c in ranked])))
     pairs = sum(int((x[:, None] > x[None, :]).sum()) for _, x in data)
@@ -131,7 +132,7 @@ def load_model(args, device):
     eos = tokenizer.eos_token_id
     others = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, 0, 1)
     tokenizer.pad_token_id = next(i for i in others if i is not None and i != eos)
-    model.config.pad_token_id = tokenizer.pad_token_id  # the saved model scores the rightmost other token: EOS
+    model.config.pad_token_id = tokenizer.pad_token_id  # so EOS is the rightmost token that is not padding
     model.config.dialogue_form = "plain"
     add_score_forward(model)
     return model, tokenizer
@@ -170,7 +171,7 @@ def main():
     process, world, device = common.init_distributed()
     data = load_data(args, args.data, args.max_train_samples)
     held_out = load_data(args, args.eval_data) if args.eval_data else []
-    output = common.open_run(args, __doc__)  # ends here if the run is finished
+    output = common.open_run(args, __doc__)  # the program ends here if the run is finished
 
     model, tokenizer = load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
     prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
@@ -184,7 +185,7 @@ def main():
 
     for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
         last = step == len(batches)
-        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # `step` steps are taken
             evaluations[step] = line = {"step": step} | evaluate(model, tokenizer, held_out, args)
             line["best"] = common.is_best(evaluations, step)
             if line["best"]:
@@ -193,7 +194,7 @@ def main():
         if last:
             break
         began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
-        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
 

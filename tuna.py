@@ -12,7 +12,7 @@ An instruction i has its original response r and N = 4 others r_k (Sec. 3.1). A 
 learns the ranking. There are three stages, each a run of this script:
 
     sft             Eq. 2     L_MLE = -log p(r | i) / |r|, on the original response
-                    Sec. 3.4  --all_candidates, "Alpaca-Mul": the same on every response, each an example of its own
+                    Sec. 3.4  --all_candidates, "Alpaca-Mul": the same, with every response as its own example
     probabilistic   Sec. 2.2  ranks by the teacher's own likelihood,
                     Eq. 3     s(i, r_k) = log p(r_k | i) / |r_k| ** beta              beta = 1.3
     contextual      Sec. 2.3  ranks by a stronger model that reads all responses (`rank`; 0 is the best)
@@ -32,22 +32,22 @@ Where the print and the released code differ, or the print is silent:
     mean of a prompt.
  3. The original response (`source` reference or human) is ranked with the others if it carries the annotation, as in
     the released data. If not, it is used for L_MLE alone.
- 4. beta belongs to the teacher's score alone; the student's exponent is 1, in print and code. The code sorts by a
-    `score` field of its data. Here the score is computed from `logprob` and `num_tokens`, in which EOS never counts.
+ 4. beta is for the teacher's score only. The student's exponent is 1, in print and code. The code sorts by a `score`
+    field of its data. Here the score is computed from `logprob` and `num_tokens`, which never include EOS.
  5. Losses are averaged over prompts, and pairs never cross prompts.
  6. Candidates with equal teacher scores are not compared. A repeated text, or one with rank null, is not ranked.
  7. Learning rate, epoch, batch and two warm-up steps are from Table 7 (ranking stages) and Sec. 3.1 (sft: 2e-5). The
-    epochs and batch of sft are not printed; the recipe that Sec. 3.1 cites has 3 epochs and 64 prompts a GPU on 8. The
-    cosine is the code's alone.
- 8. The print says nothing of lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512, so
+    epochs and batch size of sft are not printed; the recipe that Sec. 3.1 cites has 3 epochs and 64 prompts on each of
+    8 GPUs. The cosine schedule is from the code; the print names none.
+ 8. The print is silent on lengths. The code samples up to 512 new tokens and then cuts prompt + response at 512, so
     v and L_MLE miss the end of a long response. Default: --max_length 1024, which holds both.
- 9. The print is silent on precision. The code trains in fp16 and passes fp16 weights from stage to stage. Here: bf16
-    compute with fp32 weights, and OUTPUT/model keeps them. With bf16 weights a second stage's steps of 1e-6 would move
-    hardly any.
+ 9. The print is silent on precision. The code trains in fp16 and passes fp16 weights from stage to stage. Here the
+    compute is bf16, and the weights are fp32, also in OUTPUT/model. In bf16 the second stage's updates of about 1e-6
+    would be rounded away.
 
 The run that made --model decides the learning rate and the output folder (RUNS below). Tuna learns from contextual
-rankings of what Tuna_p answers, so sample and rank again (Sec. 2.4). A stage refuses rankings by the log-probabilities
-of its own student, unless --own_logprobs.
+rankings of Tuna_p's answers, so sample and rank again (Sec. 2.4). A stage refuses rankings that come from the student's
+own log-probabilities, unless --own_logprobs is given.
 
 The log: rank_loss and mle_loss are Eq. 4 and L_MLE per prompt. pair_accuracy is the share of ordered pairs with
 v_better > v_worse, and gap their mean difference. best_score is the mean score of the best candidates: if it falls,
@@ -84,7 +84,7 @@ def teacher_score(logprob, num_tokens, beta):
 
 
 def teacher_levels(candidates, stage, beta):
-    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst. Equal scores, equal levels; NaN: unranked."""
+    """One prompt's candidates -> [n] levels: 0, 1, ... from the worst, equal for equal scores. NaN: unranked."""
     worth, seen = {}, set()
     for i, c in enumerate(candidates):
         if c["text"].strip() in seen:
@@ -102,13 +102,13 @@ def teacher_levels(candidates, stage, beta):
 def ranking_loss(scores, margin, levels=None, pair_reduction="sum"):
     """Eq. 4 and 5: sum over pairs j < k of max(0, v_k - v_j + m (k - j)), candidates sorted best first -> scalar.
 
-    scores [n]: the student's v, fp32. levels [n] is for candidates that are unsorted or tied: consecutive integers,
-    larger better, so that k - j is a difference of levels. Equal levels are not compared; NaN is compared with nothing.
+    scores [n]: the student's v, fp32. Candidates that are unsorted or tied need levels [n]: consecutive integers,
+    larger better, so that k - j is a difference of levels. Equal levels are not compared, and NaN is not compared.
     pair_reduction "mean_by_distance" is the released code's form: the mean over the pairs at each distance, summed.
     """
     v, m = scores, margin
     levels = -torch.arange(len(v), device=v.device) if levels is None else levels
-    distances = levels[:, None] - levels[None, :]  # [n, n], k - j: j is the row, the better one where it is positive
+    distances = levels[:, None] - levels[None, :]  # [n, n], k - j; positive where the row's candidate is better
     hinge = (v[None, :] - v[:, None] + m * distances).clamp(min=0)  # [n, n], Eq. 5
     if pair_reduction == "mean_by_distance":
         hinge = hinge / (distances[:, :, None, None] == distances).sum((2, 3)).clamp(min=1)  # pairs at each distance
@@ -116,8 +116,8 @@ def ranking_loss(scores, margin, levels=None, pair_reduction="sum"):
 
 
 def mle_loss(logprobs, lengths, taken):
-    """Eq. 2, and L_MLE of Eq. 6: -log p / |r| of one response; of several (--mle_on all) the mean over their tokens.
-    logprobs, lengths [n]; taken [n] bool, which responses -> scalar, 0 for none."""
+    """Eq. 2, and L_MLE of Eq. 6: -log p / |r| of one response, or (--mle_on all) the mean over the tokens of several.
+    logprobs, lengths [n]; taken [n] bool: which responses -> scalar, 0 if none."""
     return -(logprobs * taken).sum() / (lengths * taken).sum().clamp(min=1)
 
 
@@ -164,7 +164,7 @@ COLLECT = {
 
 
 def students_of(model):
-    """The names that --model, and the runs that led to it, have in records."""
+    """The names in records of --model and of the runs that it was trained from."""
     names = {common.run_name(model)}
     while before := common.run_settings(model):
         names.add(common.run_name(model))
@@ -173,8 +173,8 @@ def students_of(model):
 
 
 def check_annotations(record, path, args, students):
-    """Raise UserError, naming the record, where it lacks what its stage needs, or where the student itself made what
-    its ranking rests on."""
+    """Raise UserError, naming the record, if it lacks what its stage needs, or if its ranking comes from the student's
+    own log-probabilities."""
     candidates, where = record["candidates"], f"{path}: record {record['id']!r}"
     for i, c in enumerate(candidates):
         absent = [field for field in NEEDS[args.stage] if field not in c]
@@ -194,7 +194,7 @@ def original(record):
 
 
 def select_candidates(record, path, args):
-    """-> (the record with the candidates that take part; their levels [n]; which of them L_MLE has [n], bool)."""
+    """-> (record, levels [n], in_mle [n] bool). The record keeps the candidates to compute: ranked or in L_MLE."""
     candidates, where, of_original = record["candidates"], f"{path}: record {record['id']!r}", original(record)
     learn_all = args.all_candidates if args.stage == "sft" else args.mle_on == "all"
     if of_original is None and not learn_all and (args.mle_weight or args.stage == "sft"):
@@ -211,13 +211,13 @@ def select_candidates(record, path, args):
 
 
 def one_each(record, levels, in_mle):
-    """Alpaca-Mul (Sec. 3.4): every response of a record an example of its own."""
+    """Alpaca-Mul (Sec. 3.4): every response of a record becomes its own example."""
     for i, c in enumerate(record["candidates"]):
         yield record | {"id": f"{record['id']}/{i}", "candidates": [c]}, levels[i : i + 1], in_mle[i : i + 1]
 
 
 def load_data(args, path, limit=None):
-    """-> a list of (record, levels [n], in_mle [n]) as select_candidates gives them; says what was found."""
+    """-> a list of (record, levels [n], in_mle [n]) as select_candidates gives them. Prints what was found."""
     how = COLLECT["probabilistic" if args.all_candidates else args.stage]
     how = how.format(model=args.model, sampled=path.replace("ranked", "sampled"))
     records, students = common.load_candidates(path, limit, how), students_of(args.model)
@@ -226,7 +226,7 @@ def load_data(args, path, limit=None):
     selected = [select_candidates(r, path, args) for r in records]
     if args.all_candidates:
         selected = [x for s in selected for x in one_each(*s)]
-        say(f"Alpaca-Mul: {len(records)} prompts are {len(selected)} examples, a response each; a batch counts these")
+        say(f"Alpaca-Mul: {len(records)} prompts are {len(selected)} examples, one per response; batches hold examples")
     ranked = [int((~levels.isnan()).sum()) for _, levels, _ in selected]
     say(
         f"{len(selected)} prompts, {sum(ranked)} ranked candidates, {sum(n < 2 for n in ranked)} prompts without a pair"
@@ -237,7 +237,7 @@ def load_data(args, path, limit=None):
 
 
 def encode(tokenizer, data, args):
-    """-> (Encoded, levels [n], in_mle [n]) for each record, a number per candidate."""
+    """-> (Encoded, levels [n], in_mle [n]) for each record. n: its candidates."""
     encoded = common.encode_all(tokenizer, [record for record, _, _ in data], args)
     return [(e, levels, in_mle) for e, (_, levels, in_mle) in zip(encoded, data)]
 
@@ -256,7 +256,7 @@ def row_losses(model, batch, levels, in_mle, args):
     columns = (x.split(batch.sizes) for x in (scores, logprobs, lengths, levels, in_mle))
     prompts = []
     for v, logp, length, level, mle in zip(*columns):  # [n] each: pairs never cross prompts
-        rank_term = ranking_loss(v, args.margin, level, args.pair_reduction)  # 0 in the sft stage: none is ranked
+        rank_term = ranking_loss(v, args.margin, level, args.pair_reduction)  # 0 in the sft stage: no ranked candidate
         mle_term = mle_loss(logp, length, mle)
         loss = rank_term + mle_weight * mle_term  # Eq. 6
         prompts.append(torch.stack([loss, rank_term, mle_term, *pair_statistics(v, level)]))
@@ -278,7 +278,7 @@ def main():
     process, world, device = common.init_distributed()
     data = load_data(args, args.data, args.max_train_samples)
     held_out = load_data(args, args.eval_data) if args.eval_data else []
-    output = common.open_run(args, __doc__)  # ends here if the run is finished
+    output = common.open_run(args, __doc__)  # the program ends here if the run is finished
 
     model, tokenizer = common.load_model(args, device)  # fp32 weights, sharded; computes in bf16 on CUDA
     prompts, held_out = (encode(tokenizer, x, args) for x in (data, held_out))
@@ -292,7 +292,7 @@ def main():
 
     for step in tqdm(range(start, len(batches) + 1), initial=start, total=len(batches), disable=process != 0):
         last = step == len(batches)
-        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # after so many steps
+        if held_out and step not in evaluations and (step % args.eval_every == 0 or last):  # `step` steps are taken
             evaluations[step] = line = {"step": step} | evaluate(model, tokenizer, held_out, args)
             line["best"] = common.is_best(evaluations, step)
             if line["best"]:
@@ -301,7 +301,7 @@ def main():
         if last:
             break
         began, batch_prompts, terms = time.perf_counter(), [prompts[i] for i in batches[step]], []
-        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # dropout
+        torch.manual_seed(args.seed * 1_000_003 + step * world + process)  # for dropout
         for group in optimizer.param_groups:
             group["lr"] = common.learning_rate(step, len(batches), args)
 
