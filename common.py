@@ -1,6 +1,6 @@
 """What the method scripts share: packed rows, length-normalised scores, and what surrounds a training loop.
 
-No loss and nothing of a single paper lives here. A method script and this file, copied into an empty folder, train.
+It holds no loss and nothing of one paper alone. A method script and this file train in an empty folder.
 
 All candidates of a prompt begin with the same tokens, and so do prompts with the same template. A packed row stores
 such a prefix once: it is a prefix tree, and the model reads it in one forward. A token attends to its ancestors and to
@@ -111,9 +111,9 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--allow_pickle", action="store_true", help="load .bin weights too; they can run code, so trust their author")
     add("--max_train_samples", type=in_range(int, 1), help="use only the first N records")
     add("--eval_data", help="held-out records: their figures go to the log, the best model to OUTPUT/best")
-    add("--eval_every", type=in_range(int, 1), default=100, help="steps between evaluations; the last step always")
-    add("--max_length", type=in_range(int, 8), default=512, help="tokens of prompt + response")
-    add("--max_prompt_length", type=in_range(int, 2), help="of these, the prompt's, cut on the left")
+    add("--eval_every", type=in_range(int, 1), default=100, help="steps between evaluations; one is after the last")
+    add("--max_length", type=in_range(int, 8), default=512, help="most tokens of prompt + response")
+    add("--max_prompt_length", type=in_range(int, 2), help="most tokens of the prompt, cut on the left")
     add = parser.add_argument_group("optimisation (PAPERS.md says where each default comes from)").add_argument
     add("--lr", type=in_range(float, above=0), default=lr, help="peak learning rate")
     add("--schedule", choices=["cosine", "constant"], default=schedule, help="after the warm-up")
@@ -123,7 +123,7 @@ def add_training_flags(parser, *, model, lr, schedule, warmup, epochs, batch_siz
     add("--max_grad_norm", type=in_range(float, above=0), default=1.0, help="gradient clipping")
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="order of the data, dropout")
     add = parser.add_argument_group("rows and memory").add_argument
-    add("--max_tokens_per_row", type=in_range(int, 1), help="of a packed row (default: CPU 1024, CUDA 8192)")
+    add("--max_tokens_per_row", type=in_range(int, 1), help="size of a packed row (default: CPU 1024, CUDA 8192)")
     add("--padded", action="store_true", help="one sequence per candidate, for models that cannot read packed rows")
     add("--attn", choices=["auto", "flex", "blocks", "sdpa"], default="auto", help="auto: flex on CUDA, blocks on CPU")
     add("--activation_checkpointing", nargs="?", const=1, type=in_range(int, 0), metavar="N",
@@ -179,7 +179,7 @@ def say(*text):
 
 
 def printable(text):
-    """The text without control characters, which names and servers' messages may bring into a terminal."""
+    """Replace control characters, which file names and servers' messages may hold, before text is printed."""
     return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)
 
 
@@ -203,8 +203,8 @@ CANDIDATE_FIELDS = {  # annotation -> (test, what it must be)
 
 
 def load_candidates(path, limit=None, how=""):
-    """A candidates file, plain or .gz -> its records, all or the first `limit`. UserError, naming the line. `how` is
-    shown where the file is missing: the commands that make it."""
+    """A candidates file, plain or .gz -> its records, all or the first `limit`. Raises UserError, naming a bad record's
+    line. If the file is missing, the message shows `how`: the commands that make it."""
     if not pathlib.Path(path).exists():
         raise UserError(f"{path} is not there" + (f". Make it with:\n{how}" if how else ""))
     records, seen, where = [], {}, path
@@ -279,7 +279,7 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
     responses = []
     for c in record["candidates"]:
         ids = response_ids(tokenizer, record["prompt"], c["text"])
-        whole = c.get("finished") is not False or not ids  # an empty response is its EOS
+        whole = c.get("finished") is not False or not ids  # an empty response is EOS alone
         responses.append(ids + [tokenizer.eos_token_id] * whole)
     longest = min(limit, max(map(len, responses)))
     kept = cut_left(tokenizer, prompt, min(max_prompt_length or max_length, max_length - longest))
@@ -288,15 +288,15 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
 
 
 def space_before(prompt, text):
-    """What stands between prompt and response: a space, unless there is white space already or no response."""
+    """The text between prompt and response: a space, unless there is white space already or the response is empty."""
     return "" if not text or prompt[-1:].isspace() or text[0].isspace() else " "
 
 
 def response_ids(tokenizer, prompt, text):
-    """The tokens that prompt + join + text has behind the prompt's, without the EOS that a rendered chat ends with.
+    """The tokens of prompt + join + text that follow the prompt's, without the EOS that a rendered chat ends with.
 
-    A tokenizer may put a space before every text, so a response is not tokenised alone. Where one token would cross
-    the boundary (a prompt that ends with a space), it is tokenised behind another start that it does not merge with.
+    A tokenizer may put a space before every text, so a response is not tokenised alone. If one token would cross the
+    boundary (a prompt that ends with a space), the response is tokenised after a start with which it does not merge.
     """
     text = re.sub(rf"({re.escape(tokenizer.eos_token)}\s*)+\Z", "", text)  # chat data may bring its own EOS
     text = space_before(prompt, text) + text
@@ -315,8 +315,8 @@ def prefix_ids(tokenizer):
 
 
 def prompt_ids(tokenizer, text):
-    """The prompt's tokens behind the tokenizer's prefix, which stands once even if a chat template wrote it too.
-    UserError if there are none."""
+    """The tokenizer's prefix and the prompt's tokens. The prefix stands once, even if a chat template wrote it too.
+    Raises UserError if there are no tokens."""
     ids, prefix = tokenizer(text, add_special_tokens=False).input_ids, prefix_ids(tokenizer)
     ids = ids if ids[: len(prefix)] == prefix else prefix + ids
     if not ids:
@@ -325,16 +325,16 @@ def prompt_ids(tokenizer, text):
 
 
 def cut_left(tokenizer, ids, room):
-    """The last `room` tokens of a prompt. The tokenizer's prefix, if it begins with it, stays in front."""
+    """The last `room` tokens of a prompt. A prompt that begins with the tokenizer's prefix keeps it."""
     prefix = prefix_ids(tokenizer) or [tokenizer.bos_token_id]
     prefix = prefix if ids[: len(prefix)] == prefix and room > len(prefix) else []
     return ids if len(ids) <= room else prefix + ids[len(ids) - room + len(prefix) :]
 
 
 def encode_all(tokenizer, records, args):
-    """encode() for every record. Says how much the length limits cut."""
+    """encode() for every record. Prints how much the length limits cut."""
     if (args.max_prompt_length or 0) >= args.max_length:
-        raise UserError(f"--max_length {args.max_length} leaves no response beside --max_prompt_length's prompts")
+        raise UserError(f"--max_length {args.max_length} must be larger than --max_prompt_length, to hold a response")
     encoded = [encode(tokenizer, r, args.max_length, args.max_prompt_length) for r in records]
     cut = f"{sum(e.prompt_cut > 0 for e in encoded)} prompts (left), {sum(e.responses_cut for e in encoded)} responses"
     say(f"{len(encoded)} prompts, {sum(e.num_tokens for e in encoded)} tokens; cut to fit: {cut} (right)")
@@ -365,7 +365,7 @@ class PackedBatch:
     sizes: list[int]
 
     def to(self, device):
-        """The batch on `device`. What pack_for made as a mask is there already, and a copy would lose its `blocks`."""
+        """The batch on `device`. A mask with `blocks` is there already, and a copy would lose them."""
         tensors = {k: v for k, v in vars(self).items() if isinstance(v, torch.Tensor) and not hasattr(v, "blocks")}
         if torch.device(device).type == "cuda":  # only pinned memory is copied while the GPU computes
             tensors = {k: v.pin_memory() for k, v in tensors.items()}
@@ -386,7 +386,7 @@ def dense_mask(end, depth, first=None, device="cpu"):
 
 
 def added_mask(*tree):
-    """The same mask as eager attention adds it to its scores: 0 or -inf."""
+    """The same mask in the form that eager attention adds to its scores: 0 or -inf."""
     return torch.where(dense_mask(*tree), 0.0, -torch.inf)
 
 
@@ -399,9 +399,9 @@ def pack(encoded_records, mask_of=dense_mask, block=1):
     """Pack encoded records into one row, a prefix tree -> PackedBatch.
 
     Sequences are sorted, so neighbours share the longest prefixes. Each sequence adds only the tokens that it does not
-    share with the one before it. So the descendants of a token stand directly behind it, up to end[token]. `mask_of`
-    makes the attention mask from end [T] and the tokens' depth [T]. The row is filled to a multiple of `block` with
-    tokens that no other sees.
+    share with the one before it. So the descendants of a token follow it directly, up to end[token]. `mask_of` makes
+    the attention mask from end [T] and the tokens' depth [T]. The row is padded to a multiple of `block` with tokens
+    that no candidate attends to.
     """
     sequences = [(e.prompt_ids + r, len(e.prompt_ids)) for e in encoded_records for r in e.responses]
     ids, positions, end, path, before = [], [], [], [], []  # path: the row positions of the current sequence's tokens
@@ -440,12 +440,12 @@ def pack_padded(encoded_records, pad_id=0):
 def plan_rows(encoded_records, max_tokens, world):
     """Divide prompts into rows for `world` processes -> rows[process], a list of (indices, weight).
 
-    Prompts with a shared prefix stand in one row, which stores it once. The number of rows is the smallest multiple of
-    `world` for which every row fits `max_tokens` (a longer prompt has a row of its own). Within that number the
-    longest row is as short as possible. All processes get equally many rows, because each forward is a collective
-    under FSDP: a process with too few repeats a row with weight 0.
+    Prompts are sorted, so those with a shared prefix are neighbours, and a row stores the prefix once. The number of
+    rows is the smallest multiple of `world` for which every row fits `max_tokens` (a longer prompt has its own row).
+    For this number of rows, the longest row is as short as possible. All processes get equally many rows, because each
+    forward is a collective under FSDP. A process with too few repeats a row with weight 0.
     """
-    order, before = [], []  # shared prompts side by side: (index, its tokens, those that the row has already)
+    order, before = [], []  # sorted prompts: (index, tokens, those of them shared with the prompt before)
     for i in sorted(range(len(encoded_records)), key=lambda i: encoded_records[i].prompt_ids):
         e = encoded_records[i]
         order.append((i, e.num_tokens, shared_start(e.prompt_ids, before)))
@@ -465,14 +465,15 @@ def plan_rows(encoded_records, max_tokens, world):
     k = math.ceil(len(cut(max_tokens)[0]) / world) * world
     budget = bisect.bisect_left(range(max_tokens), True, key=lambda tokens: len(cut(tokens)[0]) <= k)
     rows, loads = cut(budget)
-    rows = [sorted(row) for _, row in sorted(zip(loads, rows), reverse=True)]  # processes wait for the longest row
+    rows = [sorted(row) for _, row in sorted(zip(loads, rows), reverse=True)]  # rows of similar length at the same time
     plan = [[(row, 1.0) for row in rows[process::world]] for process in range(world)]
     return [mine + [(rows[-1], 0.0)] * (len(plan[0]) - len(mine)) for mine in plan]
 
 
 def windows(config, depth):
-    """{layer type: first [T]}: at `depth` [T], a token sees ancestors of depth `first` and more; None: all of them. One
-    entry if all layers see all. UserError for layers that are not attention, or that count a row's tokens."""
+    """-> {layer type: first [T]}: a token at `depth` [T] attends to ancestors of depth `first` or more; None: to all.
+    One entry if all layers attend to all. Raises UserError for layers that are not attention, and for attention that
+    depends on the number of tokens in a row."""
     text = config.get_text_config()
     window, chunk = getattr(text, "sliding_window", None), getattr(text, "attention_chunk_size", None)
     own = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
@@ -491,8 +492,8 @@ def windows(config, depth):
 
 
 def pack_for(model, encoded_records):
-    """pack() on the model's device, with the mask that its attention reads: a dict of them by layer type, if layers
-    differ in what they see."""
+    """pack() on the model's device, with the mask that its attention reads. If layers differ in what they see: a dict
+    of masks, by layer type."""
     device, attn = next(model.parameters()).device, model.config._attn_implementation
     form = {"flex_attention": block_mask, "blocks": key_blocks, "eager": added_mask}.get(attn, dense_mask)
 
@@ -526,7 +527,7 @@ def rows(prompts, model, tokenizer, args):
         for n, (_, weight) in enumerate(plan, 1):
             made = waiting.pop().result()
             waiting += [thread.submit(make, row) for row, _ in plan[n : n + 1]]
-            if whole:  # the last row alone sums the gradients over processes and frees the gathered weights
+            if whole:  # only the last row sums the gradients over processes and frees the gathered weights
                 model.set_requires_gradient_sync(n == len(plan))
                 model.set_reshard_after_backward(n == len(plan))
             yield weight, *made
@@ -550,7 +551,7 @@ def candidate_logprobs(model, batch):
     """-> (logprobs [N], lengths [N]), fp32: each candidate's sum of token log-probabilities, EOS included, and its
     number of tokens. check_packing finds the models that misread a packed row."""
     inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "use_cache": False}
-    if batch.position_ids is not None:  # by logits_to_keep: under fully_shard only the root's forward gathers the head
+    if batch.position_ids is not None:  # logits_to_keep: under fully_shard only the root's forward gathers the head
         inputs |= {"position_ids": batch.position_ids, "logits_to_keep": batch.logit_positions}
     logits = model(**inputs).logits.flatten(0, 1)  # [R, V], or padded [N * L, V]
     logits = logits[batch.logit_positions] if batch.position_ids is None else logits
@@ -567,8 +568,9 @@ def check_packing(model, encoded_records, score=None):
     """Raise UserError for a model that misreads packed rows: one with a running state, or one that ignores the mask or
     the positions.
 
-    score(batch) -> [N] or [N, D] must be the same packed and padded; by default it is the mean token log-probability.
-    Rounding, coarse in bf16, may separate them by a quarter of what the mask, or the positions, of plain text would.
+    score(batch) -> [N] or [N, D] must be the same for a packed row and for padded ones; by default it is the mean token
+    log-probability. It is also computed with two errors: the mask, then the positions, of plain text. Rounding is
+    coarse in bf16, so the packed row may differ from the padded ones by a quarter of the smaller error's effect.
     """
     plain, training = getattr(model, "module", model), model.training  # module: what DistributedDataParallel wraps
     text, sequences = plain.config.get_text_config(), [e.prompt_ids + r for e in encoded_records for r in e.responses]
@@ -601,7 +603,7 @@ def check_packing(model, encoded_records, score=None):
         model.train(training)
         reshard(model)
     if not gap <= max(1e-3, min(wrong) / 4):  # false for NaN
-        raise UserError(f"packed and padded rows differ by {gap:.2g}, a wrong mask by {min(wrong):.2g}: add --padded")
+        raise UserError(f"packed and padded rows differ by {gap:.2g} (with an error by {min(wrong):.2g}): add --padded")
 
 
 def length_normalized(logprobs, lengths, exponent):
@@ -611,8 +613,8 @@ def length_normalized(logprobs, lengths, exponent):
 
 def pair_statistics(scores, levels):
     """One prompt's scores [n] and preference levels [n], larger better -> four scalars: the mean score of its best
-    level, the ordered pairs whose scores are in order, the ordered pairs, the sum of s_better - s_worse over them.
-    Equal levels are no pair. Where all levels are NaN (unranked), every candidate counts as best."""
+    level, the number of ordered pairs whose scores are in order, the number of ordered pairs, and the sum of
+    s_better - s_worse over them. Equal levels are no pair. If all levels are NaN (unranked), all are best."""
     better = levels[:, None] > levels[None, :]  # [n, n]
     gap = scores[:, None] - scores[None, :]
     best = ~better.any(0) & (~levels.isnan() | levels.isnan().all())  # nothing is above it
@@ -624,7 +626,8 @@ def means(names, rows, num_prompts):
 
     rows: (weight, batch, terms [P, len(names) + 4]) per row; a prompt's terms are its losses, then pair_statistics.
     -> {name: mean loss per prompt}, best_score: mean score of a prompt's best level, pair_accuracy: share of ordered
-    pairs whose scores are in order, gap: mean of s_better - s_worse. Raises UserError, naming the records, for NaN.
+    pairs whose scores are in order, gap: mean of s_better - s_worse. Raises UserError, naming the records, if a term is
+    NaN or infinite.
     """
     totals = all_sum(sum(weight * terms.detach().sum(0) for weight, _, terms in rows))
     if not all(map(math.isfinite, totals)):
@@ -642,7 +645,7 @@ def means(names, rows, num_prompts):
 
 
 def attend_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
-    """Attention over a packed row on CPU: for CPU_BLOCK queries at a time, over only the keys that one of them sees.
+    """Attention over a packed row on CPU: CPU_BLOCK queries at a time, with only the keys that one of them sees.
     (FlexAttention does so on CUDA; it has no backward on CPU.) query [1, H, T, D], key and value [1, KV, T, D] ->
     ([1, T, H, D], None), as transformers' AttentionInterface asks. Other masks go to SDPA."""
     blocks = getattr(attention_mask, "blocks", None)
@@ -677,7 +680,7 @@ def key_blocks(end, depth, first=None, device="cpu"):
 
 
 def block_mask(end, depth, first=None, device="cpu"):
-    """FlexAttention's mask of a row of whole blocks."""
+    """FlexAttention's mask of a row. Its length is a multiple of FLEX_BLOCK."""
     tree = [x if x is None else x.to(device) for x in (end, depth, first)]
     T, sees_it = len(end), lambda b, h, query, key: sees(query, key, *tree)
     return create_block_mask(sees_it, None, None, T, T, device=device, BLOCK_SIZE=FLEX_BLOCK)
@@ -699,8 +702,8 @@ def init_distributed(minutes=30):
 
 
 def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwargs):
-    """auto_class.from_pretrained of safetensors only (a pickle can run code), without remote code. Raises UserError,
-    naming `flag`, where a model cannot be loaded or its weights do not fit its config."""
+    """auto_class.from_pretrained, of safetensors only (a pickle can run code) and without remote code. Raises
+    UserError, naming `flag`, if a model cannot be loaded or its weights do not fit its config."""
     try:
         if not auto_class.__name__.startswith("AutoModel"):
             return auto_class.from_pretrained(name, trust_remote_code=False, **kwargs)
@@ -739,7 +742,7 @@ def load_tokenizer(name, flag="--model", model=None):
 def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
     """-> (model, tokenizer) for training: fp32 weights, sharded with FSDP2. The processes of a machine load one after
     the other, so that its memory holds one whole model at a time."""
-    for turn in range(dist.get_world_size()):  # equally many everywhere: the barrier is of all machines
+    for turn in range(dist.get_world_size()):  # as many turns on every machine: all processes join each barrier
         if turn == int(os.environ.get("LOCAL_RANK", 0)):
             options = {"allow_pickle": args.allow_pickle, "dtype": torch.float32}
             if getattr(load_pretrained(AutoConfig, args.model), "quantization_config", None):
@@ -763,8 +766,8 @@ def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
 
 
 def check_positions(model, args):
-    """Raise UserError where --max_length is more than a model's positions, or more than its rotary frequencies stay the
-    same for: beyond, the longest sequence of a row would change the scores of the others."""
+    """Raise UserError if --max_length is more than the model's positions. It is also an error beyond the length where
+    rotary frequencies change: there the longest sequence of a row would change the scores of the others."""
     config = model.config.get_text_config()
     rope, limit = getattr(config, "rope_parameters", None) or {}, getattr(config, "max_position_embeddings", None)
     kind = rope.get("rope_type")
@@ -775,13 +778,13 @@ def check_positions(model, args):
 
 
 def settle_config(model, tokenizer):
-    """Make the config say what is trained and saved: no router loss, which is no part of the objective; a head that is
-    tied only if it is one tensor with the embedding; an end at the EOS that training teaches; no sampling settings that
-    transformers would refuse to save."""
+    """Make the config agree with what is trained and saved. The router loss is off: it is no part of the objective. The
+    head is tied only if it is one tensor with the embedding. Generation ends at the EOS that training teaches. Sampling
+    settings that transformers would refuse to save are dropped."""
     config, own = model.config.get_text_config(), getattr(model, "generation_config", None)  # a reward model has none
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
-        say("the router loss that its config asks for is no part of the objective, and is left out")
+        say("the router loss that its config asks for is no part of the objective: it is left out")
     pairs = getattr(model, "all_tied_weights_keys", {})
     model.all_tied_weights_keys = {a: b for a, b in pairs.items() if model.get_parameter(a) is model.get_parameter(b)}
     head = model.get_output_embeddings()
@@ -801,8 +804,8 @@ def settle_config(model, tokenizer):
 
 def set_attention(model, device, asked="auto"):
     """Give the model the attention that reads packed rows: FlexAttention on CUDA, else attend_blocks. FlexAttention
-    wants heads of 16 or more and no dropout. A model without SDPA (soft-capped scores, sinks) keeps its own attention.
-    UserError where it has not the one `asked` for."""
+    needs heads of 16 or more and no dropout. A model without SDPA (soft-capped scores, attention sinks) keeps its own
+    attention. Raises UserError if the model does not have the attention that was `asked` for."""
     own, config = model.config._attn_implementation, model.config.get_text_config()
     if asked == "auto":
         flex = device.type == "cuda" and model._supports_flex_attn and not getattr(config, "attention_dropout", 0)
@@ -820,15 +823,15 @@ def shard(model, device, bf16=False):
     if dist.get_world_size() > 1 or dtype is torch.bfloat16:
         policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         mesh = dist.init_device_mesh(device.type, (dist.get_world_size(),))
-        again = False if stays_whole(model) else None  # None: the layers', not the root's
+        again = False if stays_whole(model) else None  # None: the layers reshard, the root does not
         for part in (*decoder_layers(model), model):  # embedding and head stay with the root: they may be tied
             fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=again)
     return model
 
 
 def stays_whole(model):
-    """Whether each process keeps all weights and gradients of `model` during a step, which saves most of the traffic
-    between processes (benchmarks/SCALE.md). That takes 6 bytes a parameter in bf16, 8 in fp32."""
+    """Whether each process keeps all weights and gradients of `model` during a step. It saves most of the traffic
+    between processes (benchmarks/SCALE.md) and takes 6 bytes a parameter in bf16, 8 in fp32."""
     return sum(p.numel() for p in model.parameters()) < 1.5e9
 
 
@@ -845,14 +848,14 @@ def decoder_layers(model):
 
 
 def all_sum(values):
-    """Sum numbers, or a tensor [n], over all processes, each by itself -> floats."""
+    """Sum each number of a list or tensor [n] over all processes -> n floats."""
     total = torch.as_tensor(values, dtype=torch.float64).detach().cpu()
     dist.all_reduce(total)
     return total.tolist()
 
 
 def clip_grad_norm(model, max_norm, records):
-    """Clip the gradient to `max_norm` -> its norm before. UserError, naming `records`, where it is not finite."""
+    """Clip the gradient to `max_norm` -> its norm before clipping. UserError, naming `records`, if it is not finite."""
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
     if not math.isfinite(norm):
@@ -866,8 +869,8 @@ def clip_grad_norm(model, max_norm, records):
 # OUTPUT/checkpoints/  step-N: shards of weights and optimizer, safetensors
 # OUTPUT/model, best   Hugging Face folders: the trained model; the model of the best evaluation
 #
-# The order of the data and the dropout seeds derive from (seed, step). So a checkpoint's step number is its whole data
-# and RNG state.
+# The order of the data and the dropout seeds derive from (seed, step). So the step number is all that a checkpoint
+# needs to know about data and random numbers.
 
 # Arguments that may change when a run is resumed.
 FREE = {"output", "resume", "checkpoint_every", "track"}
@@ -875,8 +878,8 @@ FREE |= {"attn", "max_tokens_per_row", "activation_checkpointing", "compile"}
 
 
 def open_run(args, doc):
-    """-> the folder OUTPUT as a Path, locked while the process lives. Ends the program where the run is finished.
-    Raises UserError where the folder is another's, or its run has other arguments or data."""
+    """-> the folder OUTPUT as a Path, locked while the process lives. Ends the program if the run is finished. Raises
+    UserError if the folder holds something else than a run, or if its run has other arguments or data."""
     output, file = pathlib.Path(args.output), pathlib.Path(args.output) / "args.json"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     for path in filter(None, (args.data, args.eval_data)):
@@ -909,7 +912,8 @@ def open_run(args, doc):
 
 
 def lock(path, output):
-    """Open a file and lock it: keep what this returns. UserError, beginning with `output`, if another process has."""
+    """-> a locked file; the lock lasts while it is open. Raises UserError, beginning with `output`, if another process
+    holds the lock."""
     path.parent.mkdir(parents=True, exist_ok=True)
     file = open(path, "a")  # noqa: SIM115
     try:
@@ -948,8 +952,8 @@ def sync(path):
 
 @contextlib.contextmanager
 def whole_folder(folder):
-    """Give all processes a temporary folder to write to, then rename it on process 0: `folder` is complete, or not
-    there, even after a power loss. Raises UserError where it cannot be written."""
+    """Give all processes a temporary folder to write to, then rename it on process 0. So `folder` is complete or
+    missing, even after a power loss. Raises UserError if it cannot be written."""
     part = folder.with_name(folder.name + ".part")
     if dist.get_rank() == 0:
         shutil.rmtree(part, ignore_errors=True)
@@ -960,10 +964,10 @@ def whole_folder(folder):
         if dist.get_rank() == 0:
             for path in (*part.iterdir(), part):
                 sync(path)
-            shutil.rmtree(folder, ignore_errors=True)  # the best model so far
+            shutil.rmtree(folder, ignore_errors=True)  # an earlier best model
             os.replace(part, folder)
             sync(folder.parent)
-    except (*OUTSIDE, dcp.api.CheckpointException) as e:  # a full disk has many names
+    except (*OUTSIDE, dcp.api.CheckpointException) as e:  # a full disk raises different errors
         raise UserError(f"{folder} could not be saved ({str(e).strip().splitlines()[-1:]})") from e
     dist.barrier()
 
@@ -979,7 +983,7 @@ def drop_checkpoints(output):
 
 def training_state(model, optimizer):
     """-> (the tensors of a checkpoint, the optimizer's settings; these come from the flags and are not saved)."""
-    reshard(model)  # a stop between two rows finds them gathered
+    reshard(model)  # after a stop between two rows the weights are gathered
     weights, of_optimizer = states.get_state_dict(model, optimizer)
     return {"model": untied(model, weights), "optimizer": of_optimizer["state"]}, of_optimizer["param_groups"]
 
@@ -1009,12 +1013,12 @@ def load_checkpoint(output, model, optimizer):
     state, groups = training_state(model, optimizer)
     reader = dcp.HuggingFaceStorageReader(found[-1])
     try:
-        saved = reader.read_metadata().state_dict_metadata  # no moments of parameters that never had a gradient
+        saved = reader.read_metadata().state_dict_metadata  # without parameters that never had a gradient
         state["optimizer"] = {k: v for k, v in state["optimizer"].items() if f"optimizer.{k}.step" in saved}
         dcp.load(state, storage_reader=reader)
     except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
         raise UserError(f"{found[-1]} is damaged ({type(e).__name__}): delete it and start anew") from e
-    some = states.StateDictOptions(strict=False)  # tied weights once
+    some = states.StateDictOptions(strict=False)  # tied weights were saved once
     states.set_model_state_dict(model, state["model"], options=some)
     moments = {"state": state["optimizer"], "param_groups": groups}
     states.set_optimizer_state_dict(model, optimizer, moments, options=some)
@@ -1023,8 +1027,8 @@ def load_checkpoint(output, model, optimizer):
 
 
 def save_model(model, tokenizer, folder):
-    """Gather the weights and write a Hugging Face folder, in fp32: with bf16 weights a next stage at a small learning
-    rate would not move (the neighbours of 0.02 are 1.2e-4 away)."""
+    """Gather the weights and write a Hugging Face folder, in fp32. In bf16 the small updates of a next stage would be
+    rounded away (the neighbours of 0.02 are 1.2e-4 away)."""
     state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
     with whole_folder(folder) as part:
         if dist.get_rank() == 0:
@@ -1057,9 +1061,10 @@ def learning_rate(step, total, args):
 
 
 def open_log(args, output, start):
-    """-> ({step: line} of the evaluations until step `start`, log(line): append to OUTPUT/log.jsonl, print, track).
+    """Open OUTPUT/log.jsonl -> ({step: line} of the evaluations until step `start`, a function log(line)).
 
-    Later lines are dropped: their steps are taken again. Raises UserError where --track's package is not installed.
+    log appends a line, prints it, and sends it to the tracker. Lines after `start` are dropped, because their steps are
+    taken again. Raises UserError if the package for --track is not installed.
     """
     file, track, kept = output / "log.jsonl", None, []
     for line in file.read_bytes().splitlines(keepends=True) if file.exists() else ():
@@ -1104,7 +1109,7 @@ def open_tracker(args, output, start):
     return lambda line: run.log(line, step=line["step"])  # trackio has wandb's interface
 
 
-STOP = {"asked": False, "save": None}  # whether a signal came, and what to do then
+STOP = {"asked": False, "save": None}  # whether a signal came; the function that saves the run
 
 
 def on_stop(save):
