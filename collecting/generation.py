@@ -127,28 +127,17 @@ def without_join(prompt, text):
 
 @torch.inference_mode()
 # fmt: off
-def generate(
-    model,
-    tokenizer,
-    prompts,
-    *,
-    max_new_tokens,
-    num_samples=1,
-    temperature=0.0,
-    top_p=1.0,
-    num_beams=1,
-    max_prompt_length=None,
-    stop=(),
-):
+def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temperature=0.0, top_p=1.0, num_beams=1,
+             max_prompt_length=None, stop=()):
     # fmt: on
     """Generate `num_samples` responses to each prompt -> a list per prompt of {text, logprob, num_tokens, finished}.
 
     temperature 0 is greedy (or beam search). What the prompts begin with in common, and each prompt for all its
-    samples, is read once: its cache is repeated. logprob is
-    the sum of the model's own log-probabilities, before temperature and top_p, of the num_tokens tokens. EOS counts in
-    neither (an empty response is its EOS): servers leave it out too, and `rank --by logprob`. finished: it ended by
-    itself within max_new_tokens. The text ends before the first of the `stop` strings, and then without white space.
-    Otherwise it is what was drawn: common.encode gives its tokens.
+    samples, is read once: its cache is repeated. logprob is the sum of the model's own log-probabilities, before
+    temperature and top_p, of the num_tokens tokens. EOS counts in neither (an empty response is its EOS): servers leave
+    it out too, and `rank --by logprob`. finished: it ended by itself within max_new_tokens. The text ends before the
+    first of the `stop` strings, and then without white space. Otherwise it is what was drawn: common.encode gives its
+    tokens.
     """
     if 0 < temperature < 1e-3:
         raise UserError(f"--temperature {temperature} is too small to divide by: 0 is greedy")

@@ -36,12 +36,8 @@ def judge_flags(add):
     add("--output", help=f"verdicts (default: {EVAL_FOLDER}/NAME/judge.jsonl)")
     add("--prompt_file", help="a template of your own with {question}, {a}, {b}")
     add("--limit", type=in_range(int, 1), help="so many questions of each subset, drawn by --seed")
-    add(
-        "--verdicts",
-        choices=["agree", "average", "mean"],
-        default="agree",
-        help="a win needs both orders; is each one's half; goes to the mean of the two",
-    )
+    add("--verdicts", choices=["agree", "average", "mean"], default="agree", help="a win needs both orders; each order "
+        "is half a verdict; a question goes to the mean of the two")
     api_flags(add, 512)
 # fmt: on
 
