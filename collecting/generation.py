@@ -125,8 +125,8 @@ def without_join(prompt, text):
     return text[1:] if text == common.space_before(prompt, text[1:]) + text[1:] else text
 
 
-@torch.inference_mode()
 # fmt: off
+@torch.inference_mode()
 def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temperature=0.0, top_p=1.0, num_beams=1,
              max_prompt_length=None, stop=()):
     # fmt: on
