@@ -48,7 +48,6 @@ def rank_flags(add):
     by("--mark_answers", action="store_true", help="label, multi-document QA: end texts with #### Correct, as released")
     by("--prompt_file", help="gpt, contextual: a template of your own, {names} as in the built-in one")
     by("--rank_original", action="store_true", help="contextual, prm: rank the original response too")
-    by("--keep_reference", action="store_true", help="contextual: the ranker's own response becomes a candidate")
     by("--encoder", default="sentence-transformers/all-MiniLM-L6-v2", help="similarity: hub id or folder")
     by("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
     by("--max_length", type=in_range(int, 8), default=1024, help="logprob, prm: tokens of prompt + one response")

@@ -99,10 +99,7 @@ def rank_by_contextual(records, args, journal):
 
     def read(number, text):
         try:
-            verdict = parse_contextual(text, len(asked[number][1]))
-            if args.keep_reference and not verdict["reference"]:
-                raise ValueError("your own response is missing")
-            return verdict, None
+            return parse_contextual(text, len(asked[number][1])), None
         except ValueError as e:
             return None, CONTEXTUAL_AGAIN.format(reason=e)
 
@@ -112,7 +109,7 @@ def rank_by_contextual(records, args, journal):
         verdict = read(number, replies[0]["text"])[0] if replies else None
         if verdict:
             count.update(["parsed", verdict["type"] or "of no type"] + ["repeated"] * len(verdict["repeated"]))
-            yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict, args)} | by
+            yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict)} | by
             continue
         count[error or "unparsed"] += 1
         if replies:
@@ -135,8 +132,8 @@ def contextual_prompt(template, record, shown, where):
 
 
 def parse_contextual(reply, n):
-    """A ranker's reply about responses 0..n-1, its own being n -> {type, reference, repeated, scores {number: total},
-    ratings {number: [3]}, ranking [numbers], best first: by score, ties as stated}.
+    """A ranker's reply about responses 0..n-1, its own being n -> {type, repeated, scores {number: total}, ratings
+    {number: [3]}, ranking [numbers], best first: by score, ties as stated}.
 
     Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`.
     Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. With a line
@@ -144,8 +141,7 @@ def parse_contextual(reply, n):
     repetition. A reply without any score is ranked as stated: the released code reads the ranking alone. ValueError
     with the reason where the ranking is missing, has a response without a score, or contradicts the duplicates.
     """
-    raw = reply.splitlines()
-    lines = [re.sub(r"[*`#\"'‘’“”]+|^\s*[-•]\s+", "", line).strip() for line in raw]
+    lines = [re.sub(r"[*`#\"'‘’“”]+|^\s*[-•]\s+", "", line).strip() for line in reply.splitlines()]
     end, ranking = read_ranking(lines)
     found = {}  # number -> total, ratings: the last line that gives them, below the heading if there is one
     heading = max(
@@ -168,7 +164,6 @@ def parse_contextual(reply, n):
     )
     return {
         "type": kind and {"o": "open", "c": "closed"}[kind[1][0].lower()],
-        "reference": read_reference(raw, lines, end, n),
         "repeated": sorted(repeated),
         "scores": {k: total for k, (total, _) in found.items()},
         "ratings": {k: ratings for k, (_, ratings) in found.items()},
@@ -224,30 +219,14 @@ def read_duplicates(lines):
     return [{int(k) for k in group} for group in groups]
 
 
-def read_reference(raw, lines, end, n):
-    """The ranker's own response, "" where it gave none: behind `Reference:` or `Response n:`, up to the next part."""
-    start = rf"(?i)(?:reference(?: response)?|response {n})\s*:(.*)"
-    begun = next((i for i in range(end) if (m := re.match(start, lines[i])) and not read_score(m[1].strip())), None)
-    if begun is None:
-        return ""
-    stop = r"(?i)(duplicates?( responses?)?|scores|ratings|response \d+|third|fourth)\b.{0,3}[:,]?"
-    until = next((i for i in range(begun + 1, end) if re.match(stop, lines[i])), end)
-    return "\n".join([raw[begun].partition(":")[2].strip(" *"), *raw[begun + 1 : until]]).strip()
-
-
-def contextual_candidates(candidates, shown, verdict, args):
-    """The candidates with the verdict's ranks and scores; response k of the verdict is candidate shown[k]. Of the same
-    text twice only the better placed is ranked."""
-    candidates, texts, place = [c | {"rank": None} for c in candidates], set(), 0
+def contextual_candidates(candidates, shown, verdict):
+    """The candidates with the verdict's ranks and scores. Response k of the verdict is candidate shown[k], the last is
+    the ranker's own and no candidate. Of the same text twice only the better placed is ranked."""
+    candidates, texts = [c | {"rank": None} for c in candidates], set()
     for k in verdict["ranking"]:
-        if k == len(shown):
-            if not args.keep_reference:
-                continue
-            candidates.append({"text": verdict["reference"], "source": common.run_name(args.model)})
-        c = candidates[shown[k] if k < len(shown) else -1]
-        if c["text"].strip() not in texts:
-            texts.add(c["text"].strip())
+        c = candidates[shown[k]] if k < len(shown) else None
+        if c and c["text"].strip() not in texts:
             given = {"score": verdict["scores"].get(k), "ratings": verdict["ratings"].get(k)}
-            c |= {"rank": place} | {name: value for name, value in given.items() if value is not None}
-            place += 1
+            c |= {"rank": len(texts)} | {name: value for name, value in given.items() if value is not None}
+            texts.add(c["text"].strip())
     return candidates

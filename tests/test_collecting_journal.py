@@ -156,7 +156,7 @@ def test_a_local_model_is_asked_the_same_after_a_kill(cli, tiny, tmp_path, monke
         if not (ranking := some(text, n)):
             raise ValueError("by chance")
         ranking = [k - 1 for k in ranking]
-        rest = {"type": "open", "reference": text, "repeated": set(), "ratings": dict.fromkeys(ranking)}
+        rest = {"type": "open", "repeated": set(), "ratings": dict.fromkeys(ranking)}
         return rest | {"ranking": ranking, "scores": {k: n - i for i, k in enumerate(ranking)}}
 
     monkeypatch.setattr("collecting.flip.one_label", some)

@@ -45,42 +45,42 @@ def changed(old, new, text=OURS):
     return text.replace(old, new)
 
 
-READ = {  # name -> (the reply, its ranking, repetitions, reference)
-    "ours": (OURS, ORDER, [], "Paris."),
-    "Table 9's": (TABLE_9, ORDER, [], "Paris."),
+READ = {  # name -> (the reply, its ranking, repetitions)
+    "ours": (OURS, ORDER, []),
+    "Table 9's": (TABLE_9, ORDER, []),
     "Table 9's with words between": (
-        changed("]\n", "] because it says so.\nIt could say more: 3 lines.\n", TABLE_9), ORDER, [], "Paris."),
-    "Table 9's, a duplicate left out": (changed("0, 2]", "0]", TABLE_9), [1, 3, 0], [2], "Paris."),
-    "Table 9's, one left": (changed("[1, 3, 0, 2]", "[1]", TABLE_9), [1], [0, 2], "Paris."),
-    "Table 9's in bold": (changed("rank: [1, 3, 0, 2]", "**Rank: [1, 3, 0, 2]**", TABLE_9), ORDER, [], "Paris."),
-    "another case": (changed("Type: closed", "Type: Closed"), ORDER, [], "Paris."),
-    "emphasis": (changed("Type:", "**Type:**").replace("Ranking:", "**Ranking:**"), ORDER, [], "Paris."),
-    "commas": (changed("3 2 0 = 5", "3, 2, 0").replace("5 5 5 = 15", "5, 5, 5"), ORDER, [], "Paris."),
-    "carriage returns": (OURS.replace("\n", "\r\n"), ORDER, [], "Paris."),
-    "a reference with Type:": (changed("Paris.", "Paris.\nType: city"), ORDER, [], "Paris.\nType: city"),
-    "a chatty one": ("Let me compare.\n\n" + OURS + "\nI hope this helps!", ORDER, [], "Paris."),
-    "a reference on several lines": (changed("Paris.", "It is\n\nParis."), ORDER, [], "It is\n\nParis."),
-    "a numbered reference": (changed("Paris.", "1. 20\n2: 0"), ORDER, [], "1. 20\n2: 0"),
-    "three numbers alone": (changed(" = 15", "").replace(" = 5", "").replace(" = 2", ""), ORDER, [], "Paris."),
-    "a wrong sum": (changed("= 15", "= 3"), ORDER, [], "Paris."),
-    "sums alone": (changed("3 2 0 = ", "").replace("5 5 5 = ", ""), ORDER, [], "Paris."),
-    "named aspects": (changed("3 2 0 = 5", "accuracy 3, details 2, clarity 0 (5/15)"), ORDER, [], "Paris."),
-    "a ranking that contradicts its scores": (changed("1 > 3 > 0 > 2", "2 > 0 > 3 > 1"), ORDER, [], "Paris."),
+        changed("]\n", "] because it says so.\nIt could say more: 3 lines.\n", TABLE_9), ORDER, []),
+    "Table 9's, a duplicate left out": (changed("0, 2]", "0]", TABLE_9), [1, 3, 0], [2]),
+    "Table 9's, one left": (changed("[1, 3, 0, 2]", "[1]", TABLE_9), [1], [0, 2]),
+    "Table 9's in bold": (changed("rank: [1, 3, 0, 2]", "**Rank: [1, 3, 0, 2]**", TABLE_9), ORDER, []),
+    "another case": (changed("Type: closed", "Type: Closed"), ORDER, []),
+    "emphasis": (changed("Type:", "**Type:**").replace("Ranking:", "**Ranking:**"), ORDER, []),
+    "commas": (changed("3 2 0 = 5", "3, 2, 0").replace("5 5 5 = 15", "5, 5, 5"), ORDER, []),
+    "carriage returns": (OURS.replace("\n", "\r\n"), ORDER, []),
+    "a reference with Type:": (changed("Paris.", "Paris.\nType: city"), ORDER, []),
+    "a chatty one": ("Let me compare.\n\n" + OURS + "\nI hope this helps!", ORDER, []),
+    "a reference on several lines": (changed("Paris.", "It is\n\nParis."), ORDER, []),
+    "a numbered reference": (changed("Paris.", "1. 20\n2: 0"), ORDER, []),
+    "three numbers alone": (changed(" = 15", "").replace(" = 5", "").replace(" = 2", ""), ORDER, []),
+    "a wrong sum": (changed("= 15", "= 3"), ORDER, []),
+    "sums alone": (changed("3 2 0 = ", "").replace("5 5 5 = ", ""), ORDER, []),
+    "named aspects": (changed("3 2 0 = 5", "accuracy 3, details 2, clarity 0 (5/15)"), ORDER, []),
+    "a ranking that contradicts its scores": (changed("1 > 3 > 0 > 2", "2 > 0 > 3 > 1"), ORDER, []),
     "a tie goes by the ranking": (
-        changed("5 4 5 = 14", "5 5 5 = 15").replace("1 > 3", "3 > 1"), [3, 1, 0, 2], [], "Paris."),
-    "commas and brackets in the ranking": (changed("1 > 3 > 0 > 2", "[1, 3, 0, 2]"), ORDER, [], "Paris."),
-    "the ranking on the next line": (changed("Ranking: ", "Ranking:\n"), ORDER, [], "Paris."),
+        changed("5 4 5 = 14", "5 5 5 = 15").replace("1 > 3", "3 > 1"), [3, 1, 0, 2], []),
+    "commas and brackets in the ranking": (changed("1 > 3 > 0 > 2", "[1, 3, 0, 2]"), ORDER, []),
+    "the ranking on the next line": (changed("Ranking: ", "Ranking:\n"), ORDER, []),
     "Response before each number": (
-        changed("1 > 3 > 0 > 2", "Response 1 > Response 3 > Response 0 > Response 2"), ORDER, [], "Paris."),
-    "a duplicate": (changed("none", "2=0.").replace(" > 2", ""), [1, 3, 0], [2], "Paris."),
-    "a group of three": (changed("none", "0=1=2").replace(" > 0 > 2", ""), [1, 3], [0, 2], "Paris."),
+        changed("1 > 3 > 0 > 2", "Response 1 > Response 3 > Response 0 > Response 2"), ORDER, []),
+    "a duplicate": (changed("none", "2=0.").replace(" > 2", ""), [1, 3, 0], [2]),
+    "a group of three": (changed("none", "0=1=2").replace(" > 0 > 2", ""), [1, 3], [0, 2]),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("reply, ranking, repeated, reference", READ.values(), ids=READ)
-def test_replies_that_parse(reply, ranking, repeated, reference):
+@pytest.mark.parametrize("reply, ranking, repeated", READ.values(), ids=READ)
+def test_replies_that_parse(reply, ranking, repeated):
     verdict = parse_contextual(reply, 3)
-    assert (verdict["ranking"], verdict["repeated"], verdict["reference"]) == (ranking, repeated, reference)
+    assert (verdict["ranking"], verdict["repeated"]) == (ranking, repeated)
     assert verdict["type"] == "closed" and verdict["scores"][0] == 5
 
 
@@ -206,13 +206,8 @@ def test_rank_by_contextual(tmp_path, monkeypatch, capsys):
     assert "1 all the same, 1 open, 1 parsed" in out and "mean words: 0: 1.0, 1: 1.0, 2: 1.0, unranked: 1.4" in out
     assert fake_complete.asked_again == []
 
-    [record] = rank(
-        monkeypatch, tmp_path, [RANKABLE], *flags, "--rank_original", "--keep_reference", output="all.jsonl"
-    )
-    ranks = [c["rank"] for c in record["candidates"]]
-    assert ranks in ([0, 2, None, 3, 1, 4], [0, None, 2, 3, 1, 4])
-    reference = {"text": "mine", "source": "judge", "rank": 4, "score": 3, "ratings": [0, 1, 2]}
-    assert record["candidates"][5] == reference
+    [record] = rank(monkeypatch, tmp_path, [RANKABLE], *flags, "--rank_original", output="all.jsonl")
+    assert [c["rank"] for c in record["candidates"]] in ([0, 2, None, 3, 1], [0, None, 2, 3, 1])
 
 
 def test_a_template_of_ones_own_can_hold_table_9():
