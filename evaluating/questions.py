@@ -22,6 +22,7 @@ from evaluating.shared import (
     predict,
     write_metrics,
 )
+from evaluating.tables import markdown
 
 
 def nli_flags(add):
@@ -45,7 +46,8 @@ def nli(args):
     if rows := predict(args, "nli", records, compute):
         metrics = nli_metrics(rows)
         write_metrics(args, "nli", metrics, {"accuracy": {r["id"]: float(r["prediction"] == r["label"]) for r in rows}})
-        print_confusion(metrics)
+        more = {k: {x: metrics[x][k] for x in ("precision", "recall")} for k in NLI_LABELS}
+        say(markdown({f"gold {k}": row | more[k] for k, row in metrics["confusion"].items()}))
         plot_nli(metrics, args.name, beside(args, ".png"))
 
 
@@ -70,13 +72,6 @@ def nli_metrics(rows):
         "gold_share": {k: sum(confusion[k].values()) / n for k in right},
         "confusion": confusion,
     }
-
-
-def print_confusion(metrics):
-    say("gold \\ predicted  " + "".join(f"{c:>15}" for c in (*NLI_LABELS, "unparsed")) + "   precision  recall")
-    for gold, row in metrics["confusion"].items():
-        figures = f"{metrics['precision'][gold]:12.3f}{metrics['recall'][gold]:8.3f}"
-        say(f"{gold:18}" + "".join(f"{count:15}" for count in row.values()) + figures)
 
 
 def multidoc_qa_flags(add, verb="multidoc-qa"):

@@ -108,9 +108,8 @@ def interval_of(figures, figure, share):
 
 def with_interval(figures, figure, percent):
     """-> (the figure, its interval or None), both x 100 if percent and the verb gave no interval of its own."""
-    interval, scale = interval_of(figures, figure, percent), 100 if percent else 1
-    if f"{figure} 95% low" in figures:
-        return figures[figure], interval
+    interval = interval_of(figures, figure, percent)
+    scale = 100 if percent and f"{figure} 95% low" not in figures else 1
     return scale * figures[figure], interval and [scale * x for x in interval]
 
 
