@@ -111,29 +111,26 @@ def lmentry_metrics(rows, complete):
     """Accuracy: mean over core tasks. With all 41 files also robustness, the mean of four, each the mean over its
     comparisons of 100 minus the largest accuracy gap; LMentry score = accuracy x robustness / 100."""
 
-    def accuracy(task, **conditions):
-        some = [r for r in rows if r["task"] == task and all(r[k] == v for k, v in conditions.items())]
-        return 100 * mean(r["score"] for r in some) if some else 0.0
+    import pandas
 
-    def robustness(comparisons):
-        return mean(100 - (max(accuracies) - min(accuracies)) for accuracies in comparisons)
+    frame = pandas.DataFrame(rows)
+    frame["score"] *= 100
+    core, further = frame[frame["task"] == frame["core"]], frame[frame["task"] != frame["core"]]
+    by_task = frame.groupby("task", sort=False)["score"].mean().to_dict()
 
-    tasks = list(dict.fromkeys(r["task"] for r in rows))
-    core = [t for t in tasks if any(r["core"] == t for r in rows if r["task"] == t)]
-    by_task = {t: accuracy(t) for t in tasks}
-    figures = {"accuracy": mean(by_task[t] for t in core)} if core else {}
+    def robustness(some, by, of="task"):
+        accuracies = some.groupby([of, by])["score"].mean().groupby(of)
+        return float((100 - accuracies.max() + accuracies.min()).mean())
+
+    cores = core["task"].unique()
+    figures = {"accuracy": mean(by_task[t] for t in cores)} if len(cores) else {}
     if complete:
-        contents = {}  # core task -> its further files
-        for row in rows:
-            if row["task"] != row["core"]:
-                contents.setdefault(row["core"], set()).add(row["task"])
         parts = {
-            "argument_order": [[accuracy(t, answer_index=i) for i in (0, 1)] for t in ARGUMENT_ORDER],
-            "argument_content": [[by_task[t] for t in files] for files in contents.values()],
-            "template": [[accuracy(t, template=i) for i in range(3)] for t in core],
-            "adjacent_tasks": [[by_task[a], by_task[b]] for a, b in ADJACENT],
+            "argument_order": robustness(frame[frame["task"].isin(ARGUMENT_ORDER)], "answer_index"),
+            "argument_content": robustness(further, "task", of="core"),
+            "template": robustness(core, "template"),
+            "adjacent_tasks": mean(100 - abs(by_task[a] - by_task[b]) for a, b in ADJACENT),
         }
-        figures |= {name: robustness(comparisons) for name, comparisons in parts.items()}
-        figures["robustness"] = mean(figures[name] for name in parts)
+        figures |= parts | {"robustness": mean(parts.values())}
         figures["lmentry_score"] = figures["accuracy"] * figures["robustness"] / 100
-    return figures | {"core_tasks": len(core), "files": len(tasks), "prompts": len(rows), "by_task": by_task}
+    return figures | {"core_tasks": len(cores), "files": len(by_task), "prompts": len(rows), "by_task": by_task}

@@ -39,16 +39,15 @@ def plot_nli(metrics, name, path):
         for x, value in enumerate(row):
             colour = "white" if value > max(map(max, counts)) / 2 else "black"
             left.text(x, y, value, ha="center", va="center", color=colour)
-    left.set_xticks(range(4), columns)
-    left.set_yticks(range(3), NLI_LABELS)
-    left.set(xlabel="predicted", ylabel="gold")
+    left.set(xlabel="predicted", xticks=range(4), xticklabels=columns)
+    left.set(ylabel="gold", yticks=range(3), yticklabels=NLI_LABELS)
     low, high = wilson(metrics["accuracy"], metrics["prompts"])
     left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f} [{low:.2f}, {high:.2f}]")
     for offset, key, colour in ((-0.2, "gold_share", "0.75"), (0.2, "predicted_share", "tab:blue")):
         shares = [metrics[key].get(c, 0) for c in columns]
         bars = {"yerr": error_bars(shares, [metrics["prompts"]] * 4), "capsize": 3} if key == "predicted_share" else {}
         right.bar([x + offset for x in range(4)], shares, 0.4, color=colour, label=key.split("_")[0], **bars)
-    right.set(xticks=range(4), ylabel="share of prompts", ylim=(0, 1), title="central tendency")
+    right.set(ylabel="share of prompts", ylim=(0, 1), title="central tendency")
     right.set_xticks(range(4), columns, fontsize=9)
     right.legend(frameon=False)
     save_figure(figure, path)

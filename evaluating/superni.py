@@ -108,6 +108,8 @@ def exact_form(text):
 
 def superni_metrics(rows, bertscore=None, layer=-1):
     """Mean over instances x 100 of the maximum over references; the same by task."""
+    import pandas
+
     score = rouge_scorer(use_stemmer=True).score
     for row in rows:
         row["rouge_l"] = 100 * max(score(a, row["text"])["rougeL"].fmeasure for a in row["answers"])
@@ -118,11 +120,10 @@ def superni_metrics(rows, bertscore=None, layer=-1):
         texts, answers = [r["text"] for r in rows], [r["answers"] for r in rows]
         for row, f1 in zip(rows, bert_f1(texts, answers, bertscore, layer)):
             row["bertscore"] = 100 * f1
-    tasks = {row["task"]: [r for r in rows if r["task"] == row["task"]] for row in rows}
-    figures = {name: mean(row[name] for row in rows) for name in names}
-    figures |= {"mean_words": mean(len(row["text"].split()) for row in rows), "tasks": len(tasks), "prompts": len(rows)}
-    by_task = {task: {name: mean(row[name] for row in some) for name in names} for task, some in tasks.items()}
-    return figures | {"by_task": by_task}
+    frame = pandas.DataFrame(rows)
+    by_task = frame.groupby("task", sort=False)[names].mean().to_dict("index")
+    figures = frame[names].mean().to_dict() | {"mean_words": mean(len(row["text"].split()) for row in rows)}
+    return figures | {"tasks": len(by_task), "prompts": len(rows), "by_task": by_task}
 
 
 @torch.inference_mode()
