@@ -9,14 +9,13 @@ tiny) # random models, seconds
   : "${MODEL:=$DATA/tiny/model}" "${RM_TRAIN:=$DATA/tiny/reward-train}" "${RM_EVAL:=$DATA/tiny/reward-eval}"
   : "${HH:=$DATA/tiny/hh}" "${ALPACA:=$MODEL}" "${CHATGPT:=$MODEL}" "${CURIE:=$MODEL}" "${BASE_URL=}" "${BLOCKS:=raw alpaca3}"
   : "${LR:=1e-3}" "${BATCH:=8}" "${EPOCHS:=1}" "${MAX_LENGTH:=160}" "${MAX_PROMPT:=96}" "${TOKENS:=4}" "${VALIDATION:=3}" ;;
-cpu) # demo/model on one core, harmless-base alone, two reward models of its own, answers of its own (own3). TRAIN_FILES
-  # and TEST_FILES may be one file, such as harmless-base/test.jsonl.gz of 2,312 rows: 320 train the methods, 1,000 each a
-  # reward model, 200 are the test
-  : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}"
-  : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 320}" "${RM_LR:=1e-4}"
-  : "${TEST_ROWS:=--shuffle 0 --skip 2000 --limit 200}" "${RM_ROWS:=--shuffle 0 --limit 1000}" "${BLOCKS:=raw own3}"
-  : "${RM_EVAL_ROWS:=--shuffle 0 --skip 1000 --limit 1000}" "${LR:=5e-5}" "${BATCH:=8}" "${TOKENS:=48}"
-  : "${MAX_LENGTH:=128}" "${MAX_PROMPT:=80}" "${VALIDATION:=48}" "${EVAL_EVERY:=0}" "${SEEDS:=0 1 2}" "${EPOCHS:=1}"
+cpu) # demo/model on one core, harmless-base alone, five answers of its own a prompt (own5). The rewards are rules, so no
+  # reward model is trained. TRAIN_FILES and TEST_FILES may be one file. The design: results/DESIGNS.md
+  : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}" "${RM_TRAIN:=vader}" "${RM_EVAL:=afinn}"
+  : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 600}" "${BLOCKS:=own5}"
+  : "${TEST_ROWS:=--shuffle 0 --skip 600 --limit 500}" "${VALIDATION:=100}" "${KEEP_VALIDATION=}" "${TOKENS:=24}"
+  : "${LRS:=1e-5 2e-5 5e-5}" "${SCHEDULE:=--schedule cosine --warmup 0.1}" "${BATCH:=8}" "${EPOCHS:=1}"
+  : "${MAX_LENGTH:=80}" "${MAX_PROMPT:=48}" "${EVAL_EVERY:=0}" "${SEEDS:=0 1 2 3 4}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
   : "${MODEL:=demo/model}" "${TRAIN_ROWS:=--shuffle 0 --limit 8000}" "${TEST_ROWS:=--shuffle 0 --limit 1000}" "${RM_LR:=5e-5}"
@@ -38,7 +37,9 @@ if [[ $BLOCKS = *alpaca3* && $ALPACA != */* ]]; then
   exit 2
 fi
 LR=${LR:-5e-6} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-112} MAX_LENGTH=${MAX_LENGTH:-512} # Sec. 4.3; for all methods, Sec. 4.4
-MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} # as released, as the constant schedule is
+MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} SCHEDULE=${SCHEDULE:---schedule constant --warmup 0} # as released
+KEEP_VALIDATION=${KEEP_VALIDATION---keep_validation} # of the test's rows, which keep them, as the paper's
+LRS=${LRS:-}                               # LR: the one of these with which BoN has the best validation reward
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
 SPLITS=${SPLITS:-4}                        # K of Algorithm 1: silent
 SEEDS=${SEEDS:-0}                          # silent: one run each, as far as the paper says
@@ -69,13 +70,20 @@ block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one m
   case $1 in
   raw) rank train raw ;;
   own3) add train own3-sampled own 1 && rank own3-sampled own3 ;;
+  own5) # of the model's own answers alone
+    add train own5-and-pair own 5
+    python -c 'import json, sys
+for record in map(json.loads, sys.stdin):
+    print(json.dumps(record | {"candidates": [c for c in record["candidates"] if c["source"] == "own"]}))' \
+      < "$DATA/own5-and-pair.jsonl" > "$DATA/own5-sampled.jsonl"
+    rank own5-sampled own5 ;;
   alpaca3) add train alpaca3-sampled alpaca-7b 1 && rank alpaca3-sampled alpaca3 ;;
   chatgpt3) add train chatgpt3-sampled gpt-3.5-turbo 1 && rank chatgpt3-sampled chatgpt3 ;;
   esac
 }
 train() { # train NAME SCRIPT FLAGS...
   run $TORCHRUN "$2" --model "$MODEL" --lr "$LR" --epochs "$EPOCHS" --batch_size "$BATCH" --max_length "$MAX_LENGTH" \
-    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume $BF16 --output "$RUNS/$1" "${@:3}"
+    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume $SCHEDULE $BF16 --output "$RUNS/$1" "${@:3}"
 }
 measure() { # measure NAME FLAGS...: answers to the test set, or with --source answers that are there
   names+=("$RESULTS/$1")
@@ -102,7 +110,7 @@ report() { # report PAPER'S-TABLE SYSTEMS...
 
 names=()
 prepare train "$TRAIN_FILES" $TRAIN_ROWS --output "$DATA/train.jsonl"
-prepare test "$TEST_FILES" $TEST_ROWS --output "$DATA/test.jsonl" --validation "$VALIDATION" --keep_validation
+prepare test "$TEST_FILES" $TEST_ROWS --output "$DATA/test.jsonl" --validation "$VALIDATION" $KEEP_VALIDATION
 if [ -n "$RM_ROWS" ]; then
   prepare train "$TRAIN_FILES" $RM_ROWS --output "$DATA/reward-train.jsonl"
   prepare train "$TRAIN_FILES" $RM_EVAL_ROWS --output "$DATA/reward-eval.jsonl"
@@ -114,3 +122,18 @@ if [ -n "$RM_ROWS" ]; then
 fi
 rank validation validation-ranked
 answering=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")
+if [ -n "$LRS" ]; then # chosen for BoN, the baseline; with a seed that no table uses; of equals the smallest
+  block "$BLOCKS"
+  seed=100
+  for LR in $LRS; do
+    name=choice-lr@$LR-seed$seed
+    kept "$name" && continue
+    train "$name" pro.py --data "$DATA/$BLOCKS.jsonl" --no_ranking
+    measure "$name" --model "$RUNS/$name/model" --input "$DATA/validation.jsonl" --reward_model "$RM_TRAIN"
+  done
+  LR=$(python -c 'import json, sys
+reward = [json.load(open(f"{sys.argv[1]}/choice-lr@{x}-seed100/hh.metrics.json"))["metrics"]["reward"] for x in sys.argv[2:]]
+print(max(zip(reward, reversed(range(len(reward))), sys.argv[2:]))[2])' "$RESULTS" $LRS)
+  echo "learning rate $LR" >&2
+  names=()
+fi

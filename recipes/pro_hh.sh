@@ -8,6 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . recipes/pro_common.sh
 
+[ "$SCALE" = cpu ] && : "${METHODS_3:=bon rrhf pro}"
 [ "$SCALE" = tiny ] && : "${METHODS:=sft rrhf pro pro_s}" "${METHODS_3:=bon coh}"
 METHODS=${METHODS:-sft coh rrhf pro pro_s} METHODS_3=${METHODS_3:-bon coh rrhf pro pro_s} # raw; with more responses
 JUDGE=${JUDGE:-}        # gpt-4, Sec. 4.6
@@ -22,7 +23,7 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
   sft) pro "sft-$2" train --no_ranking ;; # the response that people chose
   rrhf)
     kept "$name" || train "$name" rescue.py --ordering reward --alpha 1 --length_scaling 1 --human_length_scaling 1 \
-      --schedule constant --warmup 0 --data "$data"
+      --data "$data"
     measure "$name" --model "$RUNS/$name/model" ;;
   coh)
     collect hindsight --input "$data" --output "$DATA/$2-hindsight.jsonl"

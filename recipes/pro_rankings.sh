@@ -8,9 +8,19 @@ cd "$(dirname "$0")/.."
 . recipes/pro_common.sh
 
 [ "$SCALE" = tiny ] && : "${EXPANSIONS:=alpacas random}" "${LENGTHS:=3 5}"
+[ "$SCALE" = cpu ] && : "${EXPANSIONS:=subset}" "${LENGTHS:=2 3}" # so many of the five of own5, drawn by the seed
 [ "$SCALE" = paper ] || : "${EXPANSIONS:=own}" # several answers of the model itself: there is no other on the machine
 EXPANSIONS=${EXPANSIONS:-alpacas chatgpt ascending descending random} LENGTHS=${LENGTHS:-3 4 5}
 
+if [ "$EXPANSIONS" = subset ]; then
+  block own5
+  for seed in $SEEDS; do
+    for length in $LENGTHS; do pro "subset@$length" own5 --ranking_length "$length"; done
+    pro pro-own5 own5 # pro_hh.sh's run, which has all five
+  done
+  report figure3 "${names[@]}"
+  exit
+fi
 if [ "$EXPANSIONS" = own ]; then
   add train longer own 3
 else
