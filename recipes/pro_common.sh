@@ -72,7 +72,7 @@ block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one m
   own3) add train own3-sampled own 1 && rank own3-sampled own3 ;;
   own5) # of the model's own answers alone
     add train own5-and-pair own 5
-    python -c 'import json, sys
+    [ -e "$DATA/own5-sampled.jsonl" ] || python -c 'import json, sys
 for record in map(json.loads, sys.stdin):
     print(json.dumps(record | {"candidates": [c for c in record["candidates"] if c["source"] == "own"]}))' \
       < "$DATA/own5-and-pair.jsonl" > "$DATA/own5-sampled.jsonl"
