@@ -199,7 +199,17 @@ def test_a_rule_is_a_reward_model_by_name(monkeypatch, capsys, tmp_path):
     reward_models.load_rule.cache_clear()
     candidates = [{"text": t, "source": "m"} for t in ("Bad!\nSo.", "Good.", "Good. Bad!")]
     write_jsonl(tmp_path / "d.jsonl", [{"id": "1", "task": "hh", "prompt": "p", "candidates": candidates}])
-    flags = ["rank", "--task", "hh", "--by", "reward", "--input", tmp_path / "d.jsonl", "--output", tmp_path / "r.jsonl"]
+    flags = [
+        "rank",
+        "--task",
+        "hh",
+        "--by",
+        "reward",
+        "--input",
+        tmp_path / "d.jsonl",
+        "--output",
+        tmp_path / "r.jsonl",
+    ]
     run(monkeypatch, *flags, "--reward_model", "vader")
     found = [(c["text"], c["reward"], c["rank"]) for c in read_jsonl(tmp_path / "r.jsonl")[0]["candidates"]]
     assert found == [("Good.", 2.0, 0), ("Good. Bad!", 0.5, 1), ("Bad!\nSo.", -0.5, 2)]
