@@ -33,6 +33,8 @@ keep() { # keep NAME FOLDER [RUN]: a system's figures, item by item too, and its
   cp "$2"/*.metrics.json "$kept.part/"
   find "$2" -name '*.items.json' -exec cp {} "$kept.part/" ';'
   [ ! -e "${3:-}/args.json" ] || cp "$3/args.json" "$kept.part/"
+  # an absolute path is of this machine: its last part is kept
+  find "$kept.part" -name '*.json' ! -name '*.items.json' -exec sed -E -i 's#(["= ])/([^" ]*/)?([^/" ]+)#\1\3#g' {} +
   rm -rf "$kept"
   mv "$kept.part" "$kept"
 }
