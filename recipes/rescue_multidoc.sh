@@ -18,8 +18,10 @@ tiny) # random model, seconds
   : "${PLACES:=5:1,5}" "${BEAMS:=2}" "${TOKENS:=4}" "${BATCH:=2}" "${LR:=1e-3}" ;;
 cpu | 135m) # demo/model on 2 cores, or a GPU: short passages, 5 documents, greedy
   : "${MODEL:=demo/model}" "${TRAIN:=340}" "${TEST:=150}" "${TRAIN_DOCUMENTS:=5}" "${MAX_WORDS:=55}"
-  : "${PLACES:=5:1,3,5}" "${BEAMS:=1}" "${TOKENS:=16}" "${BATCH:=8}" "${LR:=1e-4}" "${SEEDS:=0 1 2}" ;;
+  : "${PLACES:=5:1,3,5}" "${BEAMS:=1}" "${TOKENS:=16}" "${BATCH:=8}" "${LR:=1e-4}" "${SEEDS:=0 1 2}"
+  : "${MIN_TOKENS:=1}" "${DROP_EMPTY:=1}" "${BF16=--bf16}" ;; # the base model leaves half of its answers empty: results/DESIGNS.md
 esac
+UNSEEN=${UNSEEN:-} # cpu: tests the same models on questions with 56 to 65 words, which training and test above leave out
 QUESTIONS=${QUESTIONS:-nq-open-10_total_documents_gold_at_0.jsonl.gz}
 MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
 TRAIN=${TRAIN:-1000} TEST=${TEST:-665}      # Sec. 6.3
@@ -32,46 +34,65 @@ TOKENS=${TOKENS:-128} STOP=${STOP-"\n"}     # 128: the released test; the stop: 
 LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
 LENGTH_SCALING=${LENGTH_SCALING:-1}         # as released; Sec. 7's 0.85 is about NLI
 MAX_LENGTH=${MAX_LENGTH:-2048} MAX_WORDS=${MAX_WORDS:-} SEEDS=${SEEDS:-0}
+MIN_TOKENS=${MIN_TOKENS:-0} DROP_EMPTY=${DROP_EMPTY:-} BF16=${BF16:-} # ours: EOS not first, no empty candidates
 
 prepare() {
   run python collect_candidates.py prepare --task multidoc_qa --input "$QUESTIONS" --shuffle 0 \
     ${MAX_WORDS:+--max_words "$MAX_WORDS"} "$@"
 }
-answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"})
+answers=(--max_new_tokens "$TOKENS" --min_new_tokens "$MIN_TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 
 prepare --num_documents "$TRAIN_DOCUMENTS" --limit "$TRAIN" --output "$DATA/train.jsonl"
 run $TORCHRUN collect_candidates.py anchor --model "$MODEL" --input "$DATA/train.jsonl" --output "$DATA/anchored.jsonl" \
   --num_distractors "$DISTRACTORS" "${answers[@]}"
-run python collect_candidates.py rank --by label --task multidoc_qa --input "$DATA/anchored.jsonl" --output "$DATA/ranked.jsonl"
+from=anchored
+if [ -n "$DROP_EMPTY" ]; then
+  from=answered
+  [ -e "$DATA/answered.jsonl" ] || python -c 'import json, sys
+for record in map(json.loads, sys.stdin):
+    print(json.dumps(record | {"candidates": [c for c in record["candidates"] if c["text"].strip()]}))' \
+    < "$DATA/anchored.jsonl" > "$DATA/answered.jsonl"
+fi
+run python collect_candidates.py rank --by label --task multidoc_qa --input "$DATA/$from.jsonl" --output "$DATA/ranked.jsonl"
 
 names=()
 measure() { # measure NAME MODEL SEED-SUFFIX: at every number of documents
   for setting in $PLACES; do
     local documents=${setting%%:*}
-    local name=$1-$documents$3
+    local name=${UNSEEN:+unseen-}$1-$documents$3
     names+=("$RESULTS/$name")
     ! kept "$name" || continue
-    run $TORCHRUN evaluate.py multidoc-qa --model "$2" --name "$name" --input "$DATA/test-$documents.jsonl" \
+    run $TORCHRUN evaluate.py multidoc-qa --model "$2" --name "$name" --input "$DATA/$test-$documents.jsonl" \
       --output "$RUNS/eval/$name/multidoc-qa.jsonl" --num_beams "$BEAMS" "${answers[@]}"
     keep "$name" "$RUNS/eval/$name" "$(dirname "$2")"
   done
 }
 
+test=test
+if [ -n "$UNSEEN" ]; then
+  test=unseen
+  [ -e "$DATA/unseen_rows.jsonl" ] || python -c 'import json, sys
+for line in sys.stdin:
+    if 55 < max(len(c["text"].split()) for c in json.loads(line)["ctxs"]) <= 65:
+        print(line, end="")' < "$QUESTIONS" > "$DATA/unseen_rows.jsonl"
+  QUESTIONS=$DATA/unseen_rows.jsonl MAX_WORDS='' TRAIN=0 TEST=190
+fi
 for setting in $PLACES; do
   places=${setting##*:}
   prepare --num_documents "${setting%%:*}" --gold_position ${places//,/ } --skip "$TRAIN" --limit "$TEST" \
-    --output "$DATA/test-${setting%%:*}.jsonl"
+    --output "$DATA/$test-${setting%%:*}.jsonl"
 done
 measure base "$MODEL" ""
 last=${PLACES##* }
 for seed in $SEEDS; do
   for ordering in $ORDERINGS; do
     output=$RUNS/$ordering-seed$seed
-    kept "$ordering-${last%%:*}-seed$seed" ||
+    [ -d "$output/model" ] || kept "$ordering-${last%%:*}-seed$seed" ||
       run $TORCHRUN rescue.py --ordering "$ordering" --no_sft --data "$DATA/ranked.jsonl" --model "$MODEL" \
         --output "$output" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" \
-        --max_length "$MAX_LENGTH" --seed "$seed" --resume
+        --max_length "$MAX_LENGTH" --seed "$seed" --resume $BF16
     measure "$ordering" "$output/model" "-seed$seed"
   done
 done
-run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_table2.json --plot gold_position --output "$RESULTS/table2.md"
+run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_table2.json --plot gold_position \
+  --output "$RESULTS/${UNSEEN:+unseen-}table2.md"
