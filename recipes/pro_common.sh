@@ -14,7 +14,7 @@ cpu) # demo/model on one core, harmless-base alone, five answers of its own a pr
   : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}" "${RM_TRAIN:=vader}" "${RM_EVAL:=afinn}"
   : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 600}" "${BLOCKS:=own5}"
   : "${TEST_ROWS:=--shuffle 0 --skip 600 --limit 500}" "${VALIDATION:=100}" "${KEEP_VALIDATION=}" "${TOKENS:=24}"
-  : "${LRS:=1e-5 2e-5 5e-5}" "${SCHEDULE:=--schedule cosine --warmup 0.1}" "${BATCH:=8}" "${EPOCHS:=1}"
+  : "${LRS:=1e-5 5e-5}" "${SCHEDULE:=--schedule cosine --warmup 0.1}" "${BATCH:=8}" "${EPOCHS:=1}"
   : "${MAX_LENGTH:=80}" "${MAX_PROMPT:=48}" "${EVAL_EVERY:=0}" "${SEEDS:=0 1 2 3 4}" "${PROMPTS:=320}" "${EVAL_BATCH:=64}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
