@@ -90,7 +90,7 @@ def own_figures(tables, columns):
 
 def verdicts(path, lines):
     """The table at the page's head: what was claimed, ours, the paper's, the verdict. Holm's correction runs over the
-    lines of one study."""
+    lines of one study; one that is not run yet counts with p = 1."""
     found = []
     for i, line in enumerate(lines):
         check_fields(f"{path}: verdicts[{i}]", line, VERDICT, {"at_equal": str, "note": str, "percent": bool})
@@ -99,7 +99,7 @@ def verdicts(path, lines):
         found.append(Difference(tables_of(folders)[1], **wanted))
     rows = []
     for line, ours in zip(lines, found):
-        same = [o.p for other, o in zip(lines, found) if other["study"] == line["study"] and o.seeds]
+        same = [o.p if o.seeds else 1.0 for other, o in zip(lines, found) if other["study"] == line["study"]]
         cells = [line["claim"], "not run", "", line["paper"], "**not run**"]
         if ours.seeds:
             p = holm(same)[same.index(ours.p)]
