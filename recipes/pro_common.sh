@@ -14,7 +14,7 @@ cpu) # demo/model on one core, harmless-base alone, five answers of its own a pr
   : "${COLUMNS_SHOWN:=harmless-base char_bleu;harmless-base reward}" "${RM_TRAIN:=vader}" "${RM_EVAL:=afinn}"
   : "${MODEL:=demo/model}" "${SUBSETS:=harmless-base}" "${TRAIN_ROWS:=--shuffle 0 --limit 600}" "${BLOCKS:=own5}"
   : "${TEST_ROWS:=--shuffle 0 --skip 600 --limit 500}" "${VALIDATION:=100}" "${KEEP_VALIDATION=}" "${TOKENS:=24}"
-  : "${LRS:=1e-5 5e-5}" "${SCHEDULE:=--schedule cosine --warmup 0.1}" "${BATCH:=8}" "${EPOCHS:=1}"
+  : "${LR:=5e-5}" "${EVAL_LIMIT:=200}" "${SCHEDULE:=--schedule cosine --warmup 0.1}" "${BATCH:=8}" "${EPOCHS:=1}"
   : "${MAX_LENGTH:=80}" "${MAX_PROMPT:=48}" "${EVAL_EVERY:=0}" "${SEEDS:=0 1 2 3 4}" "${PROMPTS:=320}" "${EVAL_BATCH:=64}"
   : "${BF16=--bf16}" ;; # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
 135m) # demo/model on one GPU, all subsets, two reward models of its own, answers of its own (own3)
@@ -40,6 +40,7 @@ LR=${LR:-5e-6} EPOCHS=${EPOCHS:-2} BATCH=${BATCH:-112} MAX_LENGTH=${MAX_LENGTH:-
 MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} SCHEDULE=${SCHEDULE:---schedule constant --warmup 0} # as released
 KEEP_VALIDATION=${KEEP_VALIDATION---keep_validation} # of the test's rows, which keep them, as the paper's
 PROMPTS=${PROMPTS:-} EVAL_BATCH=${EVAL_BATCH:-16} # of the training data, the first so many: all
+EVAL_LIMIT=${EVAL_LIMIT:-}                 # of the test's, so many, drawn by a seed: all
 LRS=${LRS:-}                               # LR: the one of these with which BoN has the best validation reward
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
 SPLITS=${SPLITS:-4}                        # K of Algorithm 1: silent
@@ -90,7 +91,7 @@ measure() { # measure NAME FLAGS...: answers to the test set, or with --source a
   names+=("$RESULTS/$1")
   ! kept "$1" || return 0
   run $TORCHRUN evaluate.py hh --name "$1" --input "$DATA/test.jsonl" --output "$RUNS/eval/$1/hh.jsonl" \
-    --reward_model "$RM_EVAL" --batch_size "$EVAL_BATCH" "${answers[@]}" "${@:2}"
+    --reward_model "$RM_EVAL" --batch_size "$EVAL_BATCH" ${EVAL_LIMIT:+--limit "$EVAL_LIMIT"} "${answers[@]}" "${@:2}"
   keep "$1" "$RUNS/eval/$1" "$RUNS/$1"
 }
 pro() { # pro NAME DATA FLAGS...: PRO or an ablation, at its best step by the reward of the validation answers; with
