@@ -27,6 +27,11 @@ tiny_server() { # a stand-in for every model behind an API: sets BASE_URL
   BASE_URL=$(cat "$DATA/tiny/url")
 }
 
+records() { # records TO VERB ARGUMENTS...: recipes/records.py into $DATA/TO.jsonl, once
+  local to=$DATA/$1.jsonl
+  [ -e "$to" ] || { run python recipes/records.py "${@:2}" > "$to.part" && mv "$to.part" "$to"; }
+}
+
 keep() { # keep NAME FOLDER [RUN]: a system's figures, item by item too, and its training's settings, where results are kept
   local kept=$RESULTS/$1
   mkdir -p "$kept.part"

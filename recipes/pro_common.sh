@@ -41,7 +41,6 @@ MAX_PROMPT=${MAX_PROMPT:-384} EVAL_EVERY=${EVAL_EVERY:-600} SCHEDULE=${SCHEDULE:
 KEEP_VALIDATION=${KEEP_VALIDATION---keep_validation} # of the test's rows, which keep them, as the paper's
 PROMPTS=${PROMPTS:-} EVAL_BATCH=${EVAL_BATCH:-16} # of the training data, the first so many: all
 EVAL_LIMIT=${EVAL_LIMIT:-}                 # of the test's, so many, drawn by a seed: all
-LRS=${LRS:-}                               # LR: the one of these with which BoN has the best validation reward
 TOKENS=${TOKENS:-128} VALIDATION=${VALIDATION:-280} # Sec. 4.3; Sec. 4.1: of the test data
 SPLITS=${SPLITS:-4}                        # K of Algorithm 1: silent
 SEEDS=${SEEDS:-0}                          # silent: one run each, as far as the paper says
@@ -74,10 +73,7 @@ block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one m
   own3) add train own3-sampled own 1 && rank own3-sampled own3 ;;
   own5) # of the model's own answers alone
     add train own5-and-pair own 5
-    [ -e "$DATA/own5-sampled.jsonl" ] || python -c 'import json, sys
-for record in map(json.loads, sys.stdin):
-    print(json.dumps(record | {"candidates": [c for c in record["candidates"] if c["source"] == "own"]}))' \
-      < "$DATA/own5-and-pair.jsonl" > "$DATA/own5-sampled.jsonl"
+    records own5-sampled only own "$DATA/own5-and-pair.jsonl"
     rank own5-sampled own5 ;;
   alpaca3) add train alpaca3-sampled alpaca-7b 1 && rank alpaca3-sampled alpaca3 ;;
   chatgpt3) add train chatgpt3-sampled gpt-3.5-turbo 1 && rank chatgpt3-sampled chatgpt3 ;;
@@ -124,18 +120,3 @@ if [ -n "$RM_ROWS" ]; then
 fi
 rank validation validation-ranked
 answering=(--reward_model "$RM_TRAIN" --max_new_tokens "$TOKENS")
-if [ -n "$LRS" ]; then # chosen for BoN, the baseline; with a seed that no table uses; of equals the smallest
-  block "$BLOCKS"
-  seed=100
-  for LR in $LRS; do
-    name=choice-lr@$LR-seed$seed
-    kept "$name" && continue
-    train "$name" pro.py --data "$DATA/$BLOCKS.jsonl" --no_ranking
-    measure "$name" --model "$RUNS/$name/model" --input "$DATA/validation.jsonl" --reward_model "$RM_TRAIN"
-  done
-  LR=$(python -c 'import json, sys
-reward = [json.load(open(f"{sys.argv[1]}/choice-lr@{x}-seed100/hh.metrics.json"))["metrics"]["reward"] for x in sys.argv[2:]]
-print(max(zip(reward, reversed(range(len(reward))), sys.argv[2:]))[2])' "$RESULTS" $LRS)
-  echo "learning rate $LR" >&2
-  names=()
-fi

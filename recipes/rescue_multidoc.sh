@@ -48,10 +48,7 @@ run $TORCHRUN collect_candidates.py anchor --model "$MODEL" --input "$DATA/train
 from=anchored
 if [ -n "$DROP_EMPTY" ]; then
   from=answered
-  [ -e "$DATA/answered.jsonl" ] || python -c 'import json, sys
-for record in map(json.loads, sys.stdin):
-    print(json.dumps(record | {"candidates": [c for c in record["candidates"] if c["text"].strip()]}))' \
-    < "$DATA/anchored.jsonl" > "$DATA/answered.jsonl"
+  records answered answered "$DATA/anchored.jsonl"
 fi
 run python collect_candidates.py rank --by label --task multidoc_qa --input "$DATA/$from.jsonl" --output "$DATA/ranked.jsonl"
 
@@ -71,10 +68,7 @@ measure() { # measure NAME MODEL SEED-SUFFIX: at every number of documents
 test=test
 if [ -n "$UNSEEN" ]; then
   test=unseen
-  [ -e "$DATA/unseen_rows.jsonl" ] || python -c 'import json, sys
-for line in sys.stdin:
-    if 55 < max(len(c["text"].split()) for c in json.loads(line)["ctxs"]) <= 65:
-        print(line, end="")' < "$QUESTIONS" > "$DATA/unseen_rows.jsonl"
+  records unseen_rows passages 56 65 "$QUESTIONS"
   QUESTIONS=$DATA/unseen_rows.jsonl MAX_WORDS='' TRAIN=0 TEST=190
 fi
 for setting in $PLACES; do

@@ -23,10 +23,6 @@ BETA=${BETA:-1} MARGIN=${MARGIN:-0.1} LAMBDA=${LAMBDA:-1} TOKENS=${TOKENS:-16} S
 TEMPERATURES=${TEMPERATURES:-1 0.7 0.5 0.3} # of the student's samples: the highest at which enough prompts have both right and wrong
 
 collect() { run python collect_candidates.py "$@"; }
-privileged() { # privileged TO VERB FILES...: records without a model
-  local to=$DATA/$1.jsonl
-  [ -e "$to" ] || { run python recipes/privileged.py "${@:2}" > "$to.part" && mv "$to.part" "$to"; }
-}
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 questions() { # questions NAME SKIP LIMIT: the student's prompts; NAME-gold: the teacher's
   local from=(prepare --task multidoc_qa --input "$QUESTIONS" --shuffle 0 --num_documents "$DOCUMENTS" --skip "$2" --limit "$3")
@@ -37,8 +33,8 @@ questions() { # questions NAME SKIP LIMIT: the student's prompts; NAME-gold: the
 teach() { # teach NAME: five responses of the teacher, the first the original one, under the student's prompts
   run $TORCHRUN collect_candidates.py sample --task multidoc_qa --model "$MODEL" --source teacher --num_samples 5 --temperature 1 \
     "${answers[@]}" --input "$DATA/$1-gold.jsonl" --output "$DATA/$1-taught.jsonl"
-  privileged "$1-under" under "$DATA/$1.jsonl" "$DATA/$1-taught.jsonl"
-  privileged "$1-teacher" original "$DATA/$1-under.jsonl"
+  records "$1-under" under "$DATA/$1-taught.jsonl" "$DATA/$1.jsonl"
+  records "$1-teacher" original "$DATA/$1-under.jsonl"
 }
 train() { # train RUN FROM DATA FLAGS...
   local model=$MODEL
@@ -54,21 +50,15 @@ own() { # own STUDENT: its four responses, ranked by the key; ties by the teache
     run $TORCHRUN collect_candidates.py sample --task multidoc_qa --model "$RUNS/$name/model" --num_samples 4 \
       --temperature "$temperature" "${answers[@]}" --input "$DATA/train.jsonl" --output "$file.jsonl"
     collect rank --by label --task multidoc_qa --input "$file.jsonl" --output "$file-label.jsonl"
-    [ "$(python -c 'import json, sys
-print(sum(len({c["correct"] for c in json.loads(line)["candidates"]}) > 1 for line in sys.stdin))' < "$file-label.jsonl")" \
-      -lt $((TRAIN / 5)) ] || break
+    [ "$(python recipes/records.py mixed "$file-label.jsonl")" -lt $((TRAIN / 5)) ] || break
   done
   echo "$name: temperature $temperature" >&2
-  privileged "$name-gold" under "$DATA/train-gold.jsonl" "$file-label.jsonl"
+  records "$name-gold" under "$file-label.jsonl" "$DATA/train-gold.jsonl"
   run $TORCHRUN collect_candidates.py rank --by logprob --task multidoc_qa --model "$MODEL" $BF16 --input "$DATA/$name-gold.jsonl" \
     --output "$DATA/$name-scored.jsonl"
-  privileged "$name-key" key "$DATA/$name-scored.jsonl"
-  privileged "$name-student" under "$DATA/train.jsonl" "$DATA/$name-key.jsonl"
-  [ -e "$DATA/ranked-$name.jsonl" ] || python -c 'import json, sys
-references = {r["id"]: r["candidates"][0] for r in map(json.loads, open(sys.argv[1]))}
-for r in map(json.loads, open(sys.argv[2])):
-    print(json.dumps(r | {"candidates": [references[r["id"]], *r["candidates"]], "ranked_by": "the answer key"}))' \
-    "$DATA/train-teacher.jsonl" "$DATA/$name-student.jsonl" > "$DATA/ranked-$name.jsonl"
+  records "$name-key" key "$DATA/$name-scored.jsonl"
+  records "$name-student" under "$DATA/$name-key.jsonl" "$DATA/train.jsonl"
+  records "ranked-$name" with_original "$DATA/train-teacher.jsonl" "$DATA/$name-student.jsonl"
 }
 measure() { # measure NAME MODEL
   names+=("$RESULTS/$1")
@@ -85,8 +75,8 @@ questions validation "$TRAIN" "$VALIDATION"
 questions test $((TRAIN + VALIDATION)) "$TEST"
 teach train
 teach validation
-privileged shuffled shuffled "$DATA/train-teacher.jsonl"
-privileged length length "$DATA/train-teacher.jsonl"
+records shuffled shuffled "$DATA/train-teacher.jsonl"
+records length length "$DATA/train-teacher.jsonl"
 names=()
 measure base "$MODEL"
 if ! kept teacher; then # what the teacher knows more

@@ -164,6 +164,25 @@ def test_tuna_sweeps(env, tuna_folder):
     assert "(2.14)" in line and len(re.findall(r"\d \(", line)) == 2  # ours at two of six betas
 
 
+def test_tuna_multidoc(env, tmp_path):
+    """The teacher reads the gold passage alone; its responses stand under the student's prompt."""
+    recipe("tuna_multidoc", env, tmp_path, SYSTEMS="shuffled tuna_c")
+    folder = tmp_path / "data/tuna_multidoc-tiny"
+    student, teacher = (read_jsonl(folder / f"train{x}.jsonl")[0]["prompt"] for x in ("", "-gold"))
+    assert (student.count("Document "), teacher.count("Document ")) == (3, 1)
+    for name in ("train-teacher", "shuffled", "ranked-alpaca-seed0"):
+        for record in read_jsonl(folder / f"{name}.jsonl"):
+            first, *others = record["candidates"]
+            assert first["source"] == "reference" and "rank" not in first and len(others) == 4
+            assert all("logprob" in c for c in others) and record["prompt"].count("Document ") == 3
+            if name.startswith("ranked"):
+                right = [c["correct"] for c in sorted(others, key=lambda c: c["rank"])]
+                assert right == sorted(right, reverse=True)
+    assert {p.name for p in (tmp_path / "results/tuna_multidoc-tiny").iterdir() if p.is_dir()} == {
+        *("base", "teacher"), *(f"{x}-seed0" for x in ("alpaca", "shuffled", "tuna_c"))
+    }  # fmt: skip
+
+
 def test_tuna_goes_on_after_its_budget(env, tmp_path):
     """--max_requests ends the ranking early and what is there is trained. The next start asks for the rest; what rests
     on it is trained anew, the PRM too, so what that ranked is ranked anew; what was asked and sampled stays."""
