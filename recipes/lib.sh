@@ -8,6 +8,9 @@ mkdir -p "$DATA" "$RUNS" "$RESULTS"
 # 55 s 16. A process keeps what it once held.
 [ "$SCALE" != cpu ] ||
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=16000000000}
+# A busy machine may end a run for want of memory: little of it is then lost.
+[ "$SCALE" != cpu ] || SAVE=${SAVE---checkpoint_every 20}
+SAVE=${SAVE:-}
 [ "$GPUS" = 1 ] && TORCHRUN=python || TORCHRUN="torchrun --nproc_per_node $GPUS"
 
 run() {

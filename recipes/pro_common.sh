@@ -81,7 +81,7 @@ block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train: raw, or with one m
 }
 train() { # train NAME SCRIPT FLAGS...
   run $TORCHRUN "$2" --model "$MODEL" --lr "$LR" --epochs "$EPOCHS" --batch_size "$BATCH" --max_length "$MAX_LENGTH" \
-    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume $SCHEDULE $BF16 ${PROMPTS:+--max_train_samples "$PROMPTS"} --output "$RUNS/$1" "${@:3}"
+    --max_prompt_length "$MAX_PROMPT" --seed "$seed" --resume $SAVE $SCHEDULE $BF16 ${PROMPTS:+--max_train_samples "$PROMPTS"} --output "$RUNS/$1" "${@:3}"
 }
 measure() { # measure NAME FLAGS...: answers to the test set, or with --source answers that are there
   names+=("$RESULTS/$1")

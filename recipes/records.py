@@ -1,4 +1,4 @@
-"""What recipes do to records beyond the verbs of collect_candidates.py; each command prints JSONL, but for `mixed`.
+"""What recipes do to records beyond the verbs of collect_candidates.py. Each prints JSONL, `mixed` and `best` a number.
 
 python recipes/records.py only SOURCE RECORDS           without the candidates of other sources
 python recipes/records.py answered RECORDS              without the empty candidates
@@ -11,6 +11,8 @@ python recipes/records.py mixed RECORDS                 how many have both a rig
 python recipes/records.py key RECORDS                   rank by the answer key, ties by the teacher's log p / tokens
 python recipes/records.py shuffled RECORDS              rank by chance, seeded by the id
 python recipes/records.py length RECORDS                rank by words, the longer one first
+Of figures:
+python recipes/records.py best FIGURE METRICS...        which *.metrics.json, from 0, has the largest figure
 
 `key` wants `correct` (rank --by label) and `logprob` (rank --by logprob).
 """
@@ -48,7 +50,15 @@ def by_chance(seed):
     return lambda candidate: draw.random()
 
 
+def best(figure, *paths):
+    values = [json.loads(pathlib.Path(path).read_text())["metrics"][figure] for path in paths]
+    return values.index(max(values))
+
+
 def main(verb, *given):
+    if verb == "best":
+        print(best(*given))
+        return
     *given, path = given
     records = read(path)
     if verb == "mixed":

@@ -57,7 +57,7 @@ pool=${POOL:-$pool}
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 train() { # train OUTPUT DATA ORDERING SIZE SEED, and more flags
   run $TORCHRUN rescue.py --ordering "$3" --data "$2" --model "$MODEL" --output "$1" --max_train_samples "$4" --seed "$5" \
-    --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume \
+    --alpha "$ALPHA" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" --resume $SAVE \
     ${ROW_TOKENS:+--max_tokens_per_row "$ROW_TOKENS"} $BF16 "${@:6}"
 }
 names=()
@@ -137,16 +137,16 @@ candidates test-first test-
 collect rank --by label $DROP --input "$DATA/test-$of.jsonl" --output "$DATA/test-ranked.jsonl"
 [ "$sampler" = "$MODEL" ] || measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
 [ "$TEACHER_PROMPTS" = 0 ] || measure "teacher@$TEACHER_PROMPTS-seed0" "$RUNS/teacher/model"
-if [ -n "$ALPHA_CHOICES" ]; then # the most accurate on the held-out rows, of equals the smallest
-  for ALPHA in $ALPHA_CHOICES; do
+if [ -n "$ALPHA_CHOICES" ]; then # the most accurate on the held-out rows, of equals the first
+  figures=() choices=($ALPHA_CHOICES)
+  for ALPHA in "${choices[@]}"; do
     name=choice-alpha@$ALPHA-seed100
+    figures+=("$RESULTS/$name/nli.metrics.json")
     kept "$name" && continue
     train "$RUNS/$name" "$mix-label.jsonl" label "$ALPHA_SIZE" 100
     answer "$name" "$RUNS/$name/model" held-out
     keep "$name" "$RUNS/eval/$name" "$RUNS/$name"
   done
-  ALPHA=$(python -c 'import json, sys
-accuracy = [json.load(open(f"{sys.argv[1]}/choice-alpha@{a}-seed100/nli.metrics.json"))["metrics"]["accuracy"] for a in sys.argv[2:]]
-print(max(zip(accuracy, reversed(range(len(accuracy))), sys.argv[2:]))[2])' "$RESULTS" $ALPHA_CHOICES)
+  ALPHA=${choices[$(python recipes/records.py best accuracy "${figures[@]}")]}
   echo "alpha $ALPHA" >&2
 fi

@@ -84,7 +84,7 @@ for seed in $SEEDS; do
     [ -d "$output/model" ] || kept "$ordering-${last%%:*}-seed$seed" ||
       run $TORCHRUN rescue.py --ordering "$ordering" --no_sft --data "$DATA/ranked.jsonl" --model "$MODEL" \
         --output "$output" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" \
-        --max_length "$MAX_LENGTH" --seed "$seed" --resume $BF16
+        --max_length "$MAX_LENGTH" --seed "$seed" --resume $SAVE $BF16
     measure "$ordering" "$output/model" "-seed$seed"
   done
 done

@@ -40,7 +40,7 @@ train() { # train RUN FROM DATA FLAGS...
   local model=$MODEL
   [ "$2" = base ] || model=$RUNS/$2-seed$seed/model
   [ -d "$RUNS/$1-seed$seed/model" ] || run $TORCHRUN tuna.py --model "$model" --data "$DATA/$3.jsonl" --output "$RUNS/$1-seed$seed" \
-    --batch_size "$BATCH" --warmup "$WARMUP" --epochs 1 --seed "$seed" --resume $BF16 "${@:4}"
+    --batch_size "$BATCH" --warmup "$WARMUP" --epochs 1 --seed "$seed" --resume $SAVE $BF16 "${@:4}"
 }
 ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
 own() { # own STUDENT: its four responses, ranked by the key; ties by the teacher, which reads its own prompt
