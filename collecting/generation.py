@@ -128,16 +128,16 @@ def without_join(prompt, text):
 # fmt: off
 @torch.inference_mode()
 def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temperature=0.0, top_p=1.0, num_beams=1,
-             max_prompt_length=None, stop=()):
+             max_prompt_length=None, min_new_tokens=0, stop=()):
     # fmt: on
     """Generate `num_samples` responses to each prompt -> a list per prompt of {text, logprob, num_tokens, finished}.
 
     temperature 0 is greedy (or beam search). What the prompts begin with in common, and each prompt for all its
     samples, is read once: its cache is repeated. logprob is the sum of the model's own log-probabilities, before
-    temperature and top_p, of the num_tokens tokens. EOS counts in neither (an empty response is its EOS): servers leave
-    it out too, and `rank --by logprob`. finished: it ended by itself within max_new_tokens. The text ends before the
-    first of the `stop` strings, and then without white space. Otherwise it is what was drawn: common.encode gives its
-    tokens.
+    temperature and top_p, of the num_tokens tokens. EOS counts in neither (an empty response is its EOS): servers
+    leave it out too, and `rank --by logprob`. finished: it ended by itself within max_new_tokens. EOS cannot be
+    among the first min_new_tokens. The text ends before the first of the `stop` strings, and then without white
+    space. Otherwise it is what was drawn: common.encode gives its tokens.
     """
     if 0 < temperature < 1e-3:
         raise UserError(f"--temperature {temperature} is too small to divide by: 0 is greedy")
@@ -164,6 +164,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temper
     model.generation_config = GenerationConfig()  # generate() would fill in from the model's what is not said here
     # under FSDP the weights are gathered (on_policy.gathered): ranks do not wait for each other
     options = {"pad_token_id": pad, "eos_token_id": ends, "synced_gpus": False}
+    options |= {"min_length": L + min_new_tokens} if min_new_tokens else {}
     if num_beams == 1:
         more = {"length": L + max_new_tokens, "temperature": temperature, "top_p": top_p, "stop": stop}
         tokens, logprobs = generate_rows(model, tokenizer, input_ids, mask, cache, options=options, **more)
@@ -190,7 +191,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temper
     return [responses[i : i + num_samples] for i in range(0, len(responses), num_samples)]
 
 
-OPTIONS = ("max_new_tokens", "max_prompt_length", "num_samples", "temperature", "top_p", "num_beams")
+OPTIONS = ("max_new_tokens", "min_new_tokens", "max_prompt_length", "num_samples", "temperature", "top_p", "num_beams")
 
 
 def options_of(args):

@@ -1,7 +1,9 @@
 """Reward models (PRO)."""
 
 import functools
+import importlib
 import math
+import re
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +60,35 @@ DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
 REWARD_TOKENS = 1024  # of a dialogue, whoever asks, as released: 512 for one use and 1,024 for another are two scales
 
 
+def vader(analyzer, text):
+    """4 x the mean over sentences of VADER's compound: long responses do not score higher, and gaps are wide."""
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
+    return 4 * sum(analyzer.polarity_scores(s)["compound"] for s in sentences) / len(sentences)
+
+
+def afinn(analyzer, text):
+    """AFINN's points per ten words: another lexicon, to measure what was trained with the first."""
+    return 10 * analyzer.score(text) / max(1, len(text.split()))
+
+
+# Rewards that are a rule: a name for --reward_model -> (the rule, module, class of its analyzer, package on PyPI)
+RULES = {
+    "vader": (vader, "vaderSentiment.vaderSentiment", "SentimentIntensityAnalyzer", "vaderSentiment"),
+    "afinn": (afinn, "afinn", "Afinn", "afinn"),
+}
+
+
+@functools.cache
+def load_rule(name, flag):
+    """-> the rule `name` as a function of a response's text."""
+    rule, module, analyzer, package = RULES[name]
+    try:
+        analyzer = getattr(importlib.import_module(module), analyzer)()
+    except ImportError:
+        raise UserError(f"{flag} {name} needs a package: pip install {package}") from None
+    return functools.partial(rule, analyzer)
+
+
 @functools.cache
 def load_reward_model(name, device, flag, allow_pickle):
     """-> (model, tokenizer, the form of dialogue it expects). A sequence classifier with one output, on `device`, in
@@ -92,7 +123,11 @@ def dialogue_ids(tokenizer, record, candidate, form, max_length=REWARD_TOKENS):
 
 
 def reward_logits(name, device, pairs, *, flag="--reward_model", form="auto", allow_pickle=False):
-    """Raw logits of the reward model `name` for pairs (record, candidate) -> floats: every reward of the project."""
+    """Raw logits of the reward model `name` for pairs (record, candidate) -> floats: every reward of the project.
+    A name in RULES is a rule, which reads the response alone."""
+    if name in RULES:
+        rule = load_rule(name, flag)
+        return [float(rule(candidate["text"])) for _, candidate in pairs]
     model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
     form = own_form if form == "auto" else form
     limit = min(REWARD_TOKENS, getattr(model.config, "max_position_embeddings", REWARD_TOKENS))

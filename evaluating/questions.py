@@ -77,6 +77,7 @@ def nli_metrics(rows):
 def multidoc_qa_flags(add, verb="multidoc-qa"):
     model_flags(add, verb)
     add("--num_beams", type=in_range(int, 1), default=1, help="1: greedy; more: beam search")
+    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: EOS cannot be the first token")
     generation_flags(add, 64)
 
 
@@ -94,15 +95,23 @@ def multidoc_qa(args):
     if rows := answer(args, "multidoc-qa", records):
         items = by_question(rows)
         metrics = multidoc_qa_metrics(rows) | {"questions": len(items)}
-        write_metrics(args, "multidoc-qa", metrics, {"accuracy": items})
+        write_metrics(args, "multidoc-qa", metrics, {"accuracy": items, "empty": by_question(rows, is_empty)})
         plot_positions({args.name: metrics}, beside(args, ".png"))
 
 
-def by_question(rows):
+def is_right(row):
+    return has_answer(row["text"], row["answers"])
+
+
+def is_empty(row):
+    return not row["text"].strip()
+
+
+def by_question(rows, what=is_right):
     """-> {question: the share of its gold positions at which the whole answer is right}: one item, not one a place."""
     questions = {}
     for r in rows:
-        questions.setdefault(r["id"].partition("-gold")[0], []).append(has_answer(r["text"], r["answers"]))
+        questions.setdefault(r["id"].partition("-gold")[0], []).append(what(r))
     return {question: mean(right) for question, right in questions.items()}
 
 
@@ -110,7 +119,7 @@ def multidoc_qa_metrics(rows):
     """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
     positions = {p: [r for r in rows if r["gold_position"] == p] for p in sorted({r["gold_position"] for r in rows})}
     metrics = {"prompts": len(rows), "unfinished": mean(not row["finished"] for row in rows)}
-    metrics["empty"] = mean(not row["text"].strip() for row in rows)
+    metrics["empty"] = mean(map(is_empty, rows))
     for kind, lines in (("accuracy", None), ("first_line", 1)):
         at = {}
         for p, some in positions.items():

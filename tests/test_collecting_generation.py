@@ -92,6 +92,18 @@ class TestGenerate:
             assert got["logprob"] == pytest.approx(want, abs=1e-3)
         assert model.generation_config is config
 
+    @pytest.mark.parametrize("beams", [1, 2])
+    def test_eos_is_not_among_the_first_tokens(self, tiny, tokenizer, monkeypatch, beams):
+        model, _ = generation.load_generator(str(tiny), torch.device("cpu"))
+        options = {"max_new_tokens": 6, "num_beams": beams}
+        [[plain]] = generation.generate(model, tokenizer, ["A man"], **options)
+        first = tokenizer(plain["text"], add_special_tokens=False).input_ids[0]
+        monkeypatch.setattr(model.generation_config, "eos_token_id", [tokenizer.eos_token_id, first])
+        if beams == 1:
+            assert generation.generate(model, tokenizer, ["A man"], **options)[0][0]["text"] == ""
+        [[got], _] = generation.generate(model, tokenizer, ["A man", "Two girls sit"], min_new_tokens=2, **options)
+        assert got["num_tokens"] >= 2 and got["text"]
+
     def test_what_would_empty_every_response_is_refused(self, tiny, tokenizer):
         with pytest.raises(UserError, match="--stop"):
             generation.unescape(["x", ""])

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -212,3 +214,36 @@ def test_a_cut_response_has_no_eos_for_a_model_of_ours(tiny):
     for finished in (True, False):
         ids = reward_models.dialogue_ids(tokenizer, {"prompt": "p"}, {"text": "x", "finished": finished}, "plain")
         assert (ids[-1] == tokenizer.eos_token_id) == finished
+
+
+def test_a_rule_is_a_reward_model_by_name(monkeypatch, capsys, tmp_path):
+    """`rank --by reward --reward_model vader`, with a stand-in for the package; the mean is over sentences."""
+    points = {"Good.": 0.5, "Bad!": -0.25, "So.": 0.0}
+    analyzer = types.SimpleNamespace(polarity_scores=lambda sentence: {"compound": points[sentence]})
+    fake = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyzer)
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", fake)
+    monkeypatch.setitem(sys.modules, "afinn", None)  # as if not installed
+    reward_models.load_rule.cache_clear()
+    candidates = [{"text": t, "source": "m"} for t in ("Bad!\nSo.", "Good.", "Good. Bad!")]
+    write_jsonl(tmp_path / "d.jsonl", [{"id": "1", "task": "hh", "prompt": "p", "candidates": candidates}])
+    flags = [
+        "rank",
+        "--task",
+        "hh",
+        "--by",
+        "reward",
+        "--input",
+        tmp_path / "d.jsonl",
+        "--output",
+        tmp_path / "r.jsonl",
+    ]
+    run(monkeypatch, *flags, "--reward_model", "vader")
+    found = [(c["text"], c["reward"], c["rank"]) for c in read_jsonl(tmp_path / "r.jsonl")[0]["candidates"]]
+    assert found == [("Good.", 2.0, 0), ("Good. Bad!", 0.5, 1), ("Bad!\nSo.", -0.5, 2)]
+    with pytest.raises(common.UserError, match="--reward_model afinn needs a package: pip install afinn"):
+        reward_models.reward_logits("afinn", None, [({}, {"text": "Good."})])
+    fake = types.SimpleNamespace(Afinn=lambda: types.SimpleNamespace(score=lambda text: 3.0 * ("good" in text)))
+    monkeypatch.setitem(sys.modules, "afinn", fake)
+    pairs = [({}, {"text": t}) for t in ("a good day", "", "bad")]
+    assert reward_models.reward_logits("afinn", None, pairs) == [10.0, 0.0, 0.0]
+    reward_models.load_rule.cache_clear()

@@ -30,8 +30,9 @@ def page(tmp_path, cli, monkeypatch):
         "comparisons": [{"higher": "label", "lower": "none", "figure": "accuracy"}],
     }
 
-    def run(**more):
+    def run(verdicts=(), **more):
         document = {"intro": "Here.", "claims": [claim | more], "conclusions": ["It does."]}
+        document |= {"verdicts": verdicts} if verdicts else {}
         (tmp_path / "claims.json").write_text(json.dumps(document))
         return cli("evaluate", "report", "--claims", "claims.json", "--output", "README.md")
 
@@ -95,8 +96,30 @@ def test_at_equal_lengths(page, tmp_path):
     wanted = {"higher": "label", "lower": "none", "figure": "accuracy"}
     out = page(comparisons=[wanted, wanted | {"at_equal": "words"}]).out.splitlines()
     assert out[-2].endswith("| 40, 1 | **seen**, in one seed |") and "accuracy at equal words | " in out[-1]
-    middle, (low, high) = claims.intercept([1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 7.0, 9.1])
-    assert middle == pytest.approx(0.95) and low < 0.95 < high  # slope 2.03, mean (2.5, 6.025)
+    middle, (low, high), p = claims.intercept([1.0, 2.0, 3.0, 4.0], [3.0, 5.0, 7.0, 9.1])
+    assert middle == pytest.approx(0.95) and low < 0.95 < high and p < 0.01  # slope 2.03, mean (2.5, 6.025)
+
+
+def test_verdicts_at_the_head(page, tmp_path):
+    """Holm over the lines of one study; p is the larger one of the bootstrap's and of Student's t."""
+    assert claims.holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    results = tmp_path / "x-cpu"
+    for seed in range(3):
+        keep(results, f"none-seed{seed}", [0.0, 1.0] * 300)
+        keep(results, f"label-seed{seed}", [0.0, 1.0, 1.0] * 200)
+        keep(results, f"like-seed{seed}", [1.0, 0.0] * 300)
+    line = {"higher": "label", "lower": "none", "figure": "accuracy", "study": "S", "folder": "x-cpu", "paper": "+5"}
+    line |= {"claim": "Label is better", "percent": True, "note": "here"}
+    pooled = line | {"higher": "label & like", "percent": False}
+    wild = line | {"higher": "like"}
+    out = page(verdicts=[line, pooled, wild, line | {"higher": "absent"}]).out.splitlines()
+    rows = [x for x in out if x.startswith("| S | Label is better")]
+    assert rows[0].startswith("| S | Label is better | +16.7 [")
+    assert rows[0].endswith("| 0.0008 | +5 | **seen**; here |")  # times four: the line that is not run counts too
+    assert "| +0.0833 [" in rows[1] and "| **too small to tell**; here |" in rows[2]
+    assert rows[3].endswith("| not run |  | +5 | **not run** |")
+    assert out.index(rows[0]) < out.index("## What a reader may conclude")
+    refused(page(verdicts=[{"study": "S"}]), "verdicts[0]: has no 'higher'")
 
 
 def test_refusals(page, tmp_path, cli):

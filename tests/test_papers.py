@@ -157,6 +157,11 @@ def test_every_recipe_and_result_named_exists():
         assert (ROOT / folder).exists(), folder
 
 
+def test_results_name_no_place_of_a_machine():
+    for path in ROOT.glob("results/*/*/*.json"):
+        assert not re.search(r'["= ]/[^" /]', path.read_text()), path
+
+
 def keys(tree):
     """The constant keys of the dicts in a tree, and of what is stored under a constant key."""
     for node in ast.walk(tree):
