@@ -573,10 +573,10 @@ def check_packing(model, encoded_records, score=None):
     coarse in bf16, so the packed row may differ from the padded ones by a quarter of the smaller error's effect.
     """
     plain, training = getattr(model, "module", model), model.training  # module: what DistributedDataParallel wraps
-    text, sequences = plain.config.get_text_config(), [e.prompt_ids + r for e in encoded_records for r in e.responses]
-    longest = max(map(len, sequences))
+    text, sequences = plain.config.get_text_config(), [(e.prompt_ids, r) for e in encoded_records for r in e.responses]
+    longest = max(len(prompt) + len(r) for prompt, r in sequences)
     P = min(128, longest // 2)  # a prompt of P tokens with 16 responses of 8
-    tokens = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
+    tokens = [*itertools.islice(itertools.cycle(x for s in sequences for ids in s for x in ids), P + 16 * 8)]
     some = [Encoded(None, tokens[:P], [tokens[i : i + 8] for i in range(P, len(tokens), 8)], 0, 0)]
     sizes = {k: getattr(text, k, None) for k in ("sliding_window", "attention_chunk_size")}
     model.eval()
