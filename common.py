@@ -1126,7 +1126,8 @@ def stop_if_asked():
     """Stop the run if any process received a signal. A collective: all processes call it at the same place."""
     if STOP["save"] and any(all_sum([STOP["asked"]])):
         STOP["save"]()
-        torchrun = f"torchrun --nproc_per_node {dist.get_world_size()} " if "RANK" in os.environ else "python "
+        each = os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())  # processes on each machine
+        torchrun = f"torchrun --nproc_per_node {each} " if "RANK" in os.environ else "python "
         command = torchrun + shlex.join([*(a for a in sys.argv if a != "--resume"), "--resume"])
         say(f"stopped by a signal; continue with: {command}")
         sys.exit(0)
