@@ -1,4 +1,4 @@
-"""What the method scripts share: packed rows, length-normalised scores, and what surrounds a training loop.
+"""What the method scripts share: packed rows, length-normalised scores, and what a training loop needs around it.
 
 It holds no loss and nothing of one paper alone. A method script and this file train in an empty folder.
 
@@ -272,7 +272,7 @@ def encode(tokenizer, record, max_length=512, max_prompt_length=None):
     marked `finished: false`.
 
     A prompt keeps its last `max_prompt_length` tokens, BOS among them. A response keeps its first tokens, as many as
-    `max_length` leaves beside the prompt. Without `max_prompt_length` responses go first: the prompt gets the rest.
+    `max_length` leaves after the prompt. Without `max_prompt_length` the responses get room before the prompt.
     """
     prompt = prompt_ids(tokenizer, record["prompt"])
     limit = max_length - min(len(prompt), max_prompt_length or 2, max_length - 2)
@@ -508,8 +508,8 @@ def rows(prompts, model, tokenizer, args):
     """Yield (weight, batch, *columns) for each row of this process's share of `prompts`.
 
     prompts: (Encoded, column, ...) each, a column a tensor [n] with a value per candidate. The columns of a row's
-    prompts are joined to [N]. weight is 1, or 0 where the row only keeps this process in step with the others. A thread
-    packs the next row meanwhile. Stops the run between two rows if a signal asked for it.
+    prompts are joined to [N]. weight is 1, or 0 where the row only keeps this process in step with the others. While
+    the caller computes, a thread packs the next row. Stops the run between two rows if a signal asked for it.
     """
     device = next(model.parameters()).device
     budget = args.max_tokens_per_row or (8192 if device.type == "cuda" else 1024)
@@ -573,10 +573,10 @@ def check_packing(model, encoded_records, score=None):
     coarse in bf16, so the packed row may differ from the padded ones by a quarter of the smaller error's effect.
     """
     plain, training = getattr(model, "module", model), model.training  # module: what DistributedDataParallel wraps
-    text, sequences = plain.config.get_text_config(), [e.prompt_ids + r for e in encoded_records for r in e.responses]
-    longest = max(map(len, sequences))
+    text, sequences = plain.config.get_text_config(), [(e.prompt_ids, r) for e in encoded_records for r in e.responses]
+    longest = max(len(prompt) + len(r) for prompt, r in sequences)
     P = min(128, longest // 2)  # a prompt of P tokens with 16 responses of 8
-    tokens = [*itertools.islice(itertools.cycle(itertools.chain(*sequences)), P + 16 * 8)]
+    tokens = [*itertools.islice(itertools.cycle(x for s in sequences for ids in s for x in ids), P + 16 * 8)]
     some = [Encoded(None, tokens[:P], [tokens[i : i + 8] for i in range(P, len(tokens), 8)], 0, 0)]
     sizes = {k: getattr(text, k, None) for k in ("sliding_window", "attention_chunk_size")}
     model.eval()
@@ -879,7 +879,8 @@ FREE |= {"attn", "max_tokens_per_row", "activation_checkpointing", "compile"}
 
 def open_run(args, doc):
     """-> the folder OUTPUT as a Path, locked while the process lives. Ends the program if the run is finished. Raises
-    UserError if the folder holds something else than a run, or if its run has other arguments or data."""
+    UserError if the folder holds something else than a run, or if its run has other arguments or data. `doc`: the
+    script's docstring; what stands above its commands goes to args.json and the model card."""
     output, file = pathlib.Path(args.output), pathlib.Path(args.output) / "args.json"
     settings = {k: v for k, v in vars(args).items() if k not in FREE}
     for path in filter(None, (args.data, args.eval_data)):
@@ -899,7 +900,7 @@ def open_run(args, doc):
         if not begun:
             versions = {"torch": torch.__version__, "transformers": transformers.__version__}
             about = {"command": shlex.join(sys.argv), "settings": settings, "versions": versions}
-            about["paper"] = doc.partition("\n\n    ")[0]  # a script's docstring begins with it
+            about["paper"] = doc.partition("\n\n    ")[0]
             file.write_text(json.dumps(about, indent=1))
     dist.barrier()
     if run_settings(output / "model") != settings:
@@ -1017,7 +1018,7 @@ def load_checkpoint(output, model, optimizer):
         state["optimizer"] = {k: v for k, v in state["optimizer"].items() if f"optimizer.{k}.step" in saved}
         dcp.load(state, storage_reader=reader)
     except (Exception, dcp.api.CheckpointException) as e:  # the latter is no Exception
-        raise UserError(f"{found[-1]} is damaged ({type(e).__name__}): delete it and start anew") from e
+        raise UserError(f"{found[-1]} is damaged ({type(e).__name__}): delete it and start again") from e
     some = states.StateDictOptions(strict=False)  # tied weights were saved once
     states.set_model_state_dict(model, state["model"], options=some)
     moments = {"state": state["optimizer"], "param_groups": groups}
@@ -1125,7 +1126,8 @@ def stop_if_asked():
     """Stop the run if any process received a signal. A collective: all processes call it at the same place."""
     if STOP["save"] and any(all_sum([STOP["asked"]])):
         STOP["save"]()
-        torchrun = f"torchrun --nproc_per_node {dist.get_world_size()} " if "RANK" in os.environ else "python "
+        each = os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size())  # processes on each machine
+        torchrun = f"torchrun --nproc_per_node {each} " if "RANK" in os.environ else "python "
         command = torchrun + shlex.join([*(a for a in sys.argv if a != "--resume"), "--resume"])
         say(f"stopped by a signal; continue with: {command}")
         sys.exit(0)

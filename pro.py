@@ -48,7 +48,8 @@ Where the print and the released code differ, or the print is silent:
 
 The log: pro_loss and sft_loss are L_PRO and L_SFT per prompt. pair_accuracy is the share of ordered pairs with
 s(better) > s(worse), and gap their mean difference. best_score is the mean score of the best candidates: if it falls,
-the model gains in ranking by making all candidates unlikely.
+the model gains in ranking by making all candidates unlikely. grad_norm is the norm before clipping, seconds the time of
+the step. An evaluation's figures begin with eval_; `best` says whether its model was saved in OUTPUT/best.
 """
 
 import random
@@ -111,7 +112,7 @@ def parse_args():
     add("--ranking_length", type=in_range(int, 2), help="candidates a prompt, l in the paper (default: all; Fig. 3)")
     add("--no_temperature", action="store_true", help="Eq. 8 instead of Eq. 9-11 (Table 5: -T)")
     add("--no_sft", action="store_true", help="drop L_SFT (Table 5)")
-    add("--first_only", action="store_true", help="the best against the rest alone (Table 5: -L_PRO^{k>1})")
+    add("--first_only", action="store_true", help="only the best against the rest (Table 5: -L_PRO^{k>1})")
     add("--no_ranking", action="store_true", help="drop L_PRO: supervised fine-tuning on the best, BoN (Sec. 4.4)")
     add("--score_scale", type=in_range(float, above=0), default=1.0, help="ours: factor of the scores, SimPO's beta")
     add("--target_margin", type=in_range(float, 0), default=0.0, help="ours: wanted gap of the scores, SimPO's gamma")
@@ -168,7 +169,7 @@ def sort_candidates(record, needs_reward, path):
     for i, c in enumerate(candidates):
         if "reward" not in c and (needs_reward or c.get("rank") is None) and (needs_reward or len(candidates) > 1):
             lacks = "no 'reward'" if needs_reward else "neither 'reward' nor 'rank'"
-            more = " (or train on ranks alone: --no_temperature)" if needs_reward else ""
+            more = " (or train on ranks only: --no_temperature)" if needs_reward else ""
             where = f"{path}: record {record['id']!r}: candidates[{i}]"
             raise UserError(f"{where} has {lacks}; add it with: {RANK_BY.format(path)}{more}")
     return record | {"candidates": sorted(candidates, key=lambda c: c.get("rank") or 0)}

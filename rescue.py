@@ -44,7 +44,8 @@ Where the print, the released code and this script differ:
 
 The log: rank_loss and sft_loss are Eq. 2 and 1 per prompt. pair_accuracy is the share of ordered pairs with s(better) >
 s(worse), and gap their mean difference. best_score is the mean score of the best candidates: if it falls, the model
-gains in ranking by making all candidates unlikely.
+gains in ranking by making all candidates unlikely. grad_norm is the norm before clipping, seconds the time of the step.
+An evaluation's figures begin with eval_; `best` says whether its model was saved in OUTPUT/best.
 """
 
 import math
@@ -84,7 +85,7 @@ def lambda_weights(scores, levels):
 def sft_loss(logprobs, lengths, target):
     """Eq. 1, divided by the length: the mean token NLL of y*, or 0 where there is none.
 
-    logprobs, lengths [n]; target [n] bool, true at y* alone -> scalar.
+    logprobs, lengths [n]; target [n] bool, true only at y* -> scalar.
     """
     return torch.where(target, -logprobs / lengths, 0.0).sum()
 

@@ -27,7 +27,8 @@ response and EOS as the training scripts do. `collect_candidates.py rank --by re
 `evaluate.py hh` use it. It is also Tuna's proxy ranking model.
 
 The log: loss is per prompt. pair_accuracy is the share of ordered pairs with r(better) > r(worse), and gap their mean
-difference. best_score is the mean reward of the best candidates.
+difference. best_score is the mean reward of the best candidates. grad_norm is the norm before clipping, seconds the
+time of the step. An evaluation's figures begin with eval_; `best` says whether its model was saved in OUTPUT/best.
 """
 
 import time

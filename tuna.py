@@ -31,7 +31,7 @@ Where the print and the released code differ, or the print is silent:
     all candidates, as the token mean of a micro-batch. Default: the original's. --mle_on all: over all, as the token
     mean of a prompt.
  3. The original response (`source` reference or human) is ranked with the others if it carries the annotation, as in
-    the released data. If not, it is used for L_MLE alone.
+    the released data. If not, it is used only for L_MLE.
  4. beta is for the teacher's score only. The student's exponent is 1, in print and code. The code sorts by a `score`
     field of its data. Here the score is computed from `logprob` and `num_tokens`, which never include EOS.
  5. Losses are averaged over prompts, and pairs never cross prompts.
@@ -51,7 +51,8 @@ own log-probabilities, unless --own_logprobs is given.
 
 The log: rank_loss and mle_loss are Eq. 4 and L_MLE per prompt. pair_accuracy is the share of ordered pairs with
 v_better > v_worse, and gap their mean difference. best_score is the mean score of the best candidates: if it falls,
-the model gains in ranking by making all candidates unlikely.
+the model gains in ranking by making all candidates unlikely. grad_norm is the norm before clipping, seconds the time of
+the step. An evaluation's figures begin with eval_; `best` says whether its model was saved in OUTPUT/best.
 """
 
 import math

@@ -74,10 +74,11 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
     dialogues = {i: [{"role": "user", "content": p}] if isinstance(p, str) else p for i, p in enumerate(prompts)}
     order = sorted(dialogues, key=lambda i: -sum(len(message["content"]) for message in dialogues[i]))
     batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
+    batches = [b for b in batches if not all(i in done for i in b)]
     batches = [[i for i in dialogues if i not in done]] if args.base_url else batches
     with tqdm(total=len(prompts) - len(done), desc=f"asking {args.model}", leave=False) as bar:
         for batch in batches:
-            asked = {i: dialogues[i] for i in batch} if not all(i in done for i in batch) else {}
+            asked = {i: dialogues[i] for i in batch}
             for turn in range(1 + RE_ASKS):
                 again = {}
                 for i, responses, error in ask(args, asked, count, **options) if asked else ():
@@ -102,18 +103,16 @@ def ask_local(args, dialogues, count, *, completions, **options):
     """One batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device, args.bf16)
-    texts = {
-        i: dialogue[0]["content"]
-        if completions
-        else render_chat(tokenizer, dialogue, add_generation_prompt=True)
-        if tokenizer.chat_template
-        else "\n\n".join(message["content"] for message in dialogue) + "\n"
-        for i, dialogue in dialogues.items()
-    }
+    if completions:
+        texts = [dialogue[0]["content"] for dialogue in dialogues.values()]
+    elif tokenizer.chat_template:
+        texts = [render_chat(tokenizer, dialogue, add_generation_prompt=True) for dialogue in dialogues.values()]
+    else:
+        texts = ["\n\n".join(m["content"] for m in dialogue) + "\n" for dialogue in dialogues.values()]
     options = generation.options_of(args) | options
-    torch.manual_seed(zlib.crc32(f"{args.seed} {next(iter(texts.values()))}".encode()))
-    responses = generation.generate(model, tokenizer, [*texts.values()], **options)
-    for i, samples in zip(texts, responses):
+    torch.manual_seed(zlib.crc32(f"{args.seed} {texts[0]}".encode()))
+    responses = generation.generate(model, tokenizer, texts, **options)
+    for i, samples in zip(dialogues, responses):
         count["tokens"] += sum(r["num_tokens"] for r in samples)
         for k, r in enumerate(samples):
             text = without_thinking(r["text"])
