@@ -332,12 +332,13 @@ def cut_left(tokenizer, ids, room):
 
 
 def encode_all(tokenizer, records, args):
-    """encode() for every record. Prints how much the length limits cut."""
+    """encode() for every record. Prints how much the length limits cut, where there are records."""
     if (args.max_prompt_length or 0) >= args.max_length:
         raise UserError(f"--max_length {args.max_length} must be larger than --max_prompt_length, to hold a response")
     encoded = [encode(tokenizer, r, args.max_length, args.max_prompt_length) for r in records]
     cut = f"{sum(e.prompt_cut > 0 for e in encoded)} prompts (left), {sum(e.responses_cut for e in encoded)} responses"
-    say(f"{len(encoded)} prompts, {sum(e.num_tokens for e in encoded)} tokens; cut to fit: {cut} (right)")
+    if encoded:
+        say(f"{len(encoded)} prompts, {sum(e.num_tokens for e in encoded)} tokens; cut to fit: {cut} (right)")
     return encoded
 
 

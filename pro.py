@@ -169,7 +169,8 @@ def sort_candidates(record, needs_reward, path):
     for i, c in enumerate(candidates):
         if "reward" not in c and (needs_reward or c.get("rank") is None) and (needs_reward or len(candidates) > 1):
             lacks = "no 'reward'" if needs_reward else "neither 'reward' nor 'rank'"
-            more = " (or train on ranks only: --no_temperature)" if needs_reward else ""
+            ranked = all(c.get("rank") is not None for c in candidates)
+            more = " (or train on ranks only: --no_temperature)" if needs_reward and ranked else ""
             where = f"{path}: record {record['id']!r}: candidates[{i}]"
             raise UserError(f"{where} has {lacks}; add it with: {RANK_BY.format(path)}{more}")
     return record | {"candidates": sorted(candidates, key=lambda c: c.get("rank") or 0)}

@@ -273,15 +273,20 @@ def test_mistakes_are_one_sentence(monkeypatch, capsys, tiny, tmp_path, rewards,
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert all(w in message for w in words), message
+    assert "--no_temperature" not in message  # no record has ranks either
 
 
-def test_ranks_alone_are_enough_without_temperature(monkeypatch, tiny, tmp_path):
+def test_ranks_alone_are_enough_without_temperature(monkeypatch, capsys, tiny, tmp_path):
     rows = load_candidates(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
     for row in rows:
         row["candidates"] = [c | {"rank": 1 - k} for k, c in enumerate(row["candidates"])]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     argv = [*FLAGS, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "run"]
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *argv)
+    assert "(or train on ranks only: --no_temperature)" in capsys.readouterr().err
     run(monkeypatch, *argv, "--no_temperature")
+    assert "0 prompts, 0 tokens" not in capsys.readouterr().out  # without --eval_data nothing is said of it
     assert read_log(tmp_path / "run")[-1]["step"] == 2
 
 
