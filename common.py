@@ -397,7 +397,7 @@ def shared_start(a, b):
 
 
 def pack(encoded_records, mask_of=dense_mask, block=1):
-    """Pack encoded records into one row, a prefix tree -> PackedBatch.
+    """Pack encoded records into one row, a prefix tree -> PackedBatch. `pack_for` gives it the mask that a model reads.
 
     Sequences are sorted, so neighbours share the longest prefixes. Each sequence adds only the tokens that it does not
     share with the one before it. So the descendants of a token follow it directly, up to end[token]. `mask_of` makes
@@ -567,7 +567,7 @@ def candidate_logprobs(model, batch):
 @torch.no_grad()
 def check_packing(model, encoded_records, score=None):
     """Raise UserError for a model that misreads packed rows: one with a running state, or one that ignores the mask or
-    the positions.
+    the positions. The row is pack_for's: pack alone knows no window, and makes no mask for eager attention.
 
     score(batch) -> [N] or [N, D] must be the same for a packed row and for padded ones; by default it is the mean token
     log-probability. It is also computed with two errors: the mask, then the positions, of plain text. Rounding is

@@ -12,7 +12,9 @@ import sys
 
 import pytest
 from api_server import Server, chat
+from architectures import tiny as tiny_model
 from conftest import ROOT, command, make_records, write_jsonl
+from test_models import saved
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
 FLOORS = {  # a script, or a package as a whole: what it may import; inside a package no import goes round
@@ -159,11 +161,15 @@ def test_a_copied_script_trains(tiny, reward_folder, tmp_path, script, flags):
     assert (tmp_path / "out/model/model.safetensors").exists()
 
 
-def test_the_snippet_of_the_readme_runs(tiny, tmp_path):
-    """Verbatim but for the model, beside common.py alone."""
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_the_snippet_of_the_readme_runs(kind, tmp_path):
+    """Verbatim but for the model, beside common.py alone. The row is right, also of windows and of eager attention."""
+    model = saved(tmp_path / "model", tiny_model(kind, vocab_size=400, bos_token_id=0, eos_token_id=1))
     text = (ROOT / "README.md").read_text().partition("## Copying a script\n")[2]
-    snippet = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("demo/model", str(tiny))
-    (tmp_path / "snippet.py").write_text(snippet + "assert model.lm_head.weight.grad.abs().sum() > 0\n")
+    snippet = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("demo/model", str(model))
+    snippet += "import common\nassert model.get_input_embeddings().weight.grad.abs().sum() > 0\n"
+    snippet += "padded, _ = candidate_logprobs(model, common.pack_padded([encoded]))\n"
+    (tmp_path / "snippet.py").write_text(snippet + "torch.testing.assert_close(logprobs, padded, atol=1e-3, rtol=1e-4)")
     shutil.copy(ROOT / "common.py", tmp_path)
     command(sys.executable, tmp_path / "snippet.py")
 
