@@ -20,9 +20,10 @@ from common import UserError, is_number, say
 BUDGET_SPENT = "--max_requests is reached"
 FAILURES_IN_A_ROW = 20  # then the server or the request is at fault, not a prompt
 # Every other finish_reason is that of a whole response.
-CUT = dict.fromkeys(("length", "max_tokens"), "cut at --max_new_tokens")
-CUT |= dict.fromkeys(("content_filter", "safety", "recitation"), "cut by a content filter")
-CUT |= dict.fromkeys(("error", "abort"), "cut by an error")
+CUT = dict.fromkeys(("length", "max_tokens", "model_length"), "cut at --max_new_tokens")
+FILTERS = ("content_filter", "safety", "recitation", "prohibited_content", "blocklist")
+CUT |= dict.fromkeys(FILTERS, "cut by a content filter")
+CUT |= dict.fromkeys(("error", "abort", "insufficient_system_resource"), "cut by an error")
 WHOLE = ("", "stop", "eos", "eos_token", "end", "end_turn", "stop_sequence")
 # Fields that a server may not take, or not with this value, and the sign of it in its error.
 OPTIONAL = {"max_tokens": "max_completion_tokens", "temperature": "temperature", "top_p": "top_p"}
@@ -238,7 +239,8 @@ def likelihood(logprobs, text):
     spelled = b"".join(pieces).startswith(end)  # else token strings are no text: "Ġ" for a space, a number, ...
     while len(pieces) > 1 and end:
         last = pieces.pop()
-        ends = b"".join(pieces).startswith(end) if spelled else SPECIAL.fullmatch(last) and not end.endswith(last)
+        sign = SPECIAL.fullmatch(last) and not (last and end.endswith(last))
+        ends = b"".join(pieces).startswith(end) if spelled else sign
         if not ends:
             break
         values.pop()

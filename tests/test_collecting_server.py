@@ -235,6 +235,14 @@ def test_a_response_is_whole_unless_it_is_known_to_be_cut(finish, capsys):
     assert ("1 of finish_reason tool_calls" in capsys.readouterr().out) == (finish == "tool_calls")
 
 
+@pytest.mark.parametrize("finish", ["model_length", "PROHIBITED_CONTENT", "blocklist", "insufficient_system_resource"])
+def test_other_servers_words_for_a_cut(finish):
+    """Mistral's, Gemini's, DeepSeek's."""
+    with Server(lambda prompt, nth, body: replies(said_by("hi", finish))) as server:
+        [(_, [response], _)] = asking.complete(arguments(server.url), ["a"])
+    assert response == {"text": "hi", "finished": False}
+
+
 def test_cuts_and_empty_responses_are_counted(capsys):
     found = [said_by("a", "length"), said_by("b", "content_filter"), said_by("c", "error"), said_by(""), said_by(None)]
     with Server(lambda prompt, nth, body: replies(*found)) as server:

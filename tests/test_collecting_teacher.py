@@ -133,6 +133,7 @@ def test_teacher_keeps_likelihoods(tmp_path, cli):
         ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9"], 3),
         ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9", "<|end|>"], 3),
         ("one two", ["one", "\u0120two", "<|im_end|>"], 2),  # the vocabulary's strings
+        ("one two", ["one", "\u0120two", ""], 2),
         ("one <b>", ["one", "\u0120", "<b>"], 3),
     ],
 )
