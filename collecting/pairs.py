@@ -55,6 +55,8 @@ def prepare_pair(row, where, index, template, names, tokenizer, rejected_ordered
         responses, rewards, ranks, sources = row["responses"], row["rewards"], row["ranks"], itertools.repeat(None)
         if "responses" in names or given.get("responses") is not None:  # best first; another name does not say that
             order = [-i for i in range(len(responses))]
+    elif all(names.get(k, k) in given for k in ("chosen", "rejected")):
+        return None  # one of the two is null
     contexts = [r[:-1] for r in responses or () if isinstance(r, list) and len(r) > 1]  # the prompt is in them
     context = contexts[0] if contexts else row["prompt"] or row["messages"]
     if not context or responses is None:

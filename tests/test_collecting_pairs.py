@@ -7,6 +7,7 @@ import pytest
 from conftest import read_jsonl, refused, write_jsonl
 from test_cli import readme_commands
 
+from collecting.pairs import prepare_pair
 from recipes.tiny import make_tokenizer
 
 TEMPLATE = r"{% for m in messages %}{{ '[' + m.role + ']' + m.content + '\n' }}{% endfor %}"
@@ -221,3 +222,10 @@ def test_readme_own_data_runs(cli, tiny, chat_model, tmp_path, monkeypatch):
         done = cli(words[1].removesuffix(".py"), *words[2:])
         assert done.code == 0, (line, done.err)
     assert len(list(tmp_path.glob("runs/*/model/config.json"))) == 4
+
+
+@pytest.mark.parametrize("null", ["chosen", "rejected"])
+def test_a_row_with_a_null_for_a_response_is_left_out(null):
+    row = {"prompt": "2 + 2 =", "chosen": "4", "rejected": ["5"]}
+    assert prepare_pair(row, "f:1", 0, "{prompt}", {}, None)
+    assert prepare_pair(row | {null: None}, "f:2", 1, "{prompt}", {}, None) is None
