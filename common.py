@@ -713,6 +713,8 @@ def load_pretrained(auto_class, name, flag="--model", allow_pickle=False, **kwar
     except Exception as e:  # a folder may hold anything
         reason = str(e).strip().splitlines()[0][:300] if str(e).strip() else type(e).__name__
         folder, hub = pathlib.Path(name), re.search("use_safetensors|safetensors conversion", str(e))
+        if reason.startswith("Repo id must"):
+            reason = "there is no such folder, and it is not the name of a model at the hub"
         if (folder / "adapter_config.json").exists():
             reason = "it is an adapter: merge it into its base model (peft's merge_and_unload), and give that"
         if hub or list(folder.glob("*.bin")) and not list(folder.glob("*.safetensors")):

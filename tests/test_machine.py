@@ -12,7 +12,7 @@ from architectures import ENCODED, FEW_SHOT, LONG, TREE, assert_same_gradients, 
 from conftest import command, make_model, make_tokenizer, refused
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModel, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers import AutoModelForSequenceClassification as CLASSIFIER
 
 import common
@@ -321,3 +321,10 @@ class TestTheGuard:
             monkeypatch.setenv(name, value)
         done = command(sys.executable, "rescue.py", *flags, check=False, cold=True)
         assert done.returncode == 2 and "process abc: error" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["/no/model", "runs/x/model", "../model"])
+@pytest.mark.parametrize("auto_class", [AutoTokenizer, AutoModelForCausalLM])
+def test_a_folder_that_is_not_there_is_named_so(auto_class, name):
+    with pytest.raises(UserError, match=f"^--model {name}: .*no such folder"):
+        common.load_pretrained(auto_class, name)
