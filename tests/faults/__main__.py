@@ -145,7 +145,8 @@ def outcome(folder):
         elif path.name.endswith(".metrics.json"):
             found[name] = json.loads(path.read_text())["metrics"]
         else:
-            found[name] = None if path.name.endswith("args.json") else path.read_bytes()
+            named = path.name.endswith("args.json") or path.name == "README.md"  # both name the run's own folder
+            found[name] = None if named else path.read_bytes()
     return found
 
 
