@@ -754,6 +754,8 @@ def load_model(args, device, auto_class=AutoModelForCausalLM, **kwargs):
             tokenizer = load_tokenizer(args.model, model=model)
             check_positions(model, args)
             settle_config(model, tokenizer)
+            if args.attn == "flex" and device.type == "cpu":
+                raise UserError("--attn flex: FlexAttention has no backward on CPU: leave --attn out")
             if not args.padded:
                 set_attention(model, device, args.attn)
             every = args.activation_checkpointing

@@ -119,6 +119,10 @@ def test_on_cuda_activations_are_recomputed_unless_the_flag_says_no(flag, on, tm
 class TestAttention:
     """What --attn gives a model, and what becomes of it."""
 
+    def test_flex_does_not_train_on_a_cpu(self, cli, tiny, data, tmp_path):
+        flags = ["--model", tiny, "--data", data, "--output", tmp_path / "run", "--attn", "flex"]
+        refused(cli("rescue", "--ordering", "label", *flags), "--attn flex", "no backward on CPU")
+
     @pytest.mark.parametrize(
         "kind, more, on_cuda",
         [
