@@ -211,7 +211,9 @@ def load_candidates(path, limit=None, how=""):
     try:
         with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
-                if line.strip() and len(records) != limit:
+                if len(records) == limit:
+                    break
+                if line.strip():
                     where = f"{path}:{number}"
                     record = json.loads(line)
                     check_record(record, where)
@@ -592,7 +594,7 @@ def check_packing(model, encoded_records, score=None):
         batches = (pack_padded(some).to(packed.input_ids.device), packed, *wrong)
         padded, *scores = map(score or (lambda batch: torch.div(*candidate_logprobs(model, batch))), batches)
         gap, *wrong = ((s - padded).norm().item() for s in scores)
-    except UserError:
+    except (UserError, MemoryError, torch.OutOfMemoryError, dist.DistError):
         raise
     except Exception as e:  # a model may do anything with a mask that it does not expect
         reason = (str(e).strip().splitlines() or [""])[0][:200]
@@ -693,7 +695,8 @@ def init_distributed(minutes=30):
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if cuda:
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # rows differ in length
+        if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # the older name, which torch reads first
+            os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # rows differ in length
         torch.cuda.set_device(device)
     transformers.utils.logging.disable_progress_bar()  # one bar per process for loading and saving weights
     options = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -907,6 +910,7 @@ def open_run(args, doc):
             about = {"command": shlex.join(sys.argv), "settings": settings, "versions": versions}
             about["paper"] = doc.partition("\n\n    ")[0]
             file.write_text(json.dumps(about, indent=1))
+            sync(file)
     dist.barrier()
     if run_settings(output / "model") != settings:
         raise UserError(f"--output {output}: this process has other arguments, or sees another folder, than process 0")
@@ -974,7 +978,8 @@ def whole_folder(folder):
             os.replace(part, folder)
             sync(folder.parent)
     except (*OUTSIDE, dcp.api.CheckpointException) as e:  # a full disk raises different errors
-        raise UserError(f"{folder} could not be saved ({str(e).strip().splitlines()[-1:]})") from e
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[-1]
+        raise UserError(f"{folder} could not be saved ({reason})") from e
     dist.barrier()
 
 
