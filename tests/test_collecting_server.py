@@ -85,7 +85,7 @@ def test_max_requests_counts_repeats_and_leaves_the_rest():
 def test_what_no_prompt_survives_stops_at_once(fault, message, capfd):
     with Server(lambda prompt, nth, body: fault) as server, pytest.raises(UserError, match=message):
         list(asking.complete(arguments(server.url), [str(i) for i in range(50)]))
-    assert sum(server.asked.values()) <= 8
+    assert sum(server.asked.values()) <= 24  # of 50; --concurrency 8, and the server may be faster than the client
     gc.collect()  # asyncio complains of errors nobody fetched when their tasks go
     assert "Traceback" not in capfd.readouterr().err
 
