@@ -79,10 +79,10 @@ def check_packing(model, encoded):
     model.score.forward = head
 
 
-LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better
-    "rank": ("rank", lambda c: -c["rank"]),
-    "label": ("correct", lambda c: c["correct"]),
-    "reward": ("reward", lambda c: c["reward"]),
+LEVELS = {  # --ordering -> the annotation, and a candidate's preference level, larger better; None: not compared
+    "rank": ("rank", lambda c: None if c.get("rank") is None else -c["rank"]),
+    "label": ("correct", lambda c: c.get("correct", c["source"] in common.HUMAN)),  # as in rescue.py
+    "reward": ("reward", lambda c: c.get("reward")),
 }
 COLLECT = "  python collect_candidates.py prepare --task hh --subset harmless-base --validation 280"
 
@@ -97,7 +97,7 @@ def load_data(args, path, limit=None):
             if field not in c and c["source"] not in common.HUMAN:  # the original response may be unranked
                 where = f"{path}: record {record['id']!r}"
                 raise UserError(f"{where}: candidates[{i}] has no {field!r}; add it with: {hint}")
-        ranked = [c for c in record["candidates"] if c.get(field) is not None]  # null: a repeated text, or the original
+        ranked = [c for c in record["candidates"] if level(c) is not None]  # null: a repeated text, or the original
         if ranked:
             data.append((record | {"candidates": ranked}, torch.tensor([float(level(c)) for c in ranked])))
     pairs = sum(int((x[:, None] > x[None, :]).sum()) for _, x in data)

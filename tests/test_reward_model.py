@@ -1,5 +1,6 @@
 """reward_model.py: the loss by hand, packed scores against AutoModelForSequenceClassification, from end to end."""
 
+import argparse
 import json
 import math
 import sys
@@ -113,6 +114,16 @@ def test_unranked_responses_are_left_out(tmp_path, tiny, cli):
     flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "run", "--ordering", "rank"]
     result = cli("reward_model", *flags)
     assert result.code == 0 and "8 prompts, 4 ordered pairs" in result.out
+
+
+def test_a_human_response_is_right_unless_marked(tmp_path):
+    """As rescue.py --ordering label reads it."""
+    texts = [{"text": t, "source": s} for t, s in (("a", "human"), ("b", "m"), ("c", "m"))]
+    texts[1]["correct"], texts[2]["correct"] = True, False
+    path = tmp_path / "d.jsonl"
+    path.write_text(json.dumps({"id": "1", "prompt": "p", "candidates": texts}))
+    [(record, levels)] = reward_model.load_data(argparse.Namespace(ordering="label"), path)
+    assert levels.tolist() == [1.0, 1.0, 0.0] and len(record["candidates"]) == 3
 
 
 @pytest.mark.parametrize("ordering, words", [("label", ["has no 'correct'", "rank --by label"])])
