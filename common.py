@@ -815,11 +815,12 @@ def set_attention(model, device, asked="auto"):
     needs heads of 16 or more and no dropout. A model without SDPA (soft-capped scores, attention sinks) keeps its own
     attention. Raises UserError if the model does not have the attention that was `asked` for."""
     own, config = model.config._attn_implementation, model.config.get_text_config()
+    sdpa = model._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)  # SDPA would ignore the cap
     if asked == "auto":
         flex = device.type == "cuda" and model._supports_flex_attn and not getattr(config, "attention_dropout", 0)
         flex = flex and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) >= 16
-        asked = "flex" if flex else "blocks" if own == "sdpa" else own
-    elif not (model._supports_flex_attn if asked == "flex" else model._supports_sdpa):
+        asked = "flex" if flex else own if own != "sdpa" else "blocks" if sdpa else "eager"
+    elif not (model._supports_flex_attn if asked == "flex" else sdpa):
         raise UserError(f"--attn {asked}: {type(model).__name__} has no such attention: leave --attn out")
     model.set_attn_implementation({"flex": "flex_attention"}.get(asked, asked))
 
