@@ -18,25 +18,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 import common  # noqa: E402
 from common import Encoded, UserError, candidate_logprobs  # noqa: E402
 
-SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
-LLAMA = SIZES | {"intermediate_size": 48, "num_key_value_heads": 2}
-GPT2 = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
-ARCHITECTURES = {
-    "llama": LLAMA,
-    "mistral": LLAMA | {"sliding_window": None},
-    "qwen2": LLAMA,
-    "qwen3": LLAMA | {"head_dim": 8},
-    "gpt_neox": SIZES | {"intermediate_size": 48},
-    "gpt2": GPT2 | {"bos_token_id": 1, "eos_token_id": 2},
-    "opt": SIZES | {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0},
-    "phi3": LLAMA,
-    "gemma3_text": LLAMA | {"head_dim": 8, "sliding_window": 512},
-}
-
-# What `tiny` sets in a config of any kind, as far as the config has it: windows and chunks are shorter than a prompt
+# What `make` sets in a config of any kind, as far as the config has it: windows and chunks are shorter than a prompt
 # with its response, and weights so large that a wrong mask shows.
 WINDOW = 6
-SMALL = LLAMA | GPT2 | {"head_dim": 8, "initializer_range": 0.2, "init_std": 0.2, "bos_token_id": 1, "eos_token_id": 2}
+SIZES = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL = SIZES | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "intermediate_size": 48}
+SMALL |= {"num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2, "init_std": 0.2}
+SMALL |= {"n_embd": 32, "n_layer": 2, "n_head": 4, "attn_pdrop": 0, "resid_pdrop": 0, "embd_pdrop": 0}
 SMALL |= {"sliding_window": WINDOW, "attention_chunk_size": WINDOW, "use_sliding_window": True, "max_window_layers": 1}
 SMALL |= {"d_model": 32, "n_layers": 2, "n_heads": 4, "num_layers": 2, "max_position_embeddings": 512}
 SMALL |= {"ffn_dim": 48, "word_embed_proj_dim": 32, "n_positions": 512, "rotary_dim": 8}
@@ -50,7 +38,7 @@ SMALL |= dict.fromkeys(("embd_dropout", "embedding_dropout", "router_jitter_nois
 BOTH = {"layer_types": ["sliding_attention", "full_attention"]}
 MAMBA = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8}
 HEADS = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 4}
-FALCON = {k: v for k, v in SIZES.items() if k != "pad_token_id"} | {"initializer_range": 0.2}
+FALCON = SIZES | {"initializer_range": 0.2}
 OWN = {  # what a kind needs beside that
     "bamba": HEADS | {"attn_layer_indices": [1]},
     "falcon": FALCON | {"alibi": False},
@@ -58,12 +46,7 @@ OWN = {  # what a kind needs beside that
     "falcon_h1": MAMBA,
     "gemma3_text": BOTH,
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": WINDOW},
-    "granitemoehybrid": {
-        "mamba_n_heads": 8,
-        "mamba_d_head": 8,
-        "mamba_d_state": 4,
-        "layer_types": ["mamba", "attention"],
-    },
+    "granitemoehybrid": HEADS | {"layer_types": ["mamba", "attention"]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "llama4_text": {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]},
@@ -73,13 +56,7 @@ OWN |= dict.fromkeys(("afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe"
 OWN |= dict.fromkeys(("ministral", "olmo3", "laguna", "mellum"), BOTH)
 
 
-def make(kind, **more):
-    torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(kind, **(ARCHITECTURES.get(kind, LLAMA) | more))
-    return transformers.AutoModelForCausalLM.from_config(config).train()
-
-
-def tiny(name, **more):
+def make(name, **more):
     """A model of any kind in transformers -> the model. None if it is still large, or has other parts than text."""
     kind = name.partition(" ")[0]
     default, own = transformers.AutoConfig.for_model(kind), OWN.get(name, {})
@@ -127,6 +104,7 @@ FEW_SHOT = [dataclasses.replace(e, prompt_ids=LONG[2].prompt_ids + e.prompt_ids)
 
 
 def gradients(model, batch):
+    """-> (log-probabilities [N], {parameter: gradient}) of a weighted sum of scores."""
     model.zero_grad()
     logprobs, lengths = candidate_logprobs(model, batch)
     (common.length_normalized(logprobs, lengths, 0.85) * torch.linspace(-1, 2, len(logprobs))).sum().backward()
@@ -143,6 +121,15 @@ def assert_same_gradients(got, want, bound=1e-5, floor=1e-4):
         assert (got[name] - g).norm() <= bound * max(g.norm(), floor * whole), name
 
 
+def assert_packed_is_padded(model, encoded, floor=1e-4):
+    """Scores and gradients of the row that training packs, and of one sequence per candidate."""
+    packed, grads = gradients(model, common.pack_for(model, encoded))
+    padded, padded_grads = gradients(model, common.pack_padded(encoded))
+    torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-5)
+    assert_same_gradients(grads, padded_grads, floor=floor)
+    return padded
+
+
 def is_causal(model):
     """Whether a token's logits leave those of the tokens before it alone."""
     a = torch.arange(3, 15)[None]
@@ -155,7 +142,7 @@ def outcome(name):
     """(how a tiny model of a kind reads: "packed", "--padded", or "no causal language model"; why), or None where there
     is none."""
     try:
-        model = tiny(name)
+        model = make(name)
         if model is None:
             return None
         if not is_causal(model):

@@ -1,6 +1,7 @@
 """Fixtures: a tiny random Llama with a tokenizer trained on the spot, records, and the scripts called in this process
 or as commands."""
 
+import collections
 import contextlib
 import functools
 import gzip
@@ -8,6 +9,7 @@ import importlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,8 +18,7 @@ import tempfile
 import pytest
 import torch
 import warm
-from safetensors.torch import load_file
-from transformers import AutoModelForSequenceClassification
+from safetensors.torch import load_file, save_file
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -25,7 +26,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "HF_HU
 torch.set_num_threads(1)
 
 import common  # noqa: E402
-from recipes.tiny import ROWS, make_model, make_tokenizer  # noqa: E402
+from recipes.tiny import ROWS, make_model, make_reward_model, make_tokenizer  # noqa: E402
 
 LABELS = ("entailment", "neutral", "contradiction")
 
@@ -38,22 +39,39 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A folder with the tiny model: what --model takes."""
-    folder = tmp_path_factory.mktemp("tiny")
-    make_model().save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(tmp_path_factory.mktemp("tiny"), make_model())
 
 
 @pytest.fixture(scope="session")
-def reward_folder(tiny, tmp_path_factory):
+def reward_folder(tmp_path_factory):
     """A random sequence classifier with one output."""
-    folder = tmp_path_factory.mktemp("reward")
-    torch.manual_seed(3)
-    model = AutoModelForSequenceClassification.from_pretrained(tiny, num_labels=1)
-    torch.nn.init.normal_(model.score.weight)
+    return saved(tmp_path_factory.mktemp("reward"), make_reward_model(3))
+
+
+@pytest.fixture
+def own(tiny, tmp_path):
+    """A copy of the tiny model's folder to change."""
+    return shutil.copytree(tiny, tmp_path / "own")
+
+
+def saved(folder, model):
+    """The folder with this model and the tiny tokenizer."""
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def change(file, **changes):
+    """Change these fields of a JSON file."""
+    content = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(content | changes))
+
+
+def change_weights(folder, change):
+    """change(weights) edits the dict of a folder's tensors."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def make_records(n=12, candidates=3):
@@ -78,6 +96,14 @@ def make_records(n=12, candidates=3):
     return records
 
 
+def ranked_records(n=12, candidates=3):
+    """The same with a rank and a reward: the human response first, then as they stand."""
+    records = make_records(n, candidates)
+    for record in records:
+        record["candidates"] = [c | {"rank": k, "reward": -float(k)} for k, c in enumerate(record["candidates"])]
+    return records
+
+
 def nli(i, *texts, label="neutral"):
     """A small record: the first text is the human response, the others are a model's."""
     candidates = [{"text": t, "source": "human" if k == 0 else "m"} for k, t in enumerate(texts)]
@@ -98,30 +124,45 @@ def data(tmp_path):
     return write_jsonl(tmp_path / "data.jsonl", make_records())
 
 
-class Result:
-    def __init__(self, code, out, err):
-        self.code, self.out, self.err = code, out, err
+Result = collections.namedtuple("Result", "code out err")
 
 
-@pytest.fixture
-def cli(capfd, monkeypatch):
-    """cli("rescue", "--ordering", ...) runs a script's main in this process -> Result(code, out, err)."""
-
-    def run(script, *args):
-        module = importlib.import_module(script)
-        monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
-        handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-        capfd.readouterr()
-        code = 0
+def launch(script, *args):
+    """A script's main in this process -> its exit code. Its signal handlers and its lock end as with a process."""
+    handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *map(str, args)])
         try:
-            common.run_cli(module.main)
+            common.run_cli(importlib.import_module(script).main)
         except SystemExit as e:
-            code = e.code or 0
+            return e.code or 0
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            common.open_run.lock = None  # as the end of a process would
-        return Result(code, *capfd.readouterr())
+            common.open_run.lock = None
+    return 0
+
+
+@pytest.fixture
+def cli(capfd):
+    """cli("rescue", "--ordering", ...) runs a script's main in this process -> Result(code, out, err)."""
+
+    def run(script, *args):
+        capfd.readouterr()
+        return Result(launch(script, *args), *capfd.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def train(cli, tiny, data, tmp_path):
+    """train(name, *flags) -> Result: three steps of rescue.py, into tmp_path / name. Flags stand above the defaults."""
+
+    def run(name, *flags, code=0):
+        own = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / name]
+        result = cli("rescue", *own, "--lr", 1e-3, "--batch_size", 4, *flags)
+        assert result.code == code, result.err
+        return result
 
     return run
 

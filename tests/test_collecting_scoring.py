@@ -117,7 +117,7 @@ def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, capsys):
 @pytest.mark.parametrize("kind, attention", [("gpt2", "blocks"), ("llama", "flex_attention")])
 def test_on_cuda_a_model_without_flex_attention_reads_blocks(kind, attention, monkeypatch):
     """GPT-2 has none: it must not end the run."""
-    model = architectures.make(kind, num_attention_heads=2)
+    model = architectures.make(kind, head_dim=16)
     monkeypatch.setattr(type(model), "device", torch.device("cuda"))
     with pytest.raises(KeyError):  # as soon as the rows are checked
         scoring.score_rows(model, [common.Encoded(None, [5, 6], [[7]], 0, 0)], None, lambda some: {}["here"])

@@ -1,7 +1,5 @@
 """common.py's machine: attention's masks, loading, sharding, memory; what a user is told."""
 
-import json
-import shutil
 import sys
 import types
 
@@ -9,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from architectures import ENCODED, FEW_SHOT, LONG, TREE, assert_same_gradients, gradients, make, make_encoded
-from conftest import command, make_model, make_tokenizer, refused
+from conftest import change, change_weights, command, make_model, make_tokenizer, refused
 from safetensors.torch import load_file, save_file
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
@@ -58,23 +56,6 @@ class TestFlex:
             for row, n, order in zip(want, number[0, 0], indices[0, 0]):
                 assert sorted(order[:n].tolist()) == row.nonzero().flatten().tolist()
 
-    def test_attention_is_sdpas_and_is_compiled_twice_at_most(self):
-        """A new row length makes the shape dynamic, once: no compilation per step. aot_eager stands in for Triton."""
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        flex_attention = torch.compile(torch.nn.attention.flex_attention.flex_attention, backend="aot_eager")
-        for n in range(1, 6):
-            encoded = make_encoded(*[(60 + 40 * n, [20 * n, 30])] * n)
-            plain, flex = pack(encoded), pack_flex(encoded)
-            T, filled = plain.input_ids.shape[1], flex.input_ids.shape[1]
-            q, k, v = torch.randn(3, 1, 2, filled, 16)
-            with torch.no_grad():
-                got = flex_attention(q, k, v, block_mask=flex.attention_mask)[:, :, :T]
-            q, k, v = (x[:, :, :T] for x in (q, k, v))
-            want = F.scaled_dot_product_attention(q, k, v, attn_mask=plain.attention_mask)
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-
 
 @pytest.fixture
 def machine():
@@ -113,58 +94,41 @@ def test_on_cuda_activations_are_recomputed_unless_the_flag_says_no(flag, on, tm
     monkeypatch.setattr(common, "shard", lambda model, *more: model)
     model = load(tmp_path, device="cuda", attn="auto", activation_checkpointing=flag)
     assert model.model.layers[0].gradient_checkpointing is on
-    assert model.config._attn_implementation == "blocks"  # its heads are of 8
 
 
 class TestAttention:
     """What --attn gives a model, and what becomes of it."""
 
-    def test_flex_does_not_train_on_a_cpu(self, cli, tiny, data, tmp_path):
-        flags = ["--model", tiny, "--data", data, "--output", tmp_path / "run", "--attn", "flex"]
-        refused(cli("rescue", "--ordering", "label", *flags), "--attn flex", "no backward on CPU")
+    def test_flex_does_not_train_on_a_cpu(self, train):
+        refused(train("run", "--attn", "flex", code=2), "--attn flex", "no backward on CPU")
 
     @pytest.mark.parametrize(
-        "kind, more, on_cuda",
+        "kind, more, on_cpu, on_cuda",
         [
-            ("gpt2", {}, "blocks"),  # transformers has no FlexAttention for it
-            ("llama", {"attention_dropout": 0.1}, "blocks"),
-            ("llama", {"num_attention_heads": 4}, "blocks"),  # heads of 8
-            ("llama", {"num_attention_heads": 2}, "flex_attention"),
+            ("gpt2", {}, "blocks", "blocks"),  # transformers has no FlexAttention for it
+            ("llama", {"attention_dropout": 0.1}, "blocks", "blocks"),
+            ("llama", {}, "blocks", "blocks"),  # heads of 8
+            ("llama", {"head_dim": 16}, "blocks", "flex_attention"),
+            ("gemma2", {"head_dim": 16}, "eager", "flex_attention"),  # it caps its scores, which SDPA cannot
+            ("llama", {"attn_implementation": "eager"}, "eager", "eager"),  # its config's own
         ],
     )
-    def test_each_model_has_one_that_reads_packed_rows(self, kind, more, on_cuda):
-        for device, asked, want in (
-            ("cpu", "auto", "blocks"),
-            ("cuda", "auto", on_cuda),
-            ("cuda", "blocks", "blocks"),
-            ("cuda", "sdpa", "sdpa"),
-            ("cpu", "sdpa", "sdpa"),
-        ):
+    def test_each_model_has_one_that_reads_packed_rows(self, kind, more, on_cpu, on_cuda):
+        for device, want in (("cpu", on_cpu), ("cuda", on_cuda)):
             model = make(kind, **more)
-            common.set_attention(model, torch.device(device), asked)
-            assert model.config._attn_implementation == want, (device, asked)
-
-    def test_asked_for_by_name(self):
-        model = make("llama", num_attention_heads=2)
-        common.set_attention(model, torch.device("cpu"), "flex")
-        assert model.config._attn_implementation == "flex_attention"
-        with pytest.raises(common.UserError, match="--attn flex: GPT2LMHeadModel has no such attention"):
-            common.set_attention(make("gpt2"), torch.device("cuda"), "flex")
-
-    def test_a_model_without_sdpa_keeps_its_own(self):
-        """Gemma 2 caps its scores, which SDPA cannot. On CUDA FlexAttention can."""
-        for device, want in (("cpu", "eager"), ("cuda", "flex_attention")):
-            model = make("gemma2", head_dim=16)
             common.set_attention(model, torch.device(device))
-            assert model.config._attn_implementation == want
-        with pytest.raises(common.UserError, match="--attn sdpa: Gemma2ForCausalLM has no such attention"):
-            common.set_attention(model, torch.device("cpu"), "sdpa")
+            assert model.config._attn_implementation == want, device
 
-    def test_the_flag_stands_above_the_config(self):
-        for asked, want in (("auto", "eager"), ("blocks", "blocks"), ("sdpa", "sdpa")):
-            model = make("llama", attn_implementation="eager")
-            common.set_attention(model, torch.device("cpu"), asked)
-            assert model.config._attn_implementation == want
+    @pytest.mark.parametrize("asked, want", [("blocks", "blocks"), ("sdpa", "sdpa"), ("flex", "flex_attention")])
+    def test_the_flag_stands_above_the_config(self, asked, want):
+        model = make("llama", head_dim=16, attn_implementation="eager")
+        common.set_attention(model, torch.device("cuda"), asked)
+        assert model.config._attn_implementation == want
+
+    @pytest.mark.parametrize("asked, kind", [("flex", "gpt2"), ("sdpa", "gemma2")])
+    def test_what_a_model_does_not_have_is_refused(self, asked, kind):
+        with pytest.raises(UserError, match=f"--attn {asked}: .* has no such attention"):
+            common.set_attention(make(kind), torch.device("cuda"), asked)
 
     def test_blocks_survive_the_way_to_the_device(self, monkeypatch):
         """Pinning returns another tensor, without the attribute: a stand-in for CUDA does as much."""
@@ -178,7 +142,8 @@ class TestAttention:
 
     @pytest.mark.parametrize("inside, after", [("flex_attention", "sdpa"), ("blocks", "blocks")])
     def test_generation_in_training_is_not_flexs(self, inside, after):
-        model = make("llama", attn_implementation=inside)
+        model = make("llama", head_dim=16)
+        model.set_attn_implementation(inside)
         with on_policy.gathered(model), torch.no_grad():
             assert model.config._attn_implementation == after
             model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False)
@@ -204,86 +169,66 @@ def test_compiled_layers_learn_the_same(tmp_path, machine, monkeypatch):
 
 
 class TestModelFolders:
-    @pytest.fixture
-    def own(self, tiny, tmp_path):
-        return shutil.copytree(tiny, tmp_path / "own")
-
-    def train(self, cli, model, data, tmp_path):
-        return cli("rescue", "--ordering", "label", "--model", model, "--data", data, "--output", tmp_path / "o")
-
-    def test_a_missing_tensor_is_not_made_up(self, cli, own, data, tmp_path):
-        weights = load_file(own / "model.safetensors")
-        weights.pop("model.layers.1.mlp.up_proj.weight")
-        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
-        refused(self.train(cli, own, data, tmp_path), "layers.1.mlp.up_proj")
-
     @pytest.mark.parametrize("script", ["rescue", "reward_model", "sample"])
-    def test_fewer_layers_than_weights(self, cli, own, data, tmp_path, script):
-        config = json.loads((own / "config.json").read_text()) | {"num_hidden_layers": 1}
-        (own / "config.json").write_text(json.dumps(config))
-        flags = ["--model", own, "--output", tmp_path / "o.jsonl"]
-        if script == "sample":
-            done = cli("collect_candidates", "sample", "--input", data, *flags)
+    @pytest.mark.parametrize("wrong", ["a tensor is missing", "fewer layers than weights"])
+    def test_weights_that_do_not_fit(self, cli, own, data, tmp_path, script, wrong):
+        """Nothing is made up, nothing left out."""
+        if wrong == "a tensor is missing":
+            change_weights(own, lambda weights: weights.pop("model.layers.1.mlp.up_proj.weight"))
         else:
-            done = cli(script, "--ordering", "label", "--data", data, *flags)
+            change(own / "config.json", num_hidden_layers=1)
+        sample = ["collect_candidates", "sample", "--input", data]
+        training = [script, "--ordering", "label", "--data", data]
+        done = cli(*(sample if script == "sample" else training), "--model", own, "--output", tmp_path / "o.jsonl")
         refused(done, own, "do not fit its config.json: model.layers.1.")
 
     def test_what_legitimately_is_left_over(self, own, tmp_path):
         """A tied head of its own, buffers of older checkpoints, a base model's names; of another task also its head."""
-        weights = load_file(own / "model.safetensors")
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
-        weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
-        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
+        head = lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()})  # noqa: E731
+        buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.zeros(4)}
+        change_weights(own, head)
+        change_weights(own, lambda weights: weights.update(buffer))
         for auto_class, options in ((AutoModelForCausalLM, {}), (CLASSIFIER, {"num_labels": 1}), (AutoModel, {})):
             common.load_pretrained(auto_class, own, **options)
-        save_file(weights | {"score.weight": torch.zeros(1, 32)}, own / "model.safetensors", metadata={"format": "pt"})
+        common.load_pretrained(AutoModelForCausalLM, own).model.save_pretrained(tmp_path / "body")
+        common.load_pretrained(CLASSIFIER, tmp_path / "body", num_labels=1)
+        change_weights(own, lambda weights: weights.update({"score.weight": torch.zeros(1, 32)}))
         common.load_pretrained(CLASSIFIER, own, num_labels=1)
         with pytest.raises(UserError, match="do not fit its config.json: score.weight"):
             common.load_pretrained(AutoModelForCausalLM, own)
-        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
-        common.load_pretrained(AutoModelForCausalLM, own).model.save_pretrained(tmp_path / "body")
-        common.load_pretrained(CLASSIFIER, tmp_path / "body", num_labels=1)
-        gpt2 = GPT2LMHeadModel(
-            GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-        )
-        gpt2.save_pretrained(tmp_path / "gpt2")
-        weights = load_file(tmp_path / "gpt2/model.safetensors")
+
+    def test_the_hubs_gpt2(self, tmp_path):
+        """It has masks that are no weights, and names without a prefix."""
+        sizes = {"vocab_size": 50, "n_embd": 16, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path)
         masks = {f"transformer.h.{i}.attn.{k}": torch.zeros(1) for i in (0, 1) for k in ("bias", "masked_bias")}
-        save_file(weights | masks, tmp_path / "gpt2/model.safetensors", metadata={"format": "pt"})
-        common.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
-        weights = {k.removeprefix("transformer."): v for k, v in (weights | masks).items()}  # as the hub's gpt2
-        save_file(weights, tmp_path / "gpt2/model.safetensors", metadata={"format": "pt"})
-        common.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
-        (tmp_path / "gpt2/config.json").write_text(
-            (tmp_path / "gpt2/config.json").read_text().replace('"n_layer": 2', '"n_layer": 1')
-        )
+        change_weights(tmp_path, lambda weights: weights.update(masks))
+        common.load_pretrained(AutoModelForCausalLM, tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        weights = {k.removeprefix("transformer."): v for k, v in weights.items()}
+        save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        common.load_pretrained(AutoModelForCausalLM, tmp_path)
+        change(tmp_path / "config.json", n_layer=1)
         with pytest.raises(UserError, match="do not fit its config.json: (transformer.)?h.1."):
-            common.load_pretrained(AutoModelForCausalLM, tmp_path / "gpt2")
+            common.load_pretrained(AutoModelForCausalLM, tmp_path)
 
-    def test_a_classifiers_missing_layer_is_not_made_up(self, cli, own, data, tmp_path):
-        weights = load_file(own / "model.safetensors")
-        weights.pop("model.layers.1.mlp.up_proj.weight")
-        save_file(weights, own / "model.safetensors", metadata={"format": "pt"})
-        flags = ["--ordering", "label", "--data", data, "--model", own, "--output", tmp_path / "o"]
-        refused(cli("reward_model", *flags), "do not fit its config.json: model.layers.1.mlp.up_proj")
-
-    def test_a_tokenizer_larger_than_the_vocabulary(self, cli, own, data, tmp_path):
+    def test_a_tokenizer_larger_than_the_vocabulary(self, train, own):
         make_model(vocab_size=make_tokenizer().vocab_size - 9).save_pretrained(own)
-        refused(self.train(cli, own, data, tmp_path), f"its tokenizer has {make_tokenizer().vocab_size} tokens")
+        done = train("o", "--model", own, code=2)
+        refused(done, f"its tokenizer has {make_tokenizer().vocab_size} tokens")
 
     @pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"{}", None])
-    def test_broken_weights(self, cli, own, data, tmp_path, content):
+    def test_broken_weights(self, train, own, content):
         whole = (own / "model.safetensors").read_bytes()
         (own / "model.safetensors").write_bytes(whole[: len(whole) // 2] if content is None else content)
-        refused(self.train(cli, own, data, tmp_path), own)
+        refused(train("o", "--model", own, code=2), own)
 
     @pytest.mark.parametrize(
-        "change", [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"model_type": 7}, {"num_hidden_layers": "x"}]
+        "wrong", [{"hidden_size": "x"}, {"num_attention_heads": 0}, {"model_type": 7}, {"num_hidden_layers": "x"}]
     )
-    def test_odd_configs(self, cli, own, data, tmp_path, change):
-        config = json.loads((own / "config.json").read_text()) | change
-        (own / "config.json").write_text(json.dumps(config))
-        refused(self.train(cli, own, data, tmp_path), own)
+    def test_odd_configs(self, train, own, wrong):
+        change(own / "config.json", **wrong)
+        refused(train("o", "--model", own, code=2), own)
 
 
 class TestTheGuard:

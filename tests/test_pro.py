@@ -3,15 +3,15 @@
 import json
 import math
 import signal
-import sys
 
 import pytest
 import torch
-from conftest import command, difference, killed_in_step, read_jsonl, weights
+from conftest import command, difference, killed_in_step, launch, read_jsonl, refused, weights, write_jsonl
+from transformers import AutoModelForCausalLM
 
 import common
 import pro
-from collecting.files import load_candidates
+from collecting import generation
 
 
 def naive_loss(scores, rewards=None, first_only=False):
@@ -101,11 +101,6 @@ def test_sft_loss_takes_the_best():
     assert pro.sft_loss(logprobs, lengths, "mean").item() == 2.0
 
 
-def test_pair_statistics():
-    best, in_order, pairs, gap = common.pair_statistics(torch.tensor([-1.0, -3.0, -2.0]), torch.tensor([2, 1, 0]))
-    assert (best.item(), in_order.item(), pairs.item(), gap.item()) == (-1.0, 2, 3, 2.0)  # gaps 2, 1, -1
-
-
 def rewarded(*rewards):
     return [{"text": f"{i}", "source": "m", "reward": r} for i, r in enumerate(rewards)]
 
@@ -154,103 +149,42 @@ def test_ranking_length_keeps_the_datas_own_pair():
 # From end to end
 
 
-def write_data(path, num_records=6, rewards=(0.5, 2.0, -1.0), **more):
-    words = ["red", "green", "blue", "a long grey one", "yellow"]
-    sources = ["chosen", "rejected", "alpaca"]
-    with open(path, "w") as f:
-        for i in range(num_records):
-            candidates = [
-                {"text": f"{words[(i + k) % 5]} {i}", "source": s} | ({} if r is None else {"reward": r})
-                for k, (s, r) in enumerate(zip(sources, rewards))
-            ]
-            f.write(json.dumps({"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": candidates} | more) + "\n")
-    return path
-
-
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["pro.py", *map(str, argv)])
-    common.run_cli(pro.main)
-
-
-def read_log(output):
-    return [json.loads(line) for line in open(output / "log.jsonl")]
+def write_data(path, num_records=6, rewards=(0.5, 2.0, -1.0)):
+    words, sources = ["red", "green", "blue", "a long grey one", "yellow"], ["chosen", "rejected", "alpaca"]
+    records = []
+    for i in range(num_records):
+        texts = [{"text": f"{words[(i + k) % 5]} {i}", "source": sources[k]} for k in range(len(rewards))]
+        candidates = [c if r is None else c | {"reward": r} for c, r in zip(texts, rewards)]
+        records.append({"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": candidates})
+    return write_jsonl(path, records)
 
 
 FLAGS = ["--lr", 1e-3, "--batch_size", 3, "--epochs", 1, "--max_length", 64, "--max_prompt_length", 40]
 
 
-@pytest.fixture(scope="module")
-def first_steps(tiny, tmp_path_factory):
-    """One step of every ablation on the same batch -> {flags: its log line}."""
-    folder, lines = tmp_path_factory.mktemp("ablations"), {}
-    data = write_data(folder / "d.jsonl")
-    with pytest.MonkeyPatch.context() as patch:
-        for flags in ((), ("--no_temperature",), ("--no_sft",), ("--first_only",), ("--no_ranking",)) + (
-            ("--first_only", "--no_temperature"),
-            ("--no_temperature", "--no_sft"),
-            ("--sft_reduction", "mean"),
-            ("--ranking_length", "2"),
-            ("--beta", "0.1"),
-        ):
-            output = folder / "-".join(("run", *flags))
-            run(patch, *FLAGS, "--batch_size", 6, "--model", tiny, "--data", data, "--output", output, *flags)
-            lines[flags] = read_log(output)[0]
-    return lines
+ABLATIONS = ["", "--no_sft", "--no_ranking", "--no_temperature", "--first_only", "--first_only --no_temperature"]
+ABLATIONS += ["--sft_reduction mean", "--ranking_length 2", "--beta 0.1", "--no_temperature --no_sft"]
 
 
-def test_every_ablation_changes_the_loss_as_its_equation_says(first_steps):
-    full = first_steps[()]
+def test_every_ablation_changes_the_loss_as_its_equation_says(tiny, tmp_path):
+    """The first step of each on the same batch, 6 prompts with 3 responses."""
+    same, lines = [*FLAGS, "--batch_size", 6, "--model", tiny, "--data", write_data(tmp_path / "d.jsonl")], []
+    for i, flags in enumerate(ABLATIONS):
+        assert launch("pro", *same, *flags.split(), "--output", tmp_path / f"run{i}") == 0
+        lines += read_jsonl(tmp_path / f"run{i}/log.jsonl")
+    full, no_sft, bon, plain, first, both, mean, two, more, plain_no_sft = lines
     assert full["loss"] == pytest.approx(full["pro_loss"] + 0.05 * 2**2 * full["sft_loss"], rel=1e-5)  # n = 3
-    no_sft = first_steps["--no_sft",]
     assert no_sft["loss"] == pytest.approx(full["pro_loss"], rel=1e-5)
-    bon = first_steps["--no_ranking",]
     assert bon["pro_loss"] == 0 and bon["loss"] == pytest.approx(bon["sft_loss"], rel=1e-6)
-    plain, first = first_steps["--no_temperature",], first_steps["--first_only",]
-    both, mean = first_steps["--first_only", "--no_temperature"], first_steps["--sft_reduction", "mean"]
     assert len({x["pro_loss"] for x in (full, plain, first, both)}) == 4
     assert both["pro_loss"] < plain["pro_loss"] and first["pro_loss"] < full["pro_loss"]
     for line in (plain, first, both):
         assert line["sft_loss"] == pytest.approx(full["sft_loss"], rel=1e-5)
     assert mean["sft_loss"] == pytest.approx(bon["sft_loss"], rel=1e-5)
     assert full["sft_loss"] > 3 * mean["sft_loss"]  # the sum over tokens
-    two = first_steps["--ranking_length", "2"]
     assert two["loss"] == pytest.approx(two["pro_loss"] + 0.05 * two["sft_loss"], rel=1e-5)  # (n - 1)^2 = 1
-    more = first_steps["--beta", "0.1"]
     assert more["loss"] == pytest.approx(full["pro_loss"] + 0.1 * 4 * full["sft_loss"], rel=1e-5)
-    plain_no_sft = first_steps["--no_temperature", "--no_sft"]
     assert plain_no_sft["loss"] == pytest.approx(plain["pro_loss"], rel=1e-5)
-
-
-def test_the_logged_loss_is_the_loss_of_the_records(first_steps, tiny, tmp_path):
-    """The first step's figures again, one candidate a forward and the printed equations."""
-    from transformers import AutoModelForCausalLM
-
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
-    losses, nlls = [], []
-    for record in load_candidates(write_data(tmp_path / "d.jsonl")):
-        ranking = sorted(record["candidates"], key=lambda c: -c["reward"])
-        scores = []
-        for c in ranking:
-            prompt = tokenizer(record["prompt"]).input_ids
-            ids = [*prompt, *tokenizer(c["text"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-            with torch.no_grad():
-                logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            tokens = [logp[i - 1, ids[i]].item() for i in range(len(prompt), len(ids))]
-            scores.append(sum(tokens) / len(tokens))
-            if c is ranking[0]:
-                nlls.append(-sum(tokens))
-        losses.append(naive_loss(scores, [c["reward"] for c in ranking]))
-    assert first_steps[()]["pro_loss"] == pytest.approx(sum(losses) / 6, rel=1e-4)
-    assert first_steps[()]["sft_loss"] == pytest.approx(sum(nlls) / 6, rel=1e-4)
-
-
-def test_training_orders_the_candidates(monkeypatch, tiny, tmp_path):
-    data = write_data(tmp_path / "d.jsonl")
-    argv = [*FLAGS, "--epochs", 40, "--batch_size", 6, "--lr", 1e-2]
-    run(monkeypatch, *argv, "--model", tiny, "--data", data, "--output", tmp_path / "run")
-    log = read_log(tmp_path / "run")
-    assert log[-1]["loss"] < 0.8 * log[0]["loss"]
-    assert log[-1]["pair_accuracy"] > log[0]["pair_accuracy"] and log[-1]["gap"] > log[0]["gap"] + 0.1
 
 
 @pytest.mark.parametrize(
@@ -264,30 +198,25 @@ def test_training_orders_the_candidates(monkeypatch, tiny, tmp_path):
         ((1.0, 0.0), ["--reward_model", "x"], ["--bootstrap_splits or --eval_data"]),
         ((1.0, 0.0), ["--eval_data", "x.jsonl"], ["x.jsonl is not there"]),
         ((1.0, 0.0), ["--bootstrap_splits", 9, "--reward_model", "x"], ["more than the 6 prompts"]),
+        ((1.0, 0.0), ["--score_scale", 2], ["--no_temperature"]),
     ],
 )
-def test_mistakes_are_one_sentence(monkeypatch, capsys, tiny, tmp_path, rewards, more, words):
+def test_mistakes_are_one_sentence(cli, tiny, tmp_path, rewards, more, words):
     data = write_data(tmp_path / "d.jsonl", rewards=rewards)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *FLAGS, "--model", tiny, "--data", data, "--output", tmp_path / "run", *more)
-    assert stop.value.code == 2
-    message = capsys.readouterr().err
-    assert all(w in message for w in words), message
-    assert "--no_temperature" not in message  # no record has ranks either
+    done = cli("pro", *FLAGS, "--model", tiny, "--data", data, "--output", tmp_path / "run", *more)
+    message = refused(done, *words)
+    assert "train on ranks only" not in message  # no record has ranks either
 
 
-def test_ranks_alone_are_enough_without_temperature(monkeypatch, capsys, tiny, tmp_path):
-    rows = load_candidates(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
+def test_ranks_alone_are_enough_without_temperature(cli, tiny, tmp_path):
+    rows = read_jsonl(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
     for row in rows:
         row["candidates"] = [c | {"rank": 1 - k} for k, c in enumerate(row["candidates"])]
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    argv = [*FLAGS, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "run"]
-    with pytest.raises(SystemExit):
-        run(monkeypatch, *argv)
-    assert "(or train on ranks only: --no_temperature)" in capsys.readouterr().err
-    run(monkeypatch, *argv, "--no_temperature")
-    assert "0 prompts, 0 tokens" not in capsys.readouterr().out  # without --eval_data nothing is said of it
-    assert read_log(tmp_path / "run")[-1]["step"] == 2
+    data = write_jsonl(tmp_path / "d.jsonl", rows)
+    argv = [*FLAGS, "--model", tiny, "--data", data, "--output", tmp_path / "run"]
+    refused(cli("pro", *argv), "(or train on ranks only: --no_temperature)")
+    assert cli("pro", *argv, "--no_temperature").code == 0
+    assert read_jsonl(tmp_path / "run/log.jsonl")[-1]["step"] == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -295,7 +224,7 @@ def test_ranks_alone_are_enough_without_temperature(monkeypatch, capsys, tiny, t
 
 
 def eval_lines(output):
-    return [line for line in read_log(output) if "eval_loss" in line]
+    return [line for line in read_jsonl(output / "log.jsonl") if "eval_loss" in line]
 
 
 @pytest.fixture(scope="module")
@@ -305,8 +234,7 @@ def held_out_run(tiny, reward_folder, tmp_path_factory):
     data, held_out = write_data(folder / "d.jsonl"), write_data(folder / "e.jsonl", 5, rewards=(1.0, 0.5, 0.0))
     argv = [*FLAGS, "--lr", 1e-2, "--epochs", 4, "--model", tiny, "--data", data, "--eval_data", held_out]
     argv += ["--eval_every", 2, "--reward_model", reward_folder, "--max_new_tokens", 8, "--checkpoint_every", 3]
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, *argv, "--output", folder / "run")
+    assert launch("pro", *argv, "--output", folder / "run") == 0
     return argv, folder / "run"
 
 
@@ -320,15 +248,12 @@ def test_the_best_step_is_kept_and_is_not_the_last(held_out_run, cli, reward_fol
     held_out, fresh = argv[argv.index("--eval_data") + 1], [*argv, "--model", output / "best"]
     assert cli("pro", *fresh, "--epochs", 1, "--output", tmp_path / "again").code == 0
     again = eval_lines(tmp_path / "again")[0]
-    assert {k: again[k] for k in best if k.startswith("eval_")} == pytest.approx(
-        {k: v for k, v in best.items() if k.startswith("eval_")}, rel=1e-4
-    )
+    assert again == pytest.approx(best | {"step": 0, "best": False}, rel=1e-4)
     hh = ["hh", "--model", output / "best", "--input", held_out, "--reward_model", reward_folder, "--max_new_tokens", 8]
     assert cli("evaluate", *hh, "--max_prompt_length", 40, "--output", tmp_path / "hh.jsonl").code == 0
     document = json.loads((tmp_path / "hh.metrics.json").read_text())
-    assert document["name"] == "run-best" and document["metrics"]["reward"] == pytest.approx(
-        best["eval_reward"], abs=1e-3
-    )
+    assert document["name"] == "run-best"
+    assert document["metrics"]["reward"] == pytest.approx(best["eval_reward"], abs=1e-3)
     figure = ["report", tmp_path, "--plot", "training", "--output", tmp_path / "report.md"]
     assert cli("evaluate", *figure).code == 0 and (tmp_path / "training-run-best.png").exists()
 
@@ -339,16 +264,12 @@ def test_held_out_figures_are_the_records(held_out_run):
     line = eval_lines(output)[0]
     assert 0 < line["eval_reward"] < 100
     assert line["eval_loss"] == pytest.approx(line["eval_pro_loss"] + 0.05 * 4 * line["eval_sft_loss"], rel=1e-5)
-    from transformers import AutoModelForCausalLM
-
     tiny, held_out = argv[argv.index("--model") + 1], argv[argv.index("--eval_data") + 1]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
     losses = []
-    for record in load_candidates(held_out):
-        logprobs, lengths = common.candidate_logprobs(
-            model, common.pack_padded([common.encode(tokenizer, record, 64, 40)])
-        )
-        losses.append(naive_loss((logprobs / lengths).tolist(), [1.0, 0.5, 0.0]))
+    for record in read_jsonl(held_out):
+        batch = common.pack_padded([common.encode(tokenizer, record, 64, 40)])
+        losses.append(naive_loss(torch.div(*common.candidate_logprobs(model, batch)).tolist(), [1.0, 0.5, 0.0]))
     assert line["eval_pro_loss"] == pytest.approx(sum(losses) / 5, rel=1e-4)
 
 
@@ -406,22 +327,18 @@ def whole_run(tiny, reward_folder, tmp_path_factory):
     """40 prompts in two splits, without an interruption -> (data, output)."""
     folder = tmp_path_factory.mktemp("bootstrap")
     data = write_data(folder / "d.jsonl", 40)
-    with pytest.MonkeyPatch.context() as patch:
-        run(patch, *bootstrap_flags(tiny, reward_folder, data, folder / "run"))
+    assert launch("pro", *bootstrap_flags(tiny, reward_folder, data, folder / "run")) == 0
     return data, folder / "run"
 
 
 def test_bootstrap_inserts_scored_answers(whole_run):
-    check_splits(whole_run[1], whole_run[0])
-    log = read_log(whole_run[1])
-    assert [line["step"] for line in log] == [1, 2, 3, 4]
-    first, second = split_files(whole_run[1])
+    data, output = whole_run
+    check_splits(output, data)
+    first, second = split_files(output)
     assert sum(c["text"] != "" for r in first + second for c in r["candidates"] if c["source"] == "bootstrap") > 20
-
-
-def test_bootstrap_loss_counts_the_longer_ranking(whole_run):
-    line = read_log(whole_run[1])[0]
-    assert line["loss"] == pytest.approx(line["pro_loss"] + 0.05 * 3**2 * line["sft_loss"], rel=1e-5)  # n = 4
+    log = read_jsonl(output / "log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    assert log[0]["loss"] == pytest.approx(log[0]["pro_loss"] + 0.05 * 3**2 * log[0]["sft_loss"], rel=1e-5)  # n = 4
 
 
 def test_rewards_of_a_bootstrapped_ranking_are_those_of_rank(cli, tiny, reward_folder, tmp_path):
@@ -440,7 +357,7 @@ def test_rewards_of_a_bootstrapped_ranking_are_those_of_rank(cli, tiny, reward_f
 
 def same_run(one, other):
     """Two runs took the same steps and ended with the same weights."""
-    for a, b in zip(read_log(one), read_log(other), strict=True):
+    for a, b in zip(*(read_jsonl(x / "log.jsonl") for x in (one, other)), strict=True):
         assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=1e-4)
     assert split_files(one) == split_files(other)
     torch.testing.assert_close(weights(one), weights(other), rtol=1e-4, atol=1e-5)
@@ -449,8 +366,6 @@ def same_run(one, other):
 @pytest.mark.parametrize("where", ["while sampling", "while training"])
 def test_bootstrap_resumes_in_the_second_split(cli, monkeypatch, tiny, reward_folder, whole_run, tmp_path, where):
     """Told to stop between two batches of split 2's samples, or killed in its last step: the same run in the end."""
-    from collecting import generation
-
     data, whole = whole_run
     argv = bootstrap_flags(tiny, reward_folder, data, tmp_path / "run")
     calls = []
@@ -487,6 +402,6 @@ def test_bootstrap_on_two_ranks(tiny, reward_folder, whole_run, tmp_path):
     argv = bootstrap_flags(tiny, reward_folder, data, tmp_path / "run")
     command("torchrun", "--standalone", "--nproc_per_node", 2, "pro.py", *argv)
     check_splits(tmp_path / "run", data)
-    log, alone = read_log(tmp_path / "run"), read_log(whole_run[1])
+    log, alone = read_jsonl(tmp_path / "run/log.jsonl"), read_jsonl(whole_run[1] / "log.jsonl")
     # the first split's samples come before any step: same prompts a batch, same seed, so the same first loss
     assert len(log) == 4 and log[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-3)

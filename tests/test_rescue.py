@@ -1,5 +1,4 @@
-"""rescue.py: the loss against hand-worked numbers and naive loops, the orderings, and the training loop's
-invariances."""
+"""rescue.py: the loss against hand-worked numbers and naive loops, the orderings, what is trained and refused."""
 
 import json
 import math
@@ -8,7 +7,7 @@ import types
 
 import pytest
 import torch
-from conftest import command, difference, make_records, nli, read_jsonl, refused, stopped_after, weights, write_jsonl
+from conftest import make_records, nli, read_jsonl, refused, stopped_after, weights, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -40,25 +39,13 @@ class TestLoss:
         loss = ranking_loss(scores, torch.tensor([2.0, 1.0, 0.0]))
         assert loss.item() == pytest.approx(2.0)
         loss.backward()
-        assert scores.grad.tolist() == [
-            -2.0,
-            0.0,
-            2.0,
-        ]  # pushed up by two pairs, up by one and down by one, down by two
-
-    def test_in_order_is_zero(self):
-        assert ranking_loss(torch.tensor([-1.0, -2.0]), torch.tensor([1.0, 0.0])).item() == 0.0
+        assert scores.grad.tolist() == [-2.0, 0.0, 2.0]  # up by two pairs, up and down by one each, down by two
 
     def test_ties_are_not_compared(self):
         scores = torch.tensor([-3.0, -1.0, -2.0], requires_grad=True)
         loss = ranking_loss(scores, torch.tensor([1.0, 1.0, 1.0]))
         loss.backward()
         assert loss.item() == 0.0 and scores.grad.tolist() == [0.0, 0.0, 0.0]
-
-    def test_partial_order_by_hand(self):
-        # label ordering, right {0, 2}, wrong {1}: only (0, 1) is violated, by 0.4; 0 and 2 are not compared
-        loss = ranking_loss(torch.tensor([-1.4, -1.0, -0.2]), torch.tensor([1.0, 0.0, 1.0]))
-        assert loss.item() == pytest.approx(0.4)
 
     @pytest.mark.parametrize("seed", range(20))
     def test_against_loops(self, seed):
@@ -89,9 +76,8 @@ class TestLoss:
         assert ranking_loss(logprobs / lengths**lambdas, levels).item() == pytest.approx(rank_term, abs=2e-6)
         record = {"candidates": [{"source": "human"}] + [{"source": "m"}] * (len(scores) - 1)}
         y = sft_target(record, scores, "label")
-        assert y == levels.argmax() and sft_loss(
-            logprobs, lengths, torch.arange(len(scores)) == y
-        ).item() == pytest.approx(sft_term, abs=2e-6)
+        loss = sft_loss(logprobs, lengths, torch.arange(len(scores)) == y).item()
+        assert y == levels.argmax() and loss == pytest.approx(sft_term, abs=2e-6)
 
     def test_length_scaling_by_hand(self):
         # s(y): -8 / 4**0.85 and -8 / 4**1
@@ -171,34 +157,6 @@ class TestOrderings:
         assert sft_target(record, preference(record, "hybrid"), "hybrid") == 1
         assert sft_target(self.record, preference(self.record, "reward"), "reward") == 1  # RRHF: the best-rewarded
 
-    def test_only_what_is_compared_or_fine_tuned_is_computed(self, cli, tiny, tmp_path):
-        """Four prompts without a human response: right and wrong ones; all wrong; all right; one that is right."""
-        marks = [[True, False, False], [False, False], [True, True], [False] * 4 + [True]]
-        records = [nli(i, *(f"t{j}" for j in range(len(m)))) | {"id": f"r{i}"} for i, m in enumerate(marks)]
-        for record, m in zip(records, marks):
-            for c, correct in zip(record["candidates"], m):
-                c |= {"correct": correct, "source": "m"}
-        data = write_jsonl(tmp_path / "d.jsonl", records)
-        more = ("--data", data, "--model", tiny, "--batch_size", 2, "--lr", "1e-3")
-        out = cli("rescue", "--ordering", "label", "--no_sft", *more, "--output", tmp_path / "a").out
-        assert "4 prompts, 6 ordered pairs" in out and "2 prompts are left out" in out
-        out = cli("rescue", "--ordering", "label", "--num_candidates", 4, *more, "--output", tmp_path / "b").out
-        assert "the human response in 0, the best correct response in 3, none in 1" in out
-        assert "1 prompts are left out" in out and "leaves out 1 model responses" in out
-        args = types.SimpleNamespace(ordering="label", no_sft=False, num_candidates=5, seed=0)
-        selected = load_data(args, data)
-        assert [len(record["candidates"]) for record, *_ in selected] == [3, 1, 5]  # of two right ones y* alone
-        assert [y.tolist() for *_, y in selected] == [[True, False, False], [True], [False] * 4 + [True]]
-
-    @pytest.mark.parametrize("ordering", ["label", "human", "hybrid"])
-    def test_an_ordering_without_a_pair_is_refused(self, cli, tiny, tmp_path, ordering):
-        """Every model response dropped as malformed: it would be SFT under another name."""
-        data = write_jsonl(tmp_path / "d.jsonl", [nli(i, f"so {i} #### Neutral") for i in range(3)])
-        flags = ("--data", data, "--model", tiny, "--output", tmp_path / "o")
-        refused(cli("rescue", "--ordering", ordering, *flags), "no two candidates of different preference")
-        out = cli("rescue", "--ordering", "none", "--max_train_samples", 4, *flags).out
-        assert f"WARNING: {data} holds fewer prompts than --max_train_samples 4" in out
-
     def test_selection_keeps_the_human(self):
         record = make_records(1, candidates=6)[0]
         record["candidates"] = record["candidates"][1:] + record["candidates"][:1]  # the human one last
@@ -208,52 +166,43 @@ class TestOrderings:
         assert drawn[0] == [c["text"] for c in draw_candidates(record, 3, 0)["candidates"]]
 
 
-def train(cli, tiny, data, output, *args, code=0):
-    flags = ("--model", tiny, "--data", data, "--output", output, "--lr", "1e-3", "--batch_size", 4)
-    ordering = () if "--ordering" in args else ("--ordering", "label")
-    result = cli("rescue", *flags, *ordering, *args)
-    assert result.code == code, result.err
-    return result
+class TestWhatIsTrained:
+    def test_only_what_is_compared_or_fine_tuned_is_computed(self, train, tmp_path):
+        """Four prompts without a human response: right and wrong ones; all wrong; all right; one that is right."""
+        marks = [[True, False, False], [False, False], [True, True], [False] * 4 + [True]]
+        records = [nli(i, *(f"t{j}" for j in range(len(m)))) | {"id": f"r{i}"} for i, m in enumerate(marks)]
+        for record, m in zip(records, marks):
+            for c, correct in zip(record["candidates"], m):
+                c |= {"correct": correct, "source": "m"}
+        data = write_jsonl(tmp_path / "d.jsonl", records)
+        out = train("a", "--no_sft", "--data", data).out
+        assert "4 prompts, 6 ordered pairs" in out and "2 prompts are left out" in out
+        out = train("b", "--num_candidates", 4, "--data", data).out
+        assert "the human response in 0, the best correct response in 3, none in 1" in out
+        assert "1 prompts are left out" in out and "leaves out 1 model responses" in out
+        args = types.SimpleNamespace(ordering="label", no_sft=False, num_candidates=5, seed=0)
+        selected = load_data(args, data)
+        assert [len(record["candidates"]) for record, *_ in selected] == [3, 1, 5]  # of two right ones y* alone
+        assert [y.tolist() for *_, y in selected] == [[True, False, False], [True], [False] * 4 + [True]]
 
+    @pytest.mark.parametrize("ordering", ["label", "human", "hybrid"])
+    def test_an_ordering_without_a_pair_is_refused(self, train, tmp_path, ordering):
+        """Every model response dropped as malformed: it would be SFT under another name."""
+        data = write_jsonl(tmp_path / "d.jsonl", [nli(i, f"so {i} #### Neutral") for i in range(3)])
+        done = train("o", "--ordering", ordering, "--data", data, code=2)
+        refused(done, "no two candidates of different preference")
+        out = train("o", "--ordering", "none", "--max_train_samples", 4, "--data", data).out
+        assert f"WARNING: {data} holds fewer prompts than --max_train_samples 4" in out
 
-class TestTraining:
-    def test_rows_and_padding_do_not_change_the_run(self, cli, tiny, data, tmp_path):
-        """1 x 4 prompts a row = 4 x 1 = padded: accumulation, packing and padding leave the trajectory as it is."""
-        train(cli, tiny, data, tmp_path / "one", "--max_tokens_per_row", 10_000)
-        train(cli, tiny, data, tmp_path / "four", "--max_tokens_per_row", 1)
-        train(cli, tiny, data, tmp_path / "padded", "--padded")
-        assert difference(tmp_path / "one", tmp_path / "four") < 2e-6
-        assert difference(tmp_path / "one", tmp_path / "padded") < 2e-6
-        for a, b in zip(read_jsonl(tmp_path / "one/log.jsonl"), read_jsonl(tmp_path / "padded/log.jsonl")):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
-                b["grad_norm"], rel=1e-4
-            )
+    def test_no_sft_and_alpha(self, train, tmp_path):
+        train("a", "--no_sft", "--alpha", 0.5, "--max_train_samples", 4)
+        line = read_jsonl(tmp_path / "a/log.jsonl")[0]
+        assert line["loss"] == pytest.approx(0.5 * line["rank_loss"])
 
-    def test_two_ranks_are_one_rank(self, cli, tiny, tmp_path):
-        """Uneven data too: 7 prompts in batches of 4, so that the last step has 3 for 2 ranks, and 1 record in a step
-        of its own."""
-        data = write_jsonl(tmp_path / "seven.jsonl", make_records(9))
-        train(cli, tiny, data, tmp_path / "one", "--max_tokens_per_row", 200)
-        flags = f"--data {data} --output {tmp_path / 'two'} --lr 1e-3 --batch_size 4 --ordering label"
-        flags += " --max_tokens_per_row 200"
-        command("torchrun", "--nproc_per_node", 2, "rescue.py", "--model", tiny, *flags.split())
-        assert difference(tmp_path / "one", tmp_path / "two") < 2e-6
-
-    @pytest.mark.parametrize("steps", [0, 3])
-    def test_resumed_is_uninterrupted_bit_for_bit(self, cli, tiny, data, tmp_path, steps):
-        train(cli, tiny, data, tmp_path / "whole", "--epochs", 2)
-        with stopped_after(steps):
-            result = train(cli, tiny, data, tmp_path / "parts", "--epochs", 2)
-        assert "--resume" in result.out and not (tmp_path / "parts/model").exists()
-        train(cli, tiny, data, tmp_path / "parts", "--epochs", 2, "--resume")
-        assert difference(tmp_path / "whole", tmp_path / "parts") == 0.0
-        a, b = (read_jsonl(tmp_path / x / "log.jsonl") for x in ("whole", "parts"))
-        assert [(x["step"], x["loss"]) for x in a] == [(x["step"], x["loss"]) for x in b]
-
-    def test_saved_folder_gives_the_same_logits(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_saved_folder_gives_the_same_logits(self, train, tmp_path, monkeypatch):
         seen, save = {}, common.save_model
         monkeypatch.setattr(common, "save_model", lambda model, *more: (seen.update(model=model), save(model, *more)))
-        train(cli, tiny, data, tmp_path / "run", "--ordering", "none")
+        train("run", "--ordering", "none")
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
         ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path / "run/model")("A man sleeps.").input_ids])
         with torch.no_grad():
@@ -262,82 +211,50 @@ class TestTraining:
         assert loaded.config.architectures == ["LlamaForCausalLM"]
         assert "lm_head.weight" not in weights(tmp_path / "run")  # tied
 
-    def test_learns_the_ordering(self, cli, tiny, data, tmp_path):
-        train(cli, tiny, data, tmp_path / "run", "--ordering", "human", "--epochs", 8, "--alpha", 1, "--lr", "3e-3")
-        log = read_jsonl(tmp_path / "run/log.jsonl")
-        assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["pair_accuracy"] >= 0.9
-
-    def test_no_sft_and_alpha(self, cli, tiny, data, tmp_path):
-        train(cli, tiny, data, tmp_path / "a", "--no_sft", "--alpha", 0.5, "--max_train_samples", 4)
-        line = read_jsonl(tmp_path / "a/log.jsonl")[0]
-        assert line["loss"] == pytest.approx(0.5 * line["rank_loss"])
-        train(cli, tiny, data, tmp_path / "b", "--max_train_samples", 4)
-        line = read_jsonl(tmp_path / "b/log.jsonl")[0]
-        assert line["loss"] == pytest.approx(0.1 * line["rank_loss"] + line["sft_loss"])
-
-    def test_activation_checkpointing_changes_nothing(self, cli, tiny, data, tmp_path):
-        train(cli, tiny, data, tmp_path / "a", "--max_train_samples", 4)
-        train(cli, tiny, data, tmp_path / "b", "--max_train_samples", 4, "--activation_checkpointing")
-        assert difference(tmp_path / "a", tmp_path / "b") < 1e-6
-
 
 class TestRefusals:
-    def run(self, cli, tiny, data, tmp_path, *args):
-        return train(cli, tiny, data, tmp_path / "out", *args, code=2)
-
-    def test_missing_data(self, cli, tiny, tmp_path):
-        refused(self.run(cli, tiny, tmp_path / "none.jsonl", tmp_path), "none.jsonl", "collect_candidates.py prepare")
-
-    def test_unknown_ordering(self, cli, tiny, data, tmp_path):
-        refused(self.run(cli, tiny, data, tmp_path, "--ordering", "best"), "--ordering", "best")
-
-    def test_negative_alpha(self, cli, tiny, data, tmp_path):
-        refused(self.run(cli, tiny, data, tmp_path, "--alpha=-1"), "--alpha", "-1")
-
-    def test_unknown_and_abbreviated_flags(self, cli, tiny, data, tmp_path):
-        refused(self.run(cli, tiny, data, tmp_path, "--alph", "1"), "--alph")
-
-    def test_model_that_does_not_load(self, cli, data, tmp_path):
-        refused(self.run(cli, tmp_path, data, tmp_path), "--model")
+    @pytest.mark.parametrize(
+        "flags, words",
+        [
+            (["--data", "none.jsonl"], ["none.jsonl", "collect_candidates.py prepare"]),
+            (["--ordering", "best"], ["--ordering", "best"]),
+            (["--alpha=-1"], ["--alpha", "-1"]),
+            (["--alph", "1"], ["--alph"]),  # no abbreviations
+            (["--model", "tests"], ["--model"]),
+            (["--ordering", "none", "--no_sft"], ["--no_sft"]),
+        ],
+    )
+    def test_flags(self, train, tmp_path, flags, words):
+        refused(train("out", *flags, code=2), *words)
         assert not (tmp_path / "out/model").exists()
 
-    def test_pickled_weights(self, cli, tiny, data, tmp_path):
+    def test_pickled_weights(self, train, own):
         """A .bin file can run code when it is read: refused unless asked for, and then it trains."""
-        folder = tmp_path / "pickled"
-        model = AutoModelForCausalLM.from_pretrained(tiny)
-        model.config.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(tiny).save_pretrained(folder)
-        torch.save(model.state_dict(), folder / "pytorch_model.bin")
-        refused(self.run(cli, folder, data, tmp_path), "--model", "--allow_pickle")
-        train(cli, folder, data, tmp_path / "out", "--allow_pickle", "--max_train_samples", 4)
+        torch.save(AutoModelForCausalLM.from_pretrained(own).state_dict(), own / "pytorch_model.bin")
+        (own / "model.safetensors").unlink()
+        refused(train("out", "--model", own, code=2), "--model", "--allow_pickle")
+        train("out", "--model", own, "--allow_pickle", "--max_train_samples", 4)
 
-    @pytest.mark.parametrize("field", ["correct"])
-    def test_missing_annotation_names_the_command(self, cli, tiny, tmp_path, field):
+    def test_missing_annotation_names_the_command(self, train, tmp_path):
         records = make_records(2)
-        del records[1]["candidates"][2][field]
+        del records[1]["candidates"][2]["correct"]
         data = write_jsonl(tmp_path / "d.jsonl", records)
-        refused(self.run(cli, tiny, data, tmp_path), "r1", "candidates[2]", field, "rank --by label")
+        refused(train("out", "--data", data, code=2), "r1", "candidates[2]", "correct", "rank --by label")
 
-    def test_output_in_use_is_not_overwritten(self, cli, tiny, data, tmp_path):
-        train(cli, tiny, data, tmp_path / "out", "--max_train_samples", 4)
-        before = weights(tmp_path / "out")
-        refused(self.run(cli, tiny, data, tmp_path), "--resume", "another folder")
-        assert all(torch.equal(before[k], v) for k, v in weights(tmp_path / "out").items())
+    def test_no_pair_and_no_sft_is_refused(self, train, tmp_path):
+        record = nli(0, "a", "b")
+        record["candidates"] = [c | {"rank": None} for c in record["candidates"]]
+        data = write_jsonl(tmp_path / "d.jsonl", [record])
+        done = train("run", "--data", data, "--ordering", "gpt", "--no_sft", code=2)
+        refused(done, "no two candidates of different preference")
 
-    def test_someone_elses_folder(self, cli, tiny, data, tmp_path):
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out/thesis.tex").write_text("years of work")
-        for flags in ((), ("--resume",)):
-            refused(self.run(cli, tiny, data, tmp_path, *flags), "holds something else")
-        assert (tmp_path / "out/thesis.tex").read_text() == "years of work"
-
-    def test_changed_arguments(self, cli, tiny, data, tmp_path):
+    def test_changed_arguments(self, train):
         with stopped_after(1):
-            train(cli, tiny, data, tmp_path / "out")
-        refused(self.run(cli, tiny, data, tmp_path, "--resume", "--alpha", "0.2"), "--alpha 0.1 -> 0.2")
-        train(cli, tiny, data, tmp_path / "out", "--resume", "--checkpoint_every", 1, "--max_tokens_per_row", 90)
+            train("out")
+        refused(train("out", "--resume", "--alpha", "0.2", code=2), "--alpha 0.1 -> 0.2")
+        train("out", "--resume", "--checkpoint_every", 1, "--max_tokens_per_row", 90)
 
-    def test_nan_names_the_records(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_nan_names_the_records(self, train, tmp_path, monkeypatch):
         import rescue
 
         original, calls = rescue.candidate_logprobs, []
@@ -348,41 +265,25 @@ class TestRefusals:
             return (logprobs * float("nan") if len(calls) == 2 else logprobs), lengths
 
         monkeypatch.setattr(rescue, "candidate_logprobs", poisoned)
-        message = refused(self.run(cli, tiny, data, tmp_path, "--checkpoint_every", 1), "loss is not finite")
+        message = refused(train("out", "--checkpoint_every", 1, code=2), "loss is not finite")
         assert sum(f"r{i}" in message for i in range(12)) == 4  # those of the second row
         assert not (tmp_path / "out/model").exists() and (tmp_path / "out/checkpoints/step-00000001").exists()
 
-    def test_a_gradient_that_is_not_finite_names_the_records(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_a_gradient_that_is_not_finite_names_the_records(self, train, tmp_path, monkeypatch):
         """In bf16 a gradient may overflow where the loss did not."""
         clip = torch.nn.utils.clip_grad_norm_
         monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * float("inf"))
-        message = refused(self.run(cli, tiny, data, tmp_path), "gradient of records", "not finite", "--lr")
+        message = refused(train("out", code=2), "gradient of records", "not finite", "--lr")
         assert sum(f"r{i}" in message.split() or f"r{i}," in message for i in range(12)) == 4
         assert not (tmp_path / "out/model").exists() and not (tmp_path / "out/checkpoints").exists()
 
-    def test_no_room_for_a_rank(self, cli, tiny, data, tmp_path):
-        refused(self.run(cli, tiny, data, tmp_path, "--ordering", "none", "--no_sft"), "--no_sft")
 
-
-def test_default_paths(cli, tiny, tmp_path, monkeypatch):
-    """Typed without a path: data/esnli/ranked.jsonl -> runs/rescue-label/, and the data's absence shows the
-    commands."""
-    monkeypatch.chdir(tmp_path)
-    message = refused(
-        cli("rescue", "--ordering", "label", "--model", tiny), "data/esnli/ranked.jsonl", "prepare", "sample", "rank"
-    )
-    assert "--by label" in message
-    (tmp_path / "data/esnli").mkdir(parents=True)
-    write_jsonl(tmp_path / "data/esnli/ranked.jsonl", make_records(4))
+def test_default_paths(cli, tiny, here):
+    """Without a path: data/esnli/ranked.jsonl -> runs/rescue-label. The message for absent data shows the commands."""
+    done = cli("rescue", "--ordering", "label", "--model", tiny)
+    refused(done, "data/esnli/ranked.jsonl", "prepare", "sample", "rank", "--by label")
+    (here / "data/esnli").mkdir(parents=True)
+    write_jsonl(here / "data/esnli/ranked.jsonl", make_records(4))
     assert cli("rescue", "--ordering", "label", "--model", tiny).code == 0
-    settings = json.loads((tmp_path / "runs/rescue-label/args.json").read_text())["settings"]
+    settings = json.loads((here / "runs/rescue-label/args.json").read_text())["settings"]
     assert settings["alpha"] == 0.1 and settings["length_scaling"] == 0.85 and settings["batch_size"] == 64
-
-
-def test_training_without_any_pair_and_without_sft_is_refused(cli, tmp_path, tiny):
-    records = [nli(0, "a", "b")]
-    for c in records[0]["candidates"]:
-        c["rank"] = None
-    data = write_jsonl(tmp_path / "d.jsonl", records)
-    more = ("--data", data, "--model", tiny, "--output", tmp_path / "run", "--batch_size", "1")
-    refused(cli("rescue", "--ordering", "gpt", "--no_sft", *more), "no two candidates of different preference")

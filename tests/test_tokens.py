@@ -94,6 +94,16 @@ class TestTheRule:
         assert again.responses[0] == [*drawn, tokenizer.eos_token_id]
 
 
+@pytest.mark.parametrize(
+    "prompt, text, joined",
+    [("Assistant:", "Sure", "Assistant: Sure"), ("Answer:\n", "Sure", "Answer:\nSure")]
+    + [("a ", "Sure", "a Sure"), ("a", "\nSure", "a\nSure"), ("a", "", "a")],
+)
+def test_the_join(prompt, text, joined):
+    """One rule: what training scores is what export writes, and what a model says after the prompt."""
+    assert prompt + common.space_before(prompt, text) + text == joined
+
+
 def test_the_default_models_tokens():
     """e-SNLI's prompt ends with a line end. Alone, the response began with a space that no sampled answer had."""
     tokenizer = make("prepend")

@@ -8,12 +8,9 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, command, killed_in_step, read_jsonl, refused, write_jsonl
-from transformers import AutoModelForCausalLM
+from conftest import read_jsonl, refused, write_jsonl
 
-import common
 import tuna
-from collecting.files import load_candidates
 
 
 def naive_loss(scores, ranks, margin, mean_by_distance):
@@ -56,13 +53,6 @@ def test_ranking_loss_without_pairs():
     for scores in (torch.empty(0), torch.tensor([1.0])):
         for reduction in ("sum", "mean_by_distance"):
             assert tuna.ranking_loss(scores, 0.1, torch.zeros(len(scores), dtype=torch.long), reduction).item() == 0
-
-
-def test_ties_are_not_compared():
-    ties = torch.tensor([1, 1, 0])
-    assert tuna.ranking_loss(torch.tensor([0.0, 9.0, -1.0]), 0.1, ties).item() == 0
-    best, in_order, pairs, gap = common.pair_statistics(torch.tensor([0.0, 9.0, 1.0]), ties)
-    assert (best.item(), in_order.item(), pairs.item(), gap.item()) == (4.5, 1, 2, 7.0)
 
 
 def test_teacher_score_by_hand():
@@ -119,74 +109,53 @@ def test_the_unranked_are_compared_with_nothing(reduction):
 
 
 def write_data(path, num_records=6, annotate=True, reference=True, candidates=4):
-    words = ["red", "green", "blue", "a long grey one", "an even longer yellow one"]
-    with open(path, "w") as f:
-        for i in range(num_records):
-            responses = [
-                {"text": f"{words[(i + k) % 5]} {i}", "source": "teacher"}
-                | ({"logprob": -3.0 - k, "num_tokens": 2 + k, "rank": k} if annotate else {})
-                for k in range(candidates)
-            ]
-            original = [{"text": f"original answer {i}", "source": "reference"}] if reference else []
-            record = {"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": original + responses}
-            f.write(json.dumps(record) + "\n")
+    words, records = ["red", "green", "blue", "a long grey one", "an even longer yellow one"], []
+    for i in range(num_records):
+        responses = [{"text": f"{words[(i + k) % 5]} {i}", "source": "teacher"} for k in range(candidates)]
+        if annotate:
+            values = [{"logprob": -3.0 - k, "num_tokens": 2 + k, "rank": k} for k in range(candidates)]
+            responses = [c | v for c, v in zip(responses, values)]
+        original = [{"text": f"original answer {i}", "source": "reference"}] * reference
+        records.append({"id": f"r{i}", "prompt": f"Name colour {i}. ", "candidates": original + responses})
+    return write_jsonl(path, records)
 
 
-def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["tuna.py", *map(str, argv)])
-    common.run_cli(tuna.main)
+@pytest.fixture
+def run(cli, tiny, tmp_path):
+    """run(stage, *flags) -> Result: tuna.py on write_data's records, into tmp_path / "run"."""
 
+    def run(stage, *flags, **options):
+        data = write_data(tmp_path / "d.jsonl", **options)
+        own = ["--model", tiny, "--data", data, "--batch_size", 3, "--lr", 1e-3, "--output", tmp_path / "run"]
+        return cli("tuna", "--stage", stage, *own, *flags)
 
-def read_log(output):
-    return [json.loads(line) for line in open(output / "log.jsonl")]
+    return run
 
 
 @pytest.mark.parametrize(
-    "flags",
+    "flags, rank_weight, mle_weight",
     [
-        ["--stage", "sft"],
-        ["--stage", "sft", "--all_candidates"],
-        ["--stage", "probabilistic"],
-        ["--stage", "contextual", "--mle_on", "all", "--pair_reduction", "mean_by_distance"],
-        ["--stage", "contextual", "--mle_weight", "0"],
+        (["sft"], 0, 1),
+        (["contextual", "--mle_on", "all", "--pair_reduction", "mean_by_distance"], 1, 1),
+        (["contextual", "--mle_weight", "0"], 1, 0),
     ],
 )
-def test_stage_trains_and_packed_equals_padded(tmp_path, tiny, monkeypatch, flags):
-    write_data(tmp_path / "d.jsonl")
-    common_flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 3, "--lr", 1e-3]
-    for name, extra in (("packed", []), ("padded", ["--padded"])):
-        run(monkeypatch, *flags, *common_flags, "--epochs", 2, "--output", tmp_path / name, *extra)
-    packed, padded = read_log(tmp_path / "packed"), read_log(tmp_path / "padded")
-    assert len(packed) == (20 if "--all_candidates" in flags else 4)  # 30 responses or 6 prompts, 3 a step, 2 epochs
-    for a, b in zip(packed, padded):
-        assert a["loss"] == pytest.approx(b["loss"], abs=1e-4)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    term = "rank_loss" if "0" in flags else "mle_loss"
-    assert packed[-1][term] < packed[0][term]
-    if "sft" in flags:
-        assert packed[0]["rank_loss"] == 0 and packed[0]["loss"] == packed[0]["mle_loss"]
-    weight = 0 if "0" in flags else 1
-    assert packed[0]["loss"] == pytest.approx(packed[0]["rank_loss"] + weight * packed[0]["mle_loss"], abs=1e-5)
+def test_the_loss_is_its_terms(run, tmp_path, flags, rank_weight, mle_weight):
+    assert run(*flags, "--epochs", 2).code == 0
+    log = read_jsonl(tmp_path / "run/log.jsonl")
+    assert [line["step"] for line in log] == [1, 2, 3, 4]
+    for line in log:
+        terms = rank_weight * line["rank_loss"] + mle_weight * line["mle_loss"]
+        assert line["loss"] == pytest.approx(terms, abs=1e-5)
+    assert log[-1]["loss"] < log[0]["loss"]
 
 
-def test_alpaca_mul_is_eq_2_on_every_response(tmp_path, tiny, monkeypatch, cli):
-    """Sec. 3.4: every response an example: the first loss is the mean of -log p / |r| over all, each scored alone."""
-    write_data(tmp_path / "d.jsonl", num_records=2, annotate=False)
-    flags = ["--stage", "sft", "--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 10]
-    run(monkeypatch, *flags, "--all_candidates", "--output", tmp_path / "mul")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), common.load_tokenizer(tiny)
-    losses = []
-    for record in load_candidates(tmp_path / "d.jsonl"):
-        e = common.encode(tokenizer, record)
-        for response in e.responses:
-            logits = model(torch.tensor([e.prompt_ids + response])).logits[0, len(e.prompt_ids) - 1 : -1]
-            losses.append(-logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).mean().item())
-    [line] = read_log(tmp_path / "mul")  # one step of ten responses
-    assert len(losses) == 10 and line["loss"] == pytest.approx(sum(losses) / 10, abs=1e-4)
-    write_data(tmp_path / "one.jsonl", candidates=0)
-    one = ["--data", tmp_path / "one.jsonl", "--output", tmp_path / "o"]
-    result = cli("tuna", "--stage", "sft", "--model", tiny, "--all_candidates", *one)
-    refused(result, "one.jsonl: record 'r0' has one response: Alpaca-Mul needs more")
+def test_alpaca_mul_takes_every_response_as_an_example(run, tmp_path):
+    assert "30 examples" in run("sft", "--all_candidates").out  # a step has three of them
+    assert len(read_jsonl(tmp_path / "run/log.jsonl")) == 10
+    (tmp_path / "run").rename(tmp_path / "before")
+    done = run("sft", "--all_candidates", candidates=0)
+    refused(done, "d.jsonl: record 'r0' has one response: Alpaca-Mul needs more")
 
 
 def test_a_student_does_not_teach_itself(tmp_path, tiny, cli):
@@ -195,21 +164,19 @@ def test_a_student_does_not_teach_itself(tmp_path, tiny, cli):
     for run, model in ((student, tiny), (tmp_path / "tuna-contextual", student / "model")):
         shutil.copytree(tiny, run / "model")
         (run / "args.json").write_text(json.dumps({"settings": {"model": str(model), "stage": "sft"}}))
-    write_data(tmp_path / "d.jsonl")
-    records = read_jsonl(tmp_path / "d.jsonl")
+    records = read_jsonl(write_data(tmp_path / "d.jsonl"))
     for record in records:
         record["ranked_by"] = "tuna-sft"
-        for c in record["candidates"][1:]:
-            c["teacher"] = "tuna-sft"
-    write_jsonl(tmp_path / "d.jsonl", records)
-    for n, run in enumerate(("tuna-sft", "tuna-contextual")):
+        record["candidates"] = record["candidates"][:1] + [
+            c | {"teacher": "tuna-sft"} for c in record["candidates"][1:]
+        ]
+    same = ["--data", write_jsonl(tmp_path / "d.jsonl", records), "--output", tmp_path / "o", "--batch_size", 6]
+    for run in ("tuna-sft", "tuna-contextual"):
         for stage in ("probabilistic", "contextual"):
-            flags = ["--model", tmp_path / run / "model", "--data", tmp_path / "d.jsonl", "--batch_size", 6]
-            flags += ["--stage", stage, "--output", tmp_path / f"{stage}{n}"]
+            flags = ["--stage", stage, "--model", tmp_path / run / "model", *same]
             refused(cli("tuna", *flags), "record 'r0': the log-probabilities are the student's own (tuna-sft)")
-    assert cli("tuna", *flags, "--own_logprobs").code == 0
-    other = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--stage", "probabilistic", "--output", tmp_path / "o"]
-    assert cli("tuna", *other).code == 0
+    assert cli("tuna", *flags, "--own_logprobs", "--output", tmp_path / "own").code == 0
+    assert cli("tuna", "--stage", "probabilistic", "--model", tiny, *same).code == 0  # another student
 
 
 def test_what_a_model_came_from_sets_lr_data_and_output(tmp_path, monkeypatch):
@@ -239,107 +206,16 @@ def test_what_a_model_came_from_sets_lr_data_and_output(tmp_path, monkeypatch):
     assert parsed("contextual", "x", "sft", "--lr", "5e-6")[0] == 5e-6
 
 
-def test_first_loss_is_that_of_its_parts(tmp_path, tiny, monkeypatch):
-    """The logged loss of the first step, from each candidate scored alone through transformers."""
-    write_data(tmp_path / "d.jsonl", num_records=2)
-    flags = ["--model", tiny, "--data", tmp_path / "d.jsonl", "--batch_size", 2, "--output", tmp_path / "out"]
-    run(monkeypatch, "--stage", "probabilistic", *flags)
-    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
-    tokenizer = common.load_tokenizer(tiny)
-    rank_loss = mle = 0.0
-    for record in load_candidates(tmp_path / "d.jsonl"):
-        e = common.encode(tokenizer, record)
-        scores = []
-        for response in e.responses:
-            logits = model(torch.tensor([e.prompt_ids + response])).logits[0, len(e.prompt_ids) - 1 : -1]
-            token_logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None])
-            scores.append(token_logprobs.mean().item())
-        worth = [(-3.0 - k) / (2 + k) ** 1.3 for k in range(4)]
-        ranks = [sorted(worth, reverse=True).index(w) for w in worth]
-        rank_loss += naive_loss(scores[1:], ranks, 0.1, False)
-        mle += -scores[0]
-    [line] = read_log(tmp_path / "out")
-    assert line["rank_loss"] == pytest.approx(rank_loss / 2, abs=1e-4)
-    assert line["mle_loss"] == pytest.approx(mle / 2, abs=1e-4)
-
-
 @pytest.mark.parametrize(
     "flags, data, message",
     [
-        (["--stage", "probabilistic"], {"annotate": False}, r"candidates\[1\] has no 'logprob'.*rank --by logprob"),
-        (["--stage", "contextual"], {"annotate": False}, r"candidates\[1\] has no 'rank'.*rank --by contextual"),
-        (["--stage", "contextual"], {"reference": False}, "record 'r0' has no reference response"),
-        (["--stage", "contextual", "--all_candidates"], {}, "--all_candidates belongs to --stage sft"),
-        (["--stage", "contextual", "--margin", "-1"], {}, "-1 is out of range"),
-        (["--stage", "probabilistic"], None, r"is not there. Make it with:(.|\n)*teacher --task alpaca"),
+        (["probabilistic"], {"annotate": False}, r"candidates\[1\] has no 'logprob'.*rank --by logprob"),
+        (["contextual"], {"annotate": False}, r"candidates\[1\] has no 'rank'.*rank --by contextual"),
+        (["contextual"], {"reference": False}, "record 'r0' has no reference response"),
+        (["contextual", "--all_candidates"], {}, "--all_candidates belongs to --stage sft"),
+        (["contextual", "--margin", "-1"], {}, "-1 is out of range"),
+        (["probabilistic", "--data", "none"], {}, r"is not there. Make it with:(.|\n)*teacher --task alpaca"),
     ],
 )
-def test_mistakes_are_one_sentence(tmp_path, tiny, monkeypatch, capsys, flags, data, message):
-    if data is not None:
-        write_data(tmp_path / "d.jsonl", **data)
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *flags, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o")
-    assert stop.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cli):
-    """One process, one prompt a row, a run in two halves, and two ranks under FSDP2 take the same steps."""
-    write_data(tmp_path / "d.jsonl", num_records=8)
-    flags = ["--stage", "contextual", "--model", tiny, "--data", tmp_path / "d.jsonl", "--lr", 1e-3]
-    flags += ["--batch_size", 4, "--epochs", 2, "--checkpoint_every", 2]
-    cli("tuna", *flags, "--output", tmp_path / "one")
-    cli("tuna", *flags, "--output", tmp_path / "rows", "--max_tokens_per_row", 1)
-    with killed_in_step(4):  # a step after its checkpoint
-        assert cli("tuna", *flags, "--output", tmp_path / "halves").code == 2
-    assert len(read_log(tmp_path / "halves")) == 3
-    cli("tuna", *flags, "--output", tmp_path / "halves", "--resume")
-    command("torchrun", "--nproc_per_node", 2, ROOT / "tuna.py", *flags, "--output", tmp_path / "two")
-    one = read_log(tmp_path / "one")
-    for name in ("rows", "halves", "two"):
-        log = read_log(tmp_path / name)
-        assert [line["step"] for line in log] == [1, 2, 3, 4]
-        for a, b in zip(one, log):
-            for key in ("loss", "rank_loss", "mle_loss", "pair_accuracy", "gap", "grad_norm"):
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, a["step"], key)
-
-
-def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
-    """The whole way on default paths: sft, Tuna_p, samples under the diversity rule, a ranking, Tuna, evaluation."""
-    monkeypatch.chdir(tmp_path)
-    rows = [{"instruction": f"Say {w} twice.", "input": "", "output": f"{w} {w}"} for w in ("red", "green", "blue")]
-    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))
-
-    def step(script, *args):
-        result = cli(script, *args)
-        assert result.code == 0, (script, args, result.err)
-        return result.out
-
-    def ranks(args, prompts, **options):  # a ranker that prefers what it is shown first
-        for i, prompt in enumerate(prompts):
-            n = prompt.count("\nResponse ")
-            scores = "".join(f"{k}: 1 1 1\n" for k in range(n + 1))  # all tie: the ranking decides
-            order = " > ".join(map(str, range(n + 1)))
-            form = f"Type: open\nReference: r\nDuplicates: none\nScores:\n{scores}Ranking: {order}"
-            yield i, [{"text": form, "finished": True}], None
-
-    monkeypatch.setattr("collecting.asking.complete", ranks)
-    alpaca, sampling = ["--task", "alpaca"], ["--temperature", 1, "--max_new_tokens", 8]
-    step("collect_candidates", "prepare", *alpaca, "--input", "alpaca_data.json")
-    step("tuna", "--stage", "sft", "--model", tiny)
-    teacher = ["--model", tiny, "--source", "teacher", "--output", "data/alpaca/teacher.jsonl"]
-    step("collect_candidates", "sample", *alpaca, *sampling, *teacher)
-    assert "15 examples" in step("tuna", "--stage", "sft", "--model", tiny, "--all_candidates")
-    assert "12 ranked candidates" in step("tuna", "--stage", "probabilistic")
-    student = ["--model", "runs/tuna-probabilistic/model", "--max_rouge_l", 0.8]
-    assert "diversity: kept at once" in step("collect_candidates", "sample", *alpaca, *sampling, *student)
-    sampled, ranked = (f"data/alpaca/{kind}-tuna-probabilistic.jsonl" for kind in ("sampled", "ranked"))
-    ranking = [*alpaca, "--by", "contextual", "--model", "ranker", "--input", sampled]
-    assert "3 parsed" in step("collect_candidates", "rank", *ranking)
-    record = read_jsonl(ranked)[0]
-    assert record["ranked_by"] == "ranker" and record["candidates"][1]["source"] == "tuna-probabilistic"
-    assert "12 ranked candidates" in step("tuna", "--stage", "contextual", *student[:2])
-    final = ["--model", "runs/tuna/model", "--input", ranked]
-    assert "token_nll" in step("evaluate", "nll", *final) and "18" in step(
-        "evaluate", "ranking", *final, "--by", "rank"
-    )
+def test_mistakes_are_one_sentence(run, flags, data, message):
+    assert re.search(message, refused(run(*flags, **data)))
