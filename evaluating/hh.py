@@ -11,6 +11,7 @@ from collecting import generation, reward_models
 from collecting.files import load_candidates, read_rows
 from collecting.flags import generation_flags, group
 from common import UserError, in_range, say
+from evaluating.intervals import normal_interval
 from evaluating.shared import (
     by_subset,
     draw_per_subset,
@@ -18,7 +19,6 @@ from evaluating.shared import (
     length_figures,
     mean,
     model_flags,
-    normal_interval,
     predict,
     write_metrics,
 )

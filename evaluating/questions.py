@@ -96,7 +96,7 @@ def multidoc_qa(args):
         items = by_question(rows)
         metrics = multidoc_qa_metrics(rows) | {"questions": len(items)}
         write_metrics(args, "multidoc-qa", metrics, {"accuracy": items, "empty": by_question(rows, is_empty)})
-        plot_positions({args.name: metrics}, beside(args, ".png"))
+        plot_positions({args.name: {"multidoc-qa": {"metrics": metrics}}}, beside(args, ".png"))
 
 
 def is_right(row):

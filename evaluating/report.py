@@ -1,27 +1,18 @@
 """The verb report: figures of several systems side by side, or beside a paper's own."""
 
-import functools
 import pathlib
 
 from collecting.files import write_atomically
 from common import UserError, say
 from evaluating.claims import claims_page
-from evaluating.plots import TRAIN_SIZE, need_verb, plot_positions, plot_setting, plot_sources, plot_training
-from evaluating.shared import EVAL_FOLDER, paired_bootstrap
-from evaluating.tables import beside_paper, items_of, markdown, tables_of, with_intervals
+from evaluating.intervals import paired_bootstrap
+from evaluating.plots import PLOTS
+from evaluating.shared import EVAL_FOLDER
+from evaluating.tables import beside_paper, figures_of, items_of, load_systems, markdown
 
+HEAD = "<!-- evaluate.py report: written anew each time -->\n\n"
 PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), accuracy by train_size and by gold_position, Fig. 5 and 6
 (sources), the runs' logs (training); PLOT.png beside --output, sources in each system's folder"""
-PLOTS = {
-    "alpha": functools.partial(plot_setting, setting="alpha"),
-    "num_candidates": functools.partial(plot_setting, setting="num_candidates"),
-    "train_size": functools.partial(plot_setting, setting=TRAIN_SIZE),
-    "sources": plot_sources,
-    "training": plot_training,
-    "gold_position": lambda systems, path: plot_positions(
-        {name: need_verb(documents, name, "multidoc-qa")["metrics"] for name, documents in systems.items()}, path
-    ),
-}
 
 
 # fmt: off
@@ -48,25 +39,16 @@ def report(args):
         raise UserError("report needs NAMES, or --claims FILE")
     if args.claims and (args.columns or args.plot or args.paper or args.paired):
         raise UserError("--claims is a page of its own: leave out --columns, --plot, --paper and --paired")
-    tables, systems = tables_of(map(folder_of, args.names))
-    if not args.paper:  # before verbs are merged: each has a number of prompts of its own
-        tables = {verb: {name: with_intervals(row) for name, row in rows.items()} for verb, rows in tables.items()}
-    if args.columns and not args.paper:
-        merged = {}
-        for rows in tables.values():
-            for name, row in rows.items():
-                merged[name] = merged.get(name, {}) | row
-        if unknown := set(args.columns) - {k for row in merged.values() for k in row}:
-            raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(args.names)}")
-        tables = {"": {name: {k: row[k] for k in args.columns if k in row} for name, row in merged.items()}}
+    folders = [pathlib.Path(n) if pathlib.Path(n).is_dir() else EVAL_FOLDER / n for n in args.names]
+    systems = load_systems(folders)
     if args.claims:
         text = claims_page(args.claims)
     elif args.paper:
-        text = beside_paper(args.paper, tables, args.columns)
+        text = beside_paper(args.paper, systems, args.columns)
     else:
-        text = "\n\n".join((f"### {verb}\n\n" if verb else "") + markdown(rows) for verb, rows in tables.items())
+        text = side_by_side(systems, args.columns)
     if args.paired:
-        text += f"\n\n{paired({name: folder_of(name) for name in args.names})}"
+        text += f"\n\n{paired(systems)}"
     say(text)
     if args.output:
         output = pathlib.Path(args.output)
@@ -78,27 +60,34 @@ def report(args):
         PLOTS[plot](systems, (pathlib.Path(args.output).parent if args.output else EVAL_FOLDER) / f"{plot}.png")
 
 
-HEAD = "<!-- evaluate.py report: written anew each time -->\n\n"
+def side_by_side(systems, columns):
+    """A table a verb, or one of just these columns, with cells such as `0.44 [0.31, 0.58]`."""
+    tables = {}
+    for name, documents in systems.items():
+        for verb, document in documents.items():
+            cells = {}
+            for figure, (value, interval) in figures_of(document).items():
+                cells[figure] = f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.4g}"
+            tables.setdefault("" if columns else verb, {}).setdefault(name, {}).update(cells)
+    if columns:
+        if unknown := set(columns) - {figure for row in tables[""].values() for figure in row}:
+            raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(systems)}")
+        return markdown({name: {c: row[c] for c in columns if c in row} for name, row in tables[""].items()})
+    return "\n\n".join(f"### {verb}\n\n{markdown(rows)}" for verb, rows in tables.items())
 
 
-def folder_of(name):
-    return pathlib.Path(name) if pathlib.Path(name).is_dir() else EVAL_FOLDER / name
-
-
-def paired(folders):
-    """{system: its folder} -> Markdown: the first system minus each other one, on the items of every figure that both
-    have in a VERB.items.json, with the 95% interval and p of a paired bootstrap."""
-    items = {name: items_of([folder]) for name, folder in folders.items()}
-    first, *others = items
+def paired(systems):
+    """The first system minus each other one, on the items of every figure that both have, with the 95% interval and p
+    of a paired bootstrap -> Markdown."""
+    (first, ours), *others = ((name, items_of(documents)) for name, documents in systems.items())
     rows = {}
-    for other in others:
-        for figure in items[first].keys() & items[other].keys():
-            ours, theirs = items[first][figure], items[other][figure]
-            differences = [ours[i] - theirs[i] for i in ours if i in theirs]
+    for other, theirs in others:
+        for figure in (f for f in ours if f in theirs):
+            differences = [x - theirs[figure][i] for i, x in ours[figure].items() if i in theirs[figure]]
             if differences:
                 difference, (low, high), p = paired_bootstrap(differences)
                 row = {"difference": difference, "95% low": low, "95% high": high, "p": p, "items": len(differences)}
                 rows[f"{first} - {other}, {figure}"] = row
     if not rows:
-        raise UserError(f"--paired: {' and '.join(folders)} have no *.items.json with the same figure and items")
+        raise UserError(f"--paired: {' and '.join(systems)} have no *.items.json with the same figure and items")
     return markdown(rows)

@@ -1,11 +1,9 @@
 """What every verb does: flags, predictions that survive a kill, the file of figures."""
 
 import json
-import math
 import pathlib
 import platform
 import random
-import statistics
 
 import torch
 import transformers
@@ -113,32 +111,3 @@ def write_metrics(args, verb, metrics, items=None):
 def beside(args, suffix):
     """The predictions' path with another ending."""
     return pathlib.Path(args.output.removesuffix(".jsonl") + suffix)
-
-
-def wilson(share, n):
-    """Wilson's 95% interval of a share of n -> (low, high). scipy's takes whole counts; here a tie is half a win."""
-    z = 1.959964
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
-def normal_interval(values):
-    """Mean of values +- 1.96 standard errors; the mean alone for one value."""
-    mean = statistics.fmean(values)
-    half = 1.959964 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean - half, mean + half
-
-
-def paired_bootstrap(differences, resamples=9999):
-    """The same items under two systems, their differences [n] -> (mean, (low, high) of its 95% interval, two-sided p):
-    p is twice the share of resampled means on the other side of 0, at least 2 / (resamples + 1)."""
-    import numpy as np
-    from scipy.stats import bootstrap
-
-    middle = mean(differences)
-    if len(differences) < 2 or len(set(differences)) == 1:  # nothing to resample
-        return middle, (middle, middle), 1.0
-    found = bootstrap((differences,), np.mean, n_resamples=resamples, method="percentile", random_state=0)
-    means, (low, high) = found.bootstrap_distribution, found.confidence_interval
-    beyond = min((means <= 0).sum(), (means >= 0).sum())
-    return middle, (float(low), float(high)), min(1.0, 2 * (1 + int(beyond)) / (1 + resamples))

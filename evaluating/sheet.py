@@ -10,7 +10,8 @@ from collecting.files import load_candidates, read_records, read_rows, write_ato
 from collecting.prompts import task_of
 from collecting.rank_given import spearman
 from common import UserError, in_range, say
-from evaluating.shared import EVAL_FOLDER, normal_interval, paired_bootstrap, wilson
+from evaluating.intervals import normal_interval, paired_bootstrap, wilson
+from evaluating.shared import EVAL_FOLDER
 from evaluating.tables import markdown, read_document
 
 PAGE = pathlib.Path(__file__).with_name("sheet.html")

@@ -5,46 +5,46 @@ import pathlib
 import re
 import statistics
 
+import pandas
+
 from collecting.files import as_object, parse_json
 from common import UserError, is_number
-from evaluating.shared import wilson
+from evaluating.intervals import student, wilson
+
+SHARES = ("accuracy", "first_line", "well_formed", "unparsed", "unfinished", "pair_accuracy", "margin_violations")
+SHARES += ("win", "tie", "lose", "flip_rate", "first_place_preferred")
 
 
 def read_document(path, **fields):
     """The JSON object of a file that has these fields {name: type}; UserError on any other."""
-    try:
-        document = as_object(parse_json(pathlib.Path(path).read_bytes(), path), path)
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read ({e.strerror})") from e
+    document = as_object(parse_json(pathlib.Path(path).read_bytes(), path), path)
     for field, kind in fields.items():
         if not isinstance(document.get(field), kind):
             raise UserError(f"{path}: has no {field!r}: it is not what this script reads here")
     return document
 
 
-def tables_of(folders):
-    """Folders of *.metrics.json -> ({verb: {system: {figure: number}}}, {system: {verb: its document and folder}})."""
-    tables, systems = {}, {}
+def load_systems(folders):
+    """Folders with VERB.metrics.json and VERB.items.json -> {system: {verb: document}}: the first file's content, with
+    its `folder`, and the second's as `items` {figure: {id: value}}."""
+    systems = {}
     for folder in folders:
         files = sorted(folder.glob("*.metrics.json"))
         if not files:
             raise UserError(f"{folder}: no *.metrics.json; evaluate {folder.name} first")
         for file in files:
-            document = read_document(file, metrics=dict, name=str)
-            plain = {k: v for k, v in document["metrics"].items() if is_number(v)}
-            verb, others = file.name.removesuffix(".metrics.json"), systems.get(document["name"], {})
-            if verb in others:
-                where = f"{others[verb]['folder']} and {folder}"
+            document, verb = read_document(file, metrics=dict, name=str), file.name.removesuffix(".metrics.json")
+            items, documents = folder / f"{verb}.items.json", systems.setdefault(document["name"], {})
+            if verb in documents:
+                where = f"{documents[verb]['folder']} and {folder}"
                 raise UserError(f"{where} are both called {document['name']!r}: evaluate one again with another --name")
-            tables.setdefault(verb, {})[document["name"]] = plain
-            systems.setdefault(document["name"], {})[verb] = document | {"folder": folder}
-    return tables, systems
+            documents[verb] = document | {"folder": folder, "items": read_document(items) if items.exists() else {}}
+    return systems
 
 
-def items_of(folders):
-    """Folders of *.items.json -> {figure: {id: value}}."""
-    files = sorted(file for folder in folders for file in folder.glob("*.items.json"))
-    return {figure: values for file in files for figure, values in read_document(file).items()}
+def items_of(documents):
+    """A system's {figure: {id: value}}, whatever the verb."""
+    return {figure: values for document in documents.values() for figure, values in document["items"].items()}
 
 
 def without_seed(name):
@@ -52,8 +52,26 @@ def without_seed(name):
     return re.sub(r"-seed\d+$", "", name)
 
 
-def beside_paper(path, tables, wanted=None):
-    """A paper's table and our figures -> Markdown. tables: {verb: {system: {figure: number}}}.
+def figures_of(document):
+    """A verb's document -> {figure: (value, its 95% interval, or None)}, of its plain numbers. The interval is the
+    verb's own, else Wilson's, of a share of so many prompts: pairs of one prompt are not independent, and a question
+    that is asked at several places of the gold document is one."""
+    numbers, figures = {k: v for k, v in document["metrics"].items() if is_number(v)}, {}
+    for figure, value in numbers.items():
+        subset, name, place = re.fullmatch(r"(.* )?(.+?)(_at_\d+)?", figure).groups("")
+        counts = [n for what in ("prompts", "questions") if (n := numbers.get(f"{subset}{what}{place}"))]
+        interval = None
+        if f"{figure} 95% low" in numbers:
+            interval = numbers[f"{figure} 95% low"], numbers[f"{figure} 95% high"]
+        elif name in SHARES and counts and 0 <= value <= 1:
+            interval = wilson(value, min(counts))
+        if not figure.endswith((" 95% low", " 95% high")):
+            figures[figure] = value, interval
+    return figures
+
+
+def beside_paper(path, systems, wanted=None):
+    """A paper's table and our figures -> Markdown.
 
     The JSON: source, rows {system: {column: the paper's value}}; optional: note; names {system: as the paper calls it};
     percent, the figures (the last word of their names) of ours to be multiplied by 100; cells, one figure's name: then
@@ -62,94 +80,65 @@ def beside_paper(path, tables, wanted=None):
     seed by seed, of the others that its rows have. wanted: of the columns, only these.
     """
     paper = read_document(path, rows=dict, source=str)
-    cell, columns = paper.get("cells"), list(dict.fromkeys(c for row in paper["rows"].values() for c in row))
+    cell, printed, names = paper.get("cells"), paper["rows"], paper.get("names", {})
+    columns = list(dict.fromkeys(c for row in printed.values() for c in row))
     if not cell and (unknown := set(wanted or ()) - set(columns)):
         raise UserError(f"{path}: has no column {min(unknown)!r}")
-    columns = [c for c in columns if c in wanted] if wanted else columns
-    runs = {}  # row -> column -> [(value, interval)], a pair for each seed
-    for rows in tables.values():
-        for name, figures in rows.items():
-            name = without_seed(name)
-            row, _, column = name.partition("@") if cell else (name, "", "")
-            for figure in [cell] if cell else columns:
-                if figure in figures:
-                    value = with_interval(figures, figure, figure.split()[-1] in paper.get("percent", ()))
-                    runs.setdefault(row, {}).setdefault(column or figure, []).append(value)
-    averaged = {c for row in paper["rows"].values() if "mean" in row for c in row} - {"mean"}
-    for row in runs.values():
+    columns = [c for c in columns if c in (wanted or columns)]
+    ours = {}  # row -> column -> [(value, interval)], a pair for each seed
+    for name, documents in systems.items():
+        row, _, size = without_seed(name).partition("@") if cell else (without_seed(name), "", "")
+        figures = {k: v for document in documents.values() for k, v in figures_of(document).items()}
+        for figure in (f for f in ([cell] if cell else columns) if f in figures):
+            value, interval = figures[figure]
+            scale = 100 if figure.split()[-1] in paper.get("percent", ()) else 1
+            scaled = scale * value, interval and [scale * x for x in interval]
+            ours.setdefault(row, {}).setdefault(size or figure, []).append(scaled)
+    averaged = {c for row in printed.values() if "mean" in row for c in row} - {"mean"}
+    for row in ours.values():
         if averaged and row.keys() >= averaged:
-            seeds = zip(*([value for value, _ in row[c]] for c in sorted(averaged)))
-            row["mean"] = [(statistics.fmean(values), None) for values in seeds]
-    columns += [c for row in runs.values() for c in row if c not in columns]
+            row["mean"] = [(statistics.fmean(v for v, _ in seeds), None) for seeds in zip(*map(row.get, averaged))]
+    columns = list(dict.fromkeys([*columns, *(c for row in ours.values() for c in row)]))
     if cell:  # sizes in order, then words
-        columns = sorted(set(columns), key=lambda c: (float(c) if c.replace(".", "").isdigit() else math.inf, c))
+        columns.sort(key=lambda c: (float(c) if c.replace(".", "").isdigit() else math.inf, c))
     lines = []
-    for row in dict.fromkeys([*paper["rows"], *runs]):
-        cells = [paper_cell(runs.get(row, {}).get(c), paper["rows"].get(row, {}).get(c)) for c in columns]
-        lines.append([paper.get("names", {}).get(row, row), *cells])
-    head = f"Ours, and in brackets {paper['source']}{': ' + paper['note'] if 'note' in paper else ''}"
-    return f"{head}\n\n{table(columns, lines)}"
-
-
-SHARES = ("accuracy", "first_line", "well_formed", "unparsed", "unfinished", "pair_accuracy", "margin_violations")
-SHARES += ("win", "tie", "lose", "flip_rate", "first_place_preferred")
-
-
-def interval_of(figures, figure, share):
-    """-> a figure's 95% interval (low, high), or None: the verb's own, else Wilson's, of a share of so many prompts.
-    Pairs count by their prompts: those of one prompt are not independent."""
-    if f"{figure} 95% low" in figures:
-        return figures[f"{figure} 95% low"], figures[f"{figure} 95% high"]
-    subset, at = figure.rpartition(" ")[0], re.search(r"(_at_\d+)?$", figure)[0]  # of one place of the gold document
-    counts = [figures.get(f"{subset} {what}{at}".strip()) for what in ("prompts", "questions")]
-    n = min((n for n in counts if n), default=None)  # a question that is asked at several places is one
-    return wilson(figures[figure], n) if share and n and 0 <= figures[figure] <= 1 else None
-
-
-def with_interval(figures, figure, percent):
-    """-> (the figure, its interval or None), both x 100 if percent and the verb gave no interval of its own."""
-    interval = interval_of(figures, figure, percent)
-    scale = 100 if percent and f"{figure} 95% low" not in figures else 1
-    return scale * figures[figure], interval and [scale * x for x in interval]
-
-
-def with_intervals(figures):
-    """{figure: number} -> {figure: its cell}: `0.44 [0.31, 0.58]` where it has a 95% interval."""
-    cells = {}
-    for name, value in figures.items():
-        if not name.endswith((" 95% low", " 95% high")):
-            share = re.sub(r"_at_\d+$", "", name.split()[-1]) in SHARES
-            interval = interval_of(figures, name, share)
-            cells[name] = f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.4g}"
-    return cells
+    for row in dict.fromkeys([*printed, *ours]):
+        cells = [paper_cell(ours.get(row, {}).get(c), printed.get(row, {}).get(c)) for c in columns]
+        lines.append([names.get(row, row), *cells])
+    note = f": {paper['note']}" if "note" in paper else ""
+    return f"Ours, and in brackets {paper['source']}{note}\n\n{table(columns, lines)}"
 
 
 def paper_cell(ours, printed):
     """ours [(value, interval or None)] or None, the paper's value or None -> `61.2 ±1.9 (81.97)`."""
-    text = ""
-    if ours:
-        values, interval = [value for value, _ in ours], ours[0][1]
-        text = f"{statistics.fmean(values):.2f}"
-        if len(values) > 1:
-            text += f" ±{t_half_width(values):.2f}"
-        elif interval:
-            text += f" [{interval[0]:.1f}, {interval[1]:.1f}]"
+    text = with_spread([value for value, _ in ours], ".2f") if ours else ""
+    if ours and len(ours) == 1 and ours[0][1]:
+        text += " [{:.1f}, {:.1f}]".format(*ours[0][1])
     return f"{text} ({printed})".strip() if printed is not None else text
 
 
-def t_half_width(values):
-    """Half the 95% interval of the mean of n > 1 values, Student's t with n - 1 degrees of freedom."""
-    from scipy import stats
+def with_spread(values, form):
+    """The mean of the seeds' values, and behind ± half its 95% interval."""
+    spread = f" ±{student(values)[0]:{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{spread}"
 
-    return float(stats.t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+def own_figures(systems, columns):
+    """Our systems, a row each, seeds together; columns "VERB FIGURE" -> Markdown."""
+    rows = {}
+    for name, documents in systems.items():
+        rows[name] = {f"{verb} {k}": v for verb, d in documents.items() for k, (v, _) in figures_of(d).items()}
+    frame = pandas.DataFrame.from_dict(rows, orient="index")
+    seeds = frame[columns].groupby(without_seed, sort=False)
+    cells = seeds.agg(lambda values: with_spread(list(values.dropna()), ".3g") if values.notna().any() else "")
+    return table(columns, cells.reset_index().values.tolist())
 
 
 def markdown(rows):
     """{row name: {column: number or text}} -> a Markdown table."""
     columns = list(dict.fromkeys(c for row in rows.values() for c in row))
     text = lambda x: x if isinstance(x, str) else f"{x:.4g}"  # noqa: E731
-    cells = ([text(row.get(c, "")) for c in columns] for row in rows.values())
-    return table(columns, [[name, *line] for name, line in zip(rows, cells)])
+    return table(columns, [[name, *(text(row.get(c, "")) for c in columns)] for name, row in rows.items()])
 
 
 def table(columns, lines):

@@ -5,7 +5,7 @@ import json
 import pytest
 from conftest import make_records, read_jsonl, refused, write_jsonl
 
-from evaluating import plots, questions, shared
+from evaluating import intervals, plots, questions
 
 
 def qa(i, position, answers=("Oslo",)):
@@ -50,7 +50,8 @@ def test_seeds_are_one_line(curves, tmp_path):
             f"{k}_at_{p}": right for k in ("accuracy", "first_line") for p in (1, 5)
         }
 
-    runs = {"base": metrics(0.1), "label-seed0": metrics(0.2), "label-seed1": metrics(0.6)}
+    shares = {"base": 0.1, "label-seed0": 0.2, "label-seed1": 0.6}
+    runs = {name: {"multidoc-qa": {"metrics": metrics(share)}} for name, share in shares.items()}
     plots.plot_positions(runs, tmp_path / "p.png")
     place = "place of the gold passage"
     assert curves[place, "label, 2 seeds"][1] == pytest.approx([0.4, 0.4])
@@ -58,9 +59,9 @@ def test_seeds_are_one_line(curves, tmp_path):
 
 
 def test_wilson_against_the_book():
-    assert shared.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert shared.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
-    assert shared.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
+    assert intervals.wilson(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert intervals.wilson(1.0, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
+    assert intervals.wilson(0.0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 from conftest import refused, write_jsonl
 
 from common import UserError
-from evaluating import shared, sheet
+from evaluating import intervals, sheet
 
 NASTY = '</script><script>document.title="broken"</script><img src=x onerror=\'document.title="broken"\'>&amp;'
 
@@ -70,7 +70,7 @@ def test_score_of_two_systems_by_hand(cli, two_systems):
     table = json.loads((two_systems / "s.html.score.json").read_text())
     assert table["a"]["win rate"] == pytest.approx(3.5 / 5) and table["b"]["win rate"] == pytest.approx(1.5 / 5)
     assert (table["a"]["win"], table["a"]["tie"], table["a"]["lose"]) == pytest.approx((0.6, 0.2, 0.2))
-    assert (table["a"]["95% low"], table["a"]["95% high"]) == pytest.approx(shared.wilson(0.7, 5))
+    assert (table["a"]["95% low"], table["a"]["95% high"]) == pytest.approx(intervals.wilson(0.7, 5))
     save_results(key, vote("b"), "r2.json")  # a second judge: prompts count once, with the mean of the two
     cli("evaluate", "sheet", "--output", "s.html", "--score", "r.json", "r2.json")
     table = json.loads((two_systems / "s.html.score.json").read_text())
@@ -132,7 +132,7 @@ def test_paired_bootstrap(cli, two_systems):
     """Against the exact distribution: resampled from -1, 1, 1, 1, 1, a mean is <= 0 with binomial odds."""
     from scipy.stats import binom
 
-    middle, (low, high), p = shared.paired_bootstrap([-1.0, 1.0, 1.0, 1.0, 1.0], resamples=50000)
+    middle, (low, high), p = intervals.paired_bootstrap([-1.0, 1.0, 1.0, 1.0, 1.0], resamples=50000)
     exact = 2 * binom.sf(2, 5, 0.2)  # three or more draws of the -1 (a mean of 0 needs an even number)
     assert middle == pytest.approx(0.6) and p == pytest.approx(exact, abs=0.01) and low < middle < high
     for name, values in (("a", [1.0, 2.0, 3.0]), ("b", [0.0, 1.5, 2.0])):
@@ -267,8 +267,8 @@ def test_ranking_three_systems_in_a_browser(cli, two_systems, browser):
 
 
 def test_normal_interval():
-    low, high = shared.normal_interval([1.0, 2.0, 3.0])
+    low, high = intervals.normal_interval([1.0, 2.0, 3.0])
     assert (low, high) == pytest.approx((2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5))
-    assert shared.normal_interval([4.0]) == (4.0, 4.0)
+    assert intervals.normal_interval([4.0]) == (4.0, 4.0)
     with pytest.raises(UserError):
         sheet.sheet_points([0, 0, 1], [0, 1, 2], "here")
