@@ -62,7 +62,7 @@ def systems_in(folder, patterns=("*",)):
 
 
 def comparison(systems, higher, lower, figure, at_equal=None):
-    """One of the lines of a claim. A difference is seen where both intervals lie on its side of 0. Of one seed the second
+    """One of a claim's lines. A difference is seen where both intervals lie on its side of 0. Of one seed the second
     interval is missing, and the line says so; where the first alone lies on that side, it says how many seeds do."""
     name = f"{higher} > {lower}, {figure}" + (f" at equal {at_equal}" if at_equal else "")
     found = compare(systems, higher, lower, figure, at_equal)
@@ -87,7 +87,7 @@ def verdicts(root, lines):
 
 
 def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=None, percent=False):
-    """One of its lines. ours: compare's; p: corrected; paper: what it printed; percent: a share, to be shown in points."""
+    """One of its lines. ours: compare's; p: corrected; paper: what it printed; percent: a share, shown in points."""
     if not ours:
         return [study, claim, "not run", "", paper, "**not run**"]
     scale = 100 if percent else 1
