@@ -8,12 +8,27 @@ from conftest import make_records, refused, write_jsonl
 from test_evaluating_lmentry import make_lmentry
 from test_evaluating_superni import make_superni
 
+from evaluating.tables import markdown
+
 
 class TestFigures:
     @pytest.mark.parametrize("text", ["", "[]", "{}", '{"metrics": 3}', '{"metrics": {}, "name": 3}', "\x00"])
     def test_foreign_metrics(self, cli, tmp_path, text):
         (tmp_path / "nli.metrics.json").write_text(text)
         refused(cli("evaluate", "report", tmp_path), "nli.metrics.json")
+
+    def test_two_folders_of_one_name(self, cli, here):
+        """Neither hides the other in a table; a name may hold any text."""
+        for folder in ("a", "b"):
+            (here / folder).mkdir()
+            document = {"name": "x", "verb": "nli", "metrics": {"accuracy": 0.5}}
+            (here / folder / "nli.metrics.json").write_text(json.dumps(document))
+        refused(cli("evaluate", "report", "a", "b"), "a and b are both called 'x'")
+        assert cli("evaluate", "report", "a").code == 0
+
+    def test_a_name_breaks_no_table(self):
+        last = markdown({"a|b\nc": {"accuracy": 0.5}}).splitlines()[2:]
+        assert last == [r"| a\|b c | 0.5 |"]
 
     def test_report_overwrites_only_its_own(self, cli, tmp_path):
         (tmp_path / "nli.metrics.json").write_text('{"metrics": {"accuracy": 0.5}, "name": "x"}')

@@ -4,7 +4,6 @@ data."""
 import argparse
 import contextlib
 import fcntl
-import json
 import pathlib
 import shutil
 import signal
@@ -14,7 +13,20 @@ import types
 import pytest
 import torch
 from architectures import ENCODED, make
-from conftest import ROOT, command, difference, make_model, read_jsonl, refused, stopped_after, weights, write_jsonl
+from conftest import (
+    ROOT,
+    change,
+    change_weights,
+    command,
+    difference,
+    make_model,
+    make_records,
+    read_jsonl,
+    refused,
+    stopped_after,
+    weights,
+    write_jsonl,
+)
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
@@ -23,28 +35,21 @@ import rescue
 from common import pack
 
 
-def train(cli, model, data, output, *more):
-    flags = ["--ordering", "label", "--lr", "1e-3", "--batch_size", 4, "--epochs", 2, *more]
-    return cli("rescue", "--model", model, "--data", data, "--output", output, *flags)
-
-
 @pytest.fixture
-def half(cli, tiny, data, tmp_path):
-    """The folder of a run that was stopped after three steps."""
-    with stopped_after(3):
-        assert train(cli, tiny, data, tmp_path / "half").code == 0
-    assert [p.name for p in (tmp_path / "half/checkpoints").iterdir()] == ["step-00000003"]
+def half(train, tmp_path):
+    """The folder of a run that was stopped after two of three steps."""
+    with stopped_after(2):
+        train("half")
+    assert [p.name for p in (tmp_path / "half/checkpoints").iterdir()] == ["step-00000002"]
     return tmp_path / "half"
-
-
-@pytest.fixture
-def own(tiny, tmp_path):
-    """A copy of the model to change."""
-    return shutil.copytree(tiny, tmp_path / "own")
 
 
 def losses(output):
     return [(x["step"], x["loss"]) for x in read_jsonl(output / "log.jsonl") if "loss" in x]
+
+
+def contents(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != "lock"}
 
 
 class TestTheFolder:
@@ -55,55 +60,66 @@ class TestTheFolder:
         refused(cli("evaluate", "ranking", *flags), "content of", own)
 
     @pytest.mark.parametrize("flag", ["--data", "--eval_data"])
-    def test_data_that_changed_is_not_resumed(self, cli, tiny, data, tmp_path, flag):
+    def test_data_that_changed_is_not_resumed(self, train, data, tmp_path, flag):
         held_out = write_jsonl(tmp_path / "e.jsonl", read_jsonl(data)[:3])
         with stopped_after(1):
-            train(cli, tiny, data, tmp_path / "run", "--eval_data", held_out)
+            train("run", "--eval_data", held_out)
         path = {"--data": data, "--eval_data": held_out}[flag]
         path.write_text(path.read_text() + "\n")
-        result = train(cli, tiny, data, tmp_path / "run", "--eval_data", held_out, "--resume")
-        refused(result, "arguments differ from the run's", f"content of {path}")
+        done = train("run", "--eval_data", held_out, "--resume", code=2)
+        refused(done, "arguments differ from the run's", f"content of {path}")
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"settings'])
-    def test_an_empty_args_file_is_no_free_pass(self, cli, tiny, data, half, content):
+    def test_an_empty_args_file_is_no_free_pass(self, train, half, content):
         (half / "args.json").write_text(content)
-        refused(train(cli, tiny, data, half, "--resume", "--lr", "1e-2"))
+        refused(train("half", "--resume", "--lr", "1e-2", code=2))
 
     @pytest.mark.parametrize("flags", [[], ["--resume"]])
-    def test_a_foreign_args_file_stays(self, cli, tiny, data, tmp_path, flags):
+    def test_a_foreign_args_file_stays(self, train, tmp_path, flags):
         (tmp_path / "out").mkdir()
         (tmp_path / "out/args.json").write_text('{"mine": 1}')
-        refused(train(cli, tiny, data, tmp_path / "out", *flags), "something else than a run")
+        refused(train("out", *flags, code=2), "something else than a run")
         assert (tmp_path / "out/args.json").read_text() == '{"mine": 1}'
 
-    def test_two_runs_do_not_share_a_folder(self, cli, tiny, data, half):
+    def test_two_runs_do_not_share_a_folder(self, train, half):
         with open(half / "lock") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            refused(train(cli, tiny, data, half, "--resume"), "another run is writing there")
-        assert train(cli, tiny, data, half, "--resume").code == 0
+            refused(train("half", "--resume", code=2), "another run is writing there")
+        train("half", "--resume")
 
-    @pytest.mark.parametrize("missing", ["model", "tracker"])
-    def test_a_run_that_failed_at_its_start_can_be_begun_again(self, cli, tiny, data, tmp_path, missing, monkeypatch):
-        with monkeypatch.context() as patch:
-            patch.setitem(sys.modules, "wandb", None)
-            model, *flags = [tmp_path] if missing == "model" else [tiny, "--track", "wandb"]
-            refused(train(cli, model, data, tmp_path / "run", *flags), "--model" if missing == "model" else "pip")
-        assert train(cli, tiny, data, tmp_path / "run").code == 0
+    @pytest.mark.parametrize("flags, word", [(["--model", "/none"], "--model"), (["--track", "wandb"], "pip")])
+    def test_a_run_that_failed_at_its_start_can_be_begun_again(self, train, flags, word, monkeypatch):
+        monkeypatch.setitem(sys.modules, "wandb", None)
+        refused(train("run", *flags, code=2), word)
+        train("run")
 
-    def test_a_finished_run_stays_as_it_is(self, cli, tiny, data, tmp_path):
-        assert train(cli, tiny, data, tmp_path / "run").code == 0
-        before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-        result = train(cli, tiny, data, tmp_path / "run", "--resume")
-        assert result.code == 0 and "is finished" in result.out
-        assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    def test_a_finished_run_stays_as_it_is(self, train, tmp_path):
+        train("run")
+        before = contents(tmp_path / "run")
+        assert "is finished" in train("run", "--resume").out
+        refused(train("run", code=2), "is not empty", "--resume", "another folder")
+        assert before == contents(tmp_path / "run")
         assert {p.name for p in (tmp_path / "run").iterdir()} == {"lock", "args.json", "log.jsonl", "model"}
+
+    def test_nothing_deletes_its_own_input(self, train, tmp_path):
+        """A model or data inside the output folder is refused, also with --resume, and stays as it is."""
+        (tmp_path / "run").mkdir()
+        data = write_jsonl(tmp_path / "run/data.jsonl", make_records(4))
+        for more in ((), ("--resume",)):
+            refused(train("run", "--data", data, *more, code=2), "holds something else than a run")
+        assert len(read_jsonl(data)) == 4
+        data = data.rename(tmp_path / "d.jsonl")
+        train("run", "--data", data)
+        before = contents(tmp_path / "run")
+        for more, word in (((), "is not empty"), (("--resume",), "--model")):
+            refused(train("run", "--data", data, "--model", tmp_path / "run/model", *more, code=2), word)
+        assert before == contents(tmp_path / "run")
 
 
 class TestNoCodeFromData:
     def test_a_model_folders_code_is_not_run(self, own, data, tmp_path):
-        config = json.loads((own / "config.json").read_text())
-        config |= {"model_type": "evil", "auto_map": {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}}
-        (own / "config.json").write_text(json.dumps(config))
+        code = {"AutoConfig": "evil.C", "AutoModelForCausalLM": "evil.M"}
+        change(own / "config.json", model_type="evil", auto_map=code)
         (own / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nC = M = None\n")
         flags = ["--model", own, "--data", data, "--output", tmp_path / "o"]
         done = command(sys.executable, "rescue.py", "--ordering", "label", *flags, check=False, input="y\n")
@@ -114,42 +130,40 @@ class TestNoCodeFromData:
         assert saved and {p.suffix for p in saved} <= {".safetensors", ".json"}
 
     @pytest.mark.parametrize("part", [0.0, 0.5, 0.999])
-    def test_a_torn_shard_is_not_resumed(self, cli, tiny, data, half, part):
+    def test_a_torn_shard_is_not_resumed(self, train, half, part):
         [shard] = (half / "checkpoints").rglob("*.safetensors")
         content = shard.read_bytes()
         shard.write_bytes(content[: int(len(content) * part)])
-        refused(train(cli, tiny, data, half, "--resume"), "is damaged", shard.parent)
+        refused(train("half", "--resume", code=2), "is damaged", shard.parent)
 
 
 class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-    def test_each_saves_and_says_how_to_continue(self, cli, tiny, data, tmp_path, number, monkeypatch):
+    def test_each_saves_and_says_how_to_continue(self, train, tmp_path, number, monkeypatch):
         monkeypatch.setattr(signal, "SIGTERM", number)  # what stopped_after raises
         with stopped_after(2):
-            result = train(cli, tiny, data, tmp_path / "run")
-        assert result.code == 0 and "continue with: python" in result.out and "--resume" in result.out
+            out = train("run").out
+        assert "continue with: python" in out and "--resume" in out
         assert (tmp_path / "run/checkpoints/step-00000002").exists() and len(losses(tmp_path / "run")) == 2
 
-    def test_the_command_that_it_prints_continues(self, tiny, data, tmp_path):
+    def test_the_command_that_it_prints_continues(self, train, tiny, data, tmp_path):
         """On one process after a stop of two."""
-        code = f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        code += "import os, conftest, common, rescue\nsys.argv[0] = 'rescue.py'\n"
-        code += "with conftest.stopped_after(2 if os.environ['RANK'] == '1' else 99): common.run_cli(rescue.main)\n"
-        (tmp_path / "stop.py").write_text(code)
+        stop = (
+            "import conftest\n    sys.argv[0] = 'rescue.py'\n    stop = conftest.stopped_after(2)\n    stop.__enter__()"
+        )
         flags = ["--ordering", "label", "--lr", "1e-3", "--batch_size", 4, "--model", tiny, "--data", data]
-        flags += ["--output", tmp_path / "run"]
-        done = command("torchrun", "--nproc_per_node", 2, tmp_path / "stop.py", *flags)
+        done = on_two(tmp_path, [*flags, "--output", tmp_path / "run"], stop)
         [said] = [x for x in done.stdout.splitlines() if "continue with: " in x]
         again = said.partition("continue with: ")[2].split()
         assert again[:4] == ["torchrun", "--nproc_per_node", "2", "rescue.py"]
         command(*again)
-        command(sys.executable, "rescue.py", *flags[:-1], tmp_path / "one")
+        train("one")
         assert difference(tmp_path / "run", tmp_path / "one") < 2e-6
         assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
 
-    def test_an_interrupted_evaluation_is_done_again(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_an_interrupted_evaluation_is_done_again(self, train, data, tmp_path, monkeypatch):
         flags = ["--eval_data", data, "--eval_every", 2]
-        assert train(cli, tiny, data, tmp_path / "whole", *flags).code == 0
+        train("whole", *flags)
         evaluate, calls = rescue.evaluate, []
 
         def evaluate_and_stop(*args):
@@ -160,57 +174,55 @@ class TestSignals:
 
         with monkeypatch.context() as patch:
             patch.setattr(rescue, "evaluate", evaluate_and_stop)
-            assert train(cli, tiny, data, tmp_path / "run", *flags).code == 0
+            train("run", *flags)
         assert [x["step"] for x in read_jsonl(tmp_path / "run/log.jsonl")] == [0, 1, 2]
         assert not (tmp_path / "run/best").exists()
-        assert train(cli, tiny, data, tmp_path / "run", *flags, "--resume").code == 0
+        train("run", *flags, "--resume")
         a, b = (read_jsonl(tmp_path / x / "log.jsonl") for x in ("whole", "run"))
         assert [x | {"seconds": 0} for x in a] == [x | {"seconds": 0} for x in b]
-        assert [x["step"] for x in a if "eval_loss" in x] == [0, 2, 4, 6]
+        assert [x["step"] for x in a if "eval_loss" in x] == [0, 2, 3]
         assert difference(tmp_path / "whole", tmp_path / "run", "best") == 0
 
-    def test_an_ignored_signal_stays_ignored(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_an_ignored_signal_stays_ignored(self, train, tmp_path, monkeypatch):
         """As nohup sets SIGHUP: the run goes on when its terminal closes."""
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         monkeypatch.setattr(signal, "SIGTERM", signal.SIGHUP)  # what stopped_after raises
         with stopped_after(2):
-            assert train(cli, tiny, data, tmp_path / "run").code == 0
-        assert len(losses(tmp_path / "run")) == 6 and (tmp_path / "run/model").exists()
+            train("run")
+        assert len(losses(tmp_path / "run")) == 3 and (tmp_path / "run/model").exists()
 
 
 class TestTheEnd:
-    def test_a_disk_full_at_the_final_save_loses_nothing(self, cli, tiny, data, tmp_path, monkeypatch):
-        train(cli, tiny, data, tmp_path / "whole", "--checkpoint_every", 0)
+    def test_a_disk_full_at_the_final_save_loses_nothing(self, train, tmp_path, monkeypatch):
+        def full(*args, **kwargs):
+            raise SafetensorError("Error while serializing: IoError(No space left on device)")
+
+        train("whole", "--checkpoint_every", 0)
         with monkeypatch.context() as context:
-
-            def full(*args, **kwargs):
-                raise SafetensorError("Error while serializing: IoError(No space left on device)")
-
             context.setattr(LlamaForCausalLM, "save_pretrained", full)
-            result = train(cli, tiny, data, tmp_path / "run", "--checkpoint_every", 0)
-        refused(result, tmp_path / "run/model", "could not be saved", "No space left")
-        result = train(cli, tiny, data, tmp_path / "run", "--checkpoint_every", 0, "--resume")
-        assert result.code == 0 and "resuming after step 6" in result.out
+            done = train("run", "--checkpoint_every", 0, code=2)
+        refused(done, tmp_path / "run/model", "could not be saved", "No space left")
+        assert "resuming after step 3" in train("run", "--checkpoint_every", 0, "--resume").out
         assert difference(tmp_path / "run", tmp_path / "whole") == 0
 
-    def test_killed_before_its_checkpoints_go_it_cleans_at_the_next_start(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_killed_before_its_checkpoints_go_it_cleans_at_the_next_start(self, train, tmp_path, monkeypatch):
         with monkeypatch.context() as context:
             context.setattr(common, "drop_checkpoints", lambda output: (_ for _ in ()).throw(KeyboardInterrupt))
-            assert train(cli, tiny, data, tmp_path / "run").code == 130
+            train("run", code=130)
         assert (tmp_path / "run/checkpoints").exists() and (tmp_path / "run/model/config.json").exists()
-        assert train(cli, tiny, data, tmp_path / "run", "--resume").code == 0
+        train("run", "--resume")
         assert not (tmp_path / "run/checkpoints").exists()
 
-    def test_what_is_saved_is_synced_before_what_it_replaces_goes(self, cli, tiny, data, tmp_path, monkeypatch):
+    def test_what_is_saved_is_synced_before_what_it_replaces_goes(self, train, tmp_path, monkeypatch):
         """Files, their folder, and after the renaming the folder that holds its name."""
         done, sync, remove, replace = [], common.sync, shutil.rmtree, common.os.replace
         monkeypatch.setattr(common, "sync", lambda path: (done.append(("sync", pathlib.Path(path))), sync(path)))
         monkeypatch.setattr(shutil, "rmtree", lambda path, **more: (done.append(("gone", path)), remove(path, **more)))
         monkeypatch.setattr(common.os, "replace", lambda a, b: (done.append(("named", b)), replace(a, b)))
-        train(cli, tiny, data, tmp_path / "run", "--checkpoint_every", 3)
+        train("run", "--checkpoint_every", 2)
         out, checkpoints = tmp_path / "run", tmp_path / "run/checkpoints"
         for new, gone, files in (
-            (checkpoints / "step-00000006", checkpoints / "step-00000003.part", 1),
+            (checkpoints / "step-00000003", checkpoints / "step-00000002.part", 1),
             (out / "model", checkpoints, 5),
         ):
             before = done[: len(done) - done[::-1].index(("gone", gone)) - 1]
@@ -220,11 +232,11 @@ class TestTheEnd:
             assert ("sync", new.parent) in before[named:]
 
 
-def test_the_log_has_a_line_a_step(cli, tiny, data, tmp_path):
-    train(cli, tiny, data, tmp_path / "run", "--eval_data", data, "--eval_every", 4)
+def test_the_log_has_a_line_a_step(train, data, tmp_path):
+    train("run", "--eval_data", data, "--eval_every", 2)
     lines = read_jsonl(tmp_path / "run/log.jsonl")
     figures = {"loss", "rank_loss", "sft_loss", "best_score", "pair_accuracy", "gap"}
-    assert [x["step"] for x in lines] == [0, 1, 2, 3, 4, 4, 5, 6, 6]
+    assert [x["step"] for x in lines] == [0, 1, 2, 2, 3, 3]
     for x in lines:
         more = {f"eval_{k}" for k in figures} | {"best"} if "best" in x else figures | {"grad_norm", "lr", "seconds"}
         assert x.keys() == {"step"} | more
@@ -232,18 +244,18 @@ def test_the_log_has_a_line_a_step(cli, tiny, data, tmp_path):
     assert not lines[0]["best"]  # the untrained model
 
 
-def test_a_torn_line_and_steps_after_the_checkpoint_leave_the_log(cli, tiny, data, half):
+def test_a_torn_line_and_steps_after_the_checkpoint_leave_the_log(train, half):
     before = (half / "log.jsonl").read_text()
     with open(half / "log.jsonl", "a") as f:
-        f.write('{"step": 4, "loss": 99.0}\n{"step": 5, "lo')
-    assert train(cli, tiny, data, half, "--resume").code == 0
+        f.write('{"step": 3, "loss": 99.0}\n{"step": 4, "lo')
+    train("half", "--resume")
     assert (half / "log.jsonl").read_text().startswith(before)
-    assert [step for step, _ in losses(half)] == [1, 2, 3, 4, 5, 6] and 99.0 not in dict(losses(half)).values()
+    assert [step for step, _ in losses(half)] == [1, 2, 3] and 99.0 not in dict(losses(half)).values()
 
 
 TWO = """
 import os, sys
-sys.path[:0] = [{root!r}]
+sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 import common, rescue
 sys.argv = ["rescue.py", *{argv!r}]
@@ -256,7 +268,7 @@ common.run_cli(rescue.main)
 def on_two(tmp_path, argv, change):
     """rescue.py on two gloo processes, the second after `change`."""
     (tmp_path / "two.py").write_text(TWO.format(root=str(ROOT), argv=[*map(str, argv)], change=change))
-    return command("torchrun", "--standalone", "--nproc_per_node", 2, tmp_path / "two.py", check=False)
+    return command("torchrun", "--nproc_per_node", 2, tmp_path / "two.py", check=False)
 
 
 @pytest.mark.parametrize(
@@ -265,24 +277,19 @@ def on_two(tmp_path, argv, change):
         ("sys.argv += ['--alpha', '0.5']", "process 1: error: --output"),
         ("sys.argv[sys.argv.index('--output') + 1] += 'x'", "process 1: error: --output"),
         ("torch.Tensor.backward = lambda *a, **k: 1 / 0", "process 1: error: ZeroDivisionError"),
-        ("sys.argv[sys.argv.index('--data') + 1] += 'x'", "process 1: error: "),
+        (
+            "score = rescue.candidate_logprobs\n"
+            "    rescue.candidate_logprobs = lambda *more: [x * torch.nan for x in score(*more)]",
+            "rescue.py: error: the loss is not finite for records r",
+        ),
     ],
 )
 def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
     argv = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "out", "--batch_size", 4]
     done = on_two(tmp_path, argv, change)
-    assert done.returncode != 0 and words in done.stderr, done.stderr[-2000:]
-    assert "Traceback" not in done.stderr.partition("process 1: error")[0].rpartition("rescue.py")[0]
+    assert done.returncode != 0 and done.stderr.count(words) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr.partition(words)[0].rpartition("rescue.py")[0]
     assert not (tmp_path / "out/model").exists()
-
-
-def test_a_loss_that_is_not_finite_on_another_process_is_named(tiny, data, tmp_path):
-    argv = ["--ordering", "label", "--model", tiny, "--data", data, "--output", tmp_path / "out", "--batch_size", 4]
-    change = "score = rescue.candidate_logprobs\n"
-    change += "    rescue.candidate_logprobs = lambda *more: [x * torch.nan for x in score(*more)]"
-    done = on_two(tmp_path, argv, change)
-    assert done.returncode == 1  # torchrun's
-    assert done.stderr.count("rescue.py: error: the loss is not finite for records r") == 1, done.stderr[-2000:]
 
 
 def test_rows_are_the_plan_in_order():
@@ -308,23 +315,49 @@ def test_learning_rate():
     assert [common.learning_rate(s, 8, args) for s in range(4)] == pytest.approx([1 / 3, 2 / 3, 1.0, 1.0])
 
 
-def test_bf16_on_a_cpu(cli, tiny, data, tmp_path):
-    """--bf16 computes otherwise than fp32, to a bf16's precision alike, keeps fp32 masters and resumes bit by bit."""
+def test_bf16_on_a_cpu(train, tmp_path):
+    """--bf16 computes otherwise than fp32, to a bf16's precision alike, keeps fp32 masters and resumes bit by bit. A
+    next stage moves at --lr 1e-6, as Tuna's: written in bf16, nearly every weight would come out as it went in."""
     for name, flags in {"fp32": [], "bf16": ["--bf16"], "half": ["--bf16"]}.items():
-        with stopped_after(3) if name == "half" else contextlib.nullcontext():
-            assert train(cli, tiny, data, tmp_path / name, *flags).code == 0
-    assert train(cli, tiny, data, tmp_path / "half", "--bf16", "--resume").code == 0
+        with stopped_after(2) if name == "half" else contextlib.nullcontext():
+            train(name, *flags)
+    train("half", "--bf16", "--resume")
     full, coarse = ([x["loss"] for x in read_jsonl(tmp_path / name / "log.jsonl")] for name in ("fp32", "bf16"))
     assert full != coarse and coarse == pytest.approx(full, rel=0.02)
     assert difference(tmp_path / "bf16", tmp_path / "half") == 0
-
-
-def test_a_next_stage_moves_at_a_small_learning_rate(cli, tiny, data, tmp_path):
-    """--bf16 --lr 1e-6, as Tuna's second stage: written in bf16, nearly every weight would come out as it went in."""
-    assert train(cli, tiny, data, tmp_path / "first", "--bf16").code == 0
-    assert train(cli, tmp_path / "first/model", data, tmp_path / "second", "--bf16", "--lr", "1e-6").code == 0
-    first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
+    train("second", "--model", tmp_path / "bf16/model", "--bf16", "--lr", "1e-6")
+    first, second = weights(tmp_path / "bf16"), weights(tmp_path / "second")
     layers = [name for name in first if "proj" in name]  # of the embeddings few rows are read
     moved = lambda cast: torch.cat([(cast(first[k]) != cast(second[k])).flatten() for k in layers]).float().mean()  # noqa: E731
     assert {w.dtype for w in second.values()} == {torch.float32}
     assert moved(torch.Tensor.float) > 0.9 > 0.1 > moved(torch.Tensor.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ("collect_candidates", "sample", "--max_new_tokens", 4),
+        ("collect_candidates", "rank", "--by", "prm"),
+        ("collect_candidates", "rank", "--by", "logprob"),
+        ("evaluate", "nll"),
+    ],
+    ids=lambda verb: verb[-1] if "--by" in verb else verb[1],
+)
+def test_a_model_that_gives_nan_stops(cli, own, data, tmp_path, verb):
+    """Its weights are NaN in one place that every token reads."""
+    change_weights(own, lambda weights: weights["model.norm.weight"][0].fill_(torch.nan))
+    records = [r | {"candidates": [c | {"rank": None} for c in r["candidates"]]} for r in read_jsonl(data)]
+    data = write_jsonl(tmp_path / "unranked.jsonl", records)
+    refused(cli(*verb, "--model", own, "--input", data, "--output", tmp_path / "o.jsonl"), "not finite")
+    assert not (tmp_path / "o.jsonl").exists()
+
+
+def test_counts_that_would_fill_the_memory(train):
+    refused(train("run", "--epochs", 10_001, code=2), "out of range")
+
+
+def test_a_count_of_tokens_that_no_text_has(train, tmp_path):
+    [record] = make_records(1)
+    record["candidates"] = [c | {"num_tokens": 1e300, "logprob": -1.0} for c in record["candidates"]]
+    data = write_jsonl(tmp_path / "d.jsonl", [record])
+    refused(train("run", "--data", data, code=2), "d.jsonl:1", "num_tokens")
