@@ -12,8 +12,9 @@ from collecting import generation
 from collecting.answers import Refusal, without_thinking
 from collecting.files import read_rows, write_atomically
 from collecting.prompts import render_chat
-from common import UserError, say
+from common import say
 
+KNOWN = "known"  # count[model, KNOWN] > 0: it has answered a prompt, so a refusal concerns one prompt alone
 RE_ASKS = 2  # after an answer that could not be used
 
 
@@ -21,9 +22,9 @@ def ask_records(args, journal, ids, prompts, **options):
     """`complete` for the records of a journal -> yields (index, responses, error) as it does, then says what failed.
 
     Refused prompts are kept in OUTPUT.refused.jsonl. No later run asks them, and `journal.finish` does not miss them,
-    until that file is deleted. Raises UserError where no prompt was ever answered.
+    until that file is deleted.
     """
-    file, failed, answered = pathlib.Path(f"{journal.path}.refused.jsonl"), {}, False
+    file, failed, answered = pathlib.Path(f"{journal.path}.refused.jsonl"), {}, bool(journal.done)
     if not journal.done:
         file.unlink(missing_ok=True)  # it is an earlier output's
     refused = {row["id"]: row for _, row in read_rows(file)} if file.exists() else {}
@@ -34,16 +35,13 @@ def ask_records(args, journal, ids, prompts, **options):
             failed.setdefault(error, []).append(ids[n])
         yield n, responses, error
     for error, those in failed.items():
-        how, more = "refused" if isinstance(error, Refusal) else "failed", f" and {len(those) - 1} more"
-        said = f"{those[0]}{more * (len(those) > 1)} {how}: {error}"
-        say(said)
-        refused |= {i: {"id": i, "reason": error} for i in those if isinstance(error, Refusal)}
-    if failed and not answered and not journal.done:
-        raise UserError(f"--model {args.model}: no prompt was answered; {said}")
-    journal.ids = [i for i in journal.ids if i not in refused]
-    if refused and answered:  # else the request may be at fault, and not the prompts
-        write_atomically(file, "".join(json.dumps(row) + "\n" for row in refused.values()))
+        final = isinstance(error, Refusal) and answered  # else the request may be at fault, and not the prompts
+        more = f" and {len(those) - 1} more" if len(those) > 1 else ""
+        say(f"{those[0]}{more} {'refused' if final else 'failed'}: {error}")
+        refused |= {i: {"id": i, "reason": error} for i in those if final}
     if refused:
+        journal.ids = [i for i in journal.ids if i not in refused]
+        write_atomically(file, "".join(json.dumps(row) + "\n" for row in refused.values()))
         say(f"{len(refused)} refused prompts are left out; a run that finds no {file} asks them again")
 
 
@@ -55,34 +53,32 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
 
     prompts: texts, sent as one user message each (locally: through the chat template where there is one), or dialogues,
     lists of {role, content}; or, with completions=True, texts continued as they stand.
-    responses: num_samples of {text, finished, num_tokens and logprob where known} (logprobs=True asks a server for
-    them), fewer where a server gives no more; or None, with the reason in `error`.
+    responses: num_samples of {text, finished, logprob and num_tokens where known} (logprobs=True asks a server for
+    both), fewer where a server gives no more; or None, with the reason in `error`.
     follow_up(index, text) -> None, or the message to re-ask with when `text` is no use: RE_ASKS times, the dialogue so
     far before it. done: indices not to yield. A local model's batches are formed over all prompts, so its answers do
-    not depend on `done`. count: a Counter that several calls share, so that --max_requests bounds them together;
-    without it, what was counted is said at the end. Raises UserError for what concerns all prompts: a refused key, an
-    unknown model, no server.
+    not depend on `done`. count: a Counter that several calls share, so that --max_requests bounds them together and
+    what one learns of the server the next knows; without it, what was counted is said at the end. Raises UserError for
+    what concerns all prompts: a refused key, an unknown model, no server.
     """
-    options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples, "completions": completions}
+    options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples}
+    options |= {"logprobs": logprobs, "completions": completions}
+    shared, count = count is not None, Counter() if count is None else count
+    count[args.model, KNOWN] += len(done)
     ask = ask_local
     if args.base_url:
         from collecting.server import ask_server as ask  # openai takes a second to import
-
-        options["logprobs"] = logprobs
-    shared, count = count is not None, Counter() if count is None else count
-    count[args.model, "before"] = len(done)
     dialogues = {i: [{"role": "user", "content": p}] if isinstance(p, str) else p for i, p in enumerate(prompts)}
-    order = sorted(dialogues, key=lambda i: -sum(len(message["content"]) for message in dialogues[i]))
-    batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
-    batches = [b for b in batches if not all(i in done for i in b)]
-    batches = [[i for i in dialogues if i not in done]] if args.base_url else batches
+    batches = [[i for i in dialogues if i not in done]]
+    if not args.base_url:
+        order = sorted(dialogues, key=lambda i: -sum(len(message["content"]) for message in dialogues[i]))
+        batches = [order[start : start + args.batch_size] for start in range(0, len(order), args.batch_size)]
     with tqdm(total=len(prompts) - len(done), desc=f"asking {args.model}", leave=False) as bar:
-        for batch in batches:
+        for batch in (b for b in batches if not all(i in done for i in b)):
             asked = {i: dialogues[i] for i in batch}
             for turn in range(1 + RE_ASKS):
                 again = {}
-                for i, responses, error in ask(args, asked, count, **options) if asked else ():
-                    bar.set_postfix_str(counted(count))
+                for i, responses, error in ask(args, count, asked, **options) if asked else ():
                     more = follow_up(i, responses[0]["text"]) if follow_up and responses and turn < RE_ASKS else None
                     if more is not None:
                         answer = {"role": "assistant", "content": responses[0]["text"]}
@@ -99,7 +95,7 @@ def counted(count):
     return ", ".join(f"{n} {what}" for what, n in count.items() if n and isinstance(what, str))
 
 
-def ask_local(args, dialogues, count, *, completions, **options):
+def ask_local(args, count, dialogues, *, completions, logprobs, **options):
     """One batch."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = generation.load_generator(args.model, device, args.bf16)
@@ -113,7 +109,6 @@ def ask_local(args, dialogues, count, *, completions, **options):
     torch.manual_seed(zlib.crc32(f"{args.seed} {texts[0]}".encode()))
     responses = generation.generate(model, tokenizer, texts, **options)
     for i, samples in zip(dialogues, responses):
-        count["tokens"] += sum(r["num_tokens"] for r in samples)
         for k, r in enumerate(samples):
             text = without_thinking(r["text"])
             if text != r["text"] and not args.keep_thinking:  # the likelihood was the thinking's too

@@ -66,7 +66,7 @@ def flip(args):
             for n, responses, error in asking.complete(asked, [*prompts.values()], **options):
                 record = jobs[numbers[n]][0]
                 if error:
-                    known = count[asked.model, "answered"] or journal.done  # else the request may be at fault
+                    known = count[asked.model, asking.KNOWN] or journal.done  # else the request may be at fault
                     refused = isinstance(error, Refusal) and known
                     say(f"{record['id']} {'refused' if refused else 'failed'}: {error}")
                     outcome["refused"] += bool(refused)

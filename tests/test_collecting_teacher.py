@@ -1,7 +1,6 @@
 """collecting/teacher.py: a hostile server, secrets, likelihoods, a local teacher."""
 
 import json
-from collections import Counter
 
 import pytest
 from api_server import Server, chat
@@ -44,7 +43,8 @@ def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, cli):
             "--base_url", server.url, "--model", "m")  # fmt: skip
     for text in (told.out, told.err, *(p.read_text() for p in tmp_path.iterdir())):
         assert "very-secret" not in text
-    refused(told, "no prompt was answered", "HTTP 400 (*** is no good)")  # a run without an answer is no success
+    refused(told, "0 of 1 done", "nothing new was done: see the messages above")  # no answer is no success
+    assert "r0 failed: HTTP 400 (*** is no good)" in told.out
 
 
 def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, cli):
@@ -98,20 +98,9 @@ def completion(*texts):
 
 
 def test_teacher_keeps_likelihoods(tmp_path, cli):
-    write_jsonl(
-        tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n", "candidates": [{"text": "t", "source": "human"}]}]
-    )
-    flags = [
-        "teacher",
-        "--input",
-        tmp_path / "d.jsonl",
-        "--output",
-        tmp_path / "o.jsonl",
-        "--model",
-        "m",
-        "--num_samples",
-        2,
-    ]
+    record = {"id": "a", "prompt": "Task: x\n", "candidates": [{"text": "t", "source": "human"}]}
+    data = write_jsonl(tmp_path / "d.jsonl", [record])
+    flags = ["teacher", "--input", data, "--output", tmp_path / "o.jsonl", "--model", "m", "--num_samples", 2]
     with Server(lambda prompt, times, body: completion(" one", " two")) as server:
         result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs", "--completions")
     assert result.code == 0, result.err
@@ -143,7 +132,7 @@ def test_eos_counts_in_no_log_probability(text, tokens, kept):
     content = [{"token": t, "logprob": v} for t, v in zip(tokens, values)]
     new = {"message": {"content": text}, "finish_reason": "stop", "logprobs": {"content": content}}
     for choice in (old, new):
-        [response], _ = read_reply(json.dumps({"choices": [choice]}), Counter())
+        [response], _ = read_reply(json.dumps({"choices": [choice]}).encode())
         assert (response["num_tokens"], response["logprob"]) == (kept, sum(values[:kept]))
 
 
@@ -151,7 +140,7 @@ def test_eos_is_found_by_the_bytes_where_token_strings_are_numbers():
     content = [("token_id:7", -1.0, list("h\u00e9".encode())), ("token_id:2", -4.0, list(b"</s>"))]
     content = [{"token": t, "logprob": v, "bytes": b} for t, v, b in content]
     choice = {"message": {"content": "h\u00e9"}, "finish_reason": "stop", "logprobs": {"content": content}}
-    [response], _ = read_reply(json.dumps({"choices": [choice]}), Counter())
+    [response], _ = read_reply(json.dumps({"choices": [choice]}).encode())
     assert (response["num_tokens"], response["logprob"]) == (1, -1.0)
 
 
