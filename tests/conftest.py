@@ -155,6 +155,32 @@ def cli(capfd):
 
 
 @pytest.fixture
+def preparing(cli, tmp_path):
+    """preparing(rows, a file or files, *flags) -> (Result, output) of prepare --task pairs, or another --task."""
+
+    def run(source, *flags):
+        source = source if isinstance(source, list) else [source]
+        names = [write_jsonl(tmp_path / "in.jsonl", source)] if isinstance(source[0], dict) else source
+        output = pathlib.Path(tempfile.mkdtemp(dir=tmp_path)) / "out.jsonl"
+        task = [] if "--task" in flags else ["--task", "pairs"]
+        return cli("collect_candidates", "prepare", *task, "--input", *names, "--output", output, *flags), output
+
+    return run
+
+
+@pytest.fixture
+def prepare(preparing):
+    """prepare(rows, a file or files, *flags) -> the records."""
+
+    def run(*args):
+        result, output = preparing(*args)
+        assert result.code == 0, result.err
+        return read_jsonl(output)
+
+    return run
+
+
+@pytest.fixture
 def train(cli, tiny, data, tmp_path):
     """train(name, *flags) -> Result: three steps of rescue.py, into tmp_path / name. Flags stand above the defaults."""
 

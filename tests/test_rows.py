@@ -8,31 +8,13 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ROOT, make_tokenizer, metrics_of, read_jsonl, refused, write_jsonl
+from conftest import ROOT, make_tokenizer, metrics_of, refused, write_jsonl
 from test_evaluating_superni import make_superni
 
 import common
 import rescue
 from collecting import sample
 from evaluating import superni
-
-
-@pytest.fixture
-def prepare(cli, tmp_path):
-    """prepare(file or rows, *flags) -> the records of prepare --task pairs (or of another --task among the flags)."""
-
-    def run(source, *flags):
-        source = write_jsonl(tmp_path / "in.jsonl", source) if isinstance(source, list) else source
-        output = tmp_path / "out.jsonl"
-        output.unlink(missing_ok=True)
-        task = [] if "--task" in flags else ["--task", "pairs"]
-        done = cli("collect_candidates", "prepare", *task, "--input", source, "--output", output, *flags)
-        assert done.code == 0, done.err
-        for file in tmp_path.glob("out.jsonl*"):
-            file.rename(tmp_path / f"done-{file.name}")
-        return read_jsonl(tmp_path / "done-out.jsonl")
-
-    return run
 
 
 def ranks(record):
