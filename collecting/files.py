@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import pathlib
-import re
 import zlib
 
 import common
@@ -25,18 +24,18 @@ def read_source(name, split="train", config=None, subset=None):
     data_dir). datasets says which files these are, and read_rows reads them. Raises UserError, also where a folder's
     README.md names a file outside the folder.
     """
-    if not os.path.isdir(name) and (os.path.isfile(name) or kind_of(name) in READERS):
+    folder = os.path.realpath(name) if os.path.isdir(name) else None
+    if not folder and (os.path.isfile(name) or kind_of(name) in READERS):
         yield from read_rows(name)
         return
     import datasets
 
-    folder = os.path.realpath(name) if os.path.isdir(name) else None
     try:
         builder = datasets.load_dataset_builder(folder or name, config, data_dir=subset)
-        splits = {str(k): list(files) for k, files in (builder.config.data_files or {}).items()}
-        if split not in splits:
-            raise UserError(f"{name} has the splits {', '.join(splits)}, not {split}: choose one by --split")
-        for file in splits[split]:
+        files = builder.config.data_files or {}
+        if split not in files:
+            raise UserError(f"{name} has the splits {', '.join(map(str, files))}, not {split}: choose one by --split")
+        for file in files[split]:
             file = os.path.normpath(file) if folder else file
             if not file.startswith(folder + os.sep if folder else "hf://"):
                 raise UserError(f"{name} names a file outside of it, {file}: name that file by --input")
@@ -65,17 +64,19 @@ def read_rows(path):
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb") as f:
             yield from READERS[kind](path, f)
-    except (EOFError, OSError, UnicodeError, RecursionError, zlib.error) as e:  # torn, a false .gz, not UTF-8
+    except (EOFError, OSError, ValueError, RecursionError, zlib.error, csv.Error) as e:  # torn, a false .gz, not UTF-8
         raise UserError(f"{path}: cannot be read ({e})") from e
 
 
-def read_lines(path, f):
+def bounded_lines(path, f):
     for number, line in enumerate(iter(lambda: f.readline(MAX_LINE + 1), b""), 1):
-        where = f"{path}:{number}"
         if len(line) > MAX_LINE:
-            raise UserError(f"{where}: the line is longer than {MAX_LINE >> 20} MiB")
-        if line.strip():
-            yield where, as_object(parse_json(line, where), where)
+            raise UserError(f"{path}:{number}: the line is longer than {MAX_LINE >> 20} MiB")
+        yield f"{path}:{number}", line
+
+
+def read_lines(path, f):
+    yield from ((where, parse_object(line, where)) for where, line in bounded_lines(path, f) if line.strip())
 
 
 def read_array(path, f):
@@ -83,57 +84,40 @@ def read_array(path, f):
     if f.peek(16).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] != b"[":
         yield from read_lines(path, f)  # data sets call a row a line .json too
         return
-    text, decoder = io.TextIOWrapper(f, encoding="utf-8-sig"), json.JSONDecoder()
-    rest, number = re.sub(r"\[\s*\]", "]", text.read(CHUNK).lstrip(), count=1), 0
-    while rest[0] != "]":  # it begins with the sign in front of an object, [ or ,
-        rest, number, after, more = rest[1:].lstrip(), number + 1, "", True
-        while not after and more and len(rest) <= MAX_LINE:  # read on until the sign behind the object is there
-            try:
-                end = decoder.raw_decode(rest)[1]
-                after = rest[end:].lstrip()
-            except ValueError:
-                end = MAX_LINE
-            more = "" if after else text.read(max(CHUNK, len(rest)))
-            rest += more
+    text, decoder, number = io.TextIOWrapper(f, encoding="utf-8-sig"), json.JSONDecoder(), 1
+    rest = text.read(CHUNK).lstrip()[1:]
+    while not (rest := rest.lstrip(", \r\n\t")).startswith("]"):
         where = f"{path}:{number}"
-        row = as_object(parse_json(rest[:end].encode(), where), where)
-        if after[:1] not in (",", "]"):
-            raise UserError(f"{where}: cannot be read: no JSON array of objects of at most {MAX_LINE >> 20} MiB")
-        yield where, row
-        rest = after
-    if rest[1:].strip() or text.read(CHUNK).strip():
+        try:
+            end = decoder.raw_decode(rest)[1]
+        except ValueError as e:  # read on: the object goes on behind the chunk
+            more = text.read(max(CHUNK, len(rest)))
+            if not more or len(rest) > MAX_LINE:
+                raise UserError(f"{where}: no JSON array of objects of at most {MAX_LINE >> 20} MiB ({e})") from e
+            rest += more
+        else:
+            yield where, parse_object(rest[:end].encode(), where)
+            rest, number = rest[end:], number + 1
+    if (rest[1:] + text.read(CHUNK)).strip():
         raise UserError(f"{path}: something follows the array")
 
 
 def read_csv(path, f):
     csv.field_size_limit(MAX_LINE)
-    text = io.TextIOWrapper(f, encoding="utf-8-sig", newline="")
-
-    def lines():
-        while line := text.readline(MAX_LINE + 1):
-            if len(line) > MAX_LINE:
-                raise csv.Error(f"the line is longer than {MAX_LINE >> 20} MiB")
-            yield line
-
-    reader = csv.DictReader(lines(), strict=True)
-    try:
-        for row in reader:
-            if None in row or None in row.values():
-                raise csv.Error("the row has more or fewer fields than the header")
-            yield f"{path}:{reader.line_num}", row
-    except csv.Error as e:
-        raise UserError(f"{path}:{reader.line_num}: cannot be read as CSV ({e})") from e
+    reader = csv.DictReader((line.decode("utf-8-sig") for _, line in bounded_lines(path, f)), strict=True)
+    for row in reader:
+        where = f"{path}:{reader.line_num}"
+        if None in row or None in row.values():
+            raise UserError(f"{where}: the row has more or fewer fields than the header")
+        yield where, row
 
 
 def read_parquet(path, f):
     import pyarrow.parquet
 
-    try:
-        batches = pyarrow.parquet.ParquetFile(f).iter_batches(batch_size=128)
-        rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
-        yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
-    except pyarrow.ArrowException as e:
-        raise UserError(f"{path}: cannot be read as Parquet ({e})") from e
+    batches = pyarrow.parquet.ParquetFile(f).iter_batches(batch_size=128)
+    rows = itertools.chain.from_iterable(batch.to_pylist() for batch in batches)
+    yield from ((f"{path}:{number}", row) for number, row in enumerate(rows, 1))
 
 
 READERS = {"jsonl": read_lines, "json": read_array, "csv": read_csv, "parquet": read_parquet}
@@ -152,33 +136,21 @@ def text_field(row, name, where, optional=False, strip=str.strip):
     return strip(value)
 
 
-def parse_json(line, where):
-    """The value of JSON in UTF-8; UserError, naming `where`, for anything that could not be written back."""
-
-    def constant(name):
-        raise UserError(f"{where}: {name} is not a JSON value")
-
+def parse_object(line, where):
+    """The object of JSON in UTF-8; UserError, naming `where`, for anything else, and for what could not be written
+    back: NaN, the infinity that 1e999 becomes, a lone surrogate."""
     try:
-        value = json.loads(line.decode("utf-8-sig"), parse_constant=constant)
-        # neither a lone surrogate nor the infinity that 1e999 becomes can be written back
+        value = json.loads(line.decode("utf-8-sig"))
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-        return value
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({str(e).splitlines()[0]})") from e
+    return as_object(value, where)
 
 
 def as_object(value, where):
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
-
-
-def read_json(text):
-    """The value of a JSON text, or None where it is empty or torn."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def as_dict(value):

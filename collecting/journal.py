@@ -3,19 +3,18 @@
 import json
 import os
 import pathlib
+import re
 from collections import Counter
 
 import torch.distributed as dist
 
 import common
-from collecting.files import content_of, read_json, read_records, write_atomically
+from collecting.files import content_of, read_lines, read_records, write_atomically
 from common import UserError, say
 
 # Arguments that a second run on the same output may change: how a server is asked, not what; how answers are scored.
 FREE = {"output", "verb", "run", "batch_size", "bertscore", "bertscore_layer"}
 FREE |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
-# Arguments that name no file, even where a file of that name exists.
-NO_PATHS = {"name", "names", "source", "task", "tasks", "by", "stop", "columns"}
 
 LONGEST_WAIT = 24 * 60  # minutes that a process which has done its share waits for the others
 
@@ -29,51 +28,49 @@ class Journal:
 
     def __init__(self, path, ids, settings, process=0, processes=1):
         self.path, self.ids, self.process, self.processes = pathlib.Path(path), list(ids), process, processes
-        about, output = self.path.with_name(f"{self.path.name}.args.json"), f"--output {self.path}"
         if self.path.suffix != ".jsonl":
-            raise UserError(f"{output}: the name must end in .jsonl")
+            raise UserError(f"--output {path}: the name must end in .jsonl")
         if twice := [i for i, n in Counter(self.ids).items() if n > 1]:
             raise UserError(f"id {twice[0]!r} occurs twice in the input")
+        about = self.path.with_name(f"{self.path.name}.args.json")
         if process == 0:
-            self._lock = common.lock(about, output)
+            self._lock = common.lock(about, f"--output {path}")
             begun = [str(file) for file in self._files() if file.stat().st_size]  # a run that failed at its start: none
-            before = read_json(about.read_text(encoding="utf-8")) if begun else settings
-            if not isinstance(before, dict):
-                raise UserError(f"{output} exists and was not written by this script: name another file")
-            if changed := common.changed(before, settings):
-                hint = f"name another file, or delete {', '.join(begun)}"
-                raise UserError(f"{output} was begun with other arguments ({changed}): {hint}")
             if not begun:
-                about.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+                about.write_text(json.dumps(settings, indent=1))
                 common.sync(about)
+            elif not (before := about.read_text()):
+                raise UserError(f"--output {path} exists and was not written by this script: name another file")
+            elif changed := common.changed(json.loads(before), settings):
+                hint = f"name another file, or delete {', '.join(begun)}"
+                raise UserError(f"--output {path} was begun with other arguments ({changed}): {hint}")
             for file in self._files():
                 os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a kill may tear the last line
-        if processes > 1:
+        self._wait()
+        if processes > 1 and not (about.exists() and json.loads(about.read_text()) == settings):
+            raise UserError(f"--output {path}: this process has other arguments or files than process 0")
+        self.done = set(self._records())
+        self._wait()  # nobody writes while another still reads
+        self._part = open(f"{path}.part{process}", "ab")  # noqa: SIM115
+
+    def _wait(self):
+        if self.processes > 1:
             dist.barrier()
-            if not about.exists() or read_json(about.read_text(encoding="utf-8")) != settings:
-                raise UserError(f"{output}: this process has other arguments or files than process 0")
-        self.done = set(self._lines())
-        if processes > 1:
-            dist.barrier()  # nobody writes while another still reads
-        self._part = open(f"{self.path}.part{process}", "ab")  # noqa: SIM115
 
     def _files(self):
-        head = f"{self.path.name}.part"
-        parts = [p for p in self.path.parent.iterdir() if p.name.startswith(head) and p.name[len(head) :].isdecimal()]
-        return [p for p in (self.path, *parts) if p.exists()]
+        ours = re.compile(re.escape(self.path.name) + r"(\.part\d+)?")
+        return [p for p in self.path.parent.iterdir() if ours.fullmatch(p.name)]
 
-    def _lines(self):
-        """-> {id: line} of all files."""
-        lines, wanted = {}, set(self.ids)
+    def _records(self):
+        """-> {id: record} of all files."""
+        records, wanted = {}, set(self.ids)
         for file in self._files():
-            for number, line in enumerate(file.read_text(encoding="utf-8").split("\n")[:-1], 1):
-                record = read_json(line)
-                if not isinstance(record, dict) or not isinstance(record.get("id"), str):
-                    raise UserError(f"{file}:{number} is no record: delete the file to begin anew")
-                if record["id"] not in wanted:
-                    raise UserError(f"{file}:{number}: id {record['id']!r} is not in the input: name another --output")
-                lines[record["id"]] = line
-        return lines
+            with open(file, "rb") as f:
+                for where, record in read_lines(file, f):
+                    if record.get("id") not in wanted:
+                        raise UserError(f"{where}: id {record.get('id')!r} is not in the input: name another --output")
+                    records[record["id"]] = record
+        return records
 
     def write(self, records):
         """Append the records that were not there at the start, and sync the file: now they survive a kill."""
@@ -92,30 +89,29 @@ class Journal:
         new was done, it is a UserError.
         """
         self._part.close()
-        if self.processes > 1:
-            dist.barrier()
+        self._wait()
         if self.process != 0:
             return None
-        lines = self._lines()
-        missing = f"{len(lines)} of {len(self.ids)} done, {len(self.ids) - len(lines)} missing"
-        if len(self.ids) > len(lines) == len(self.done):
+        records = self._records()
+        missing = f"{len(records)} of {len(self.ids)} done, {len(self.ids) - len(records)} missing"
+        if len(self.ids) > len(records) == len(self.done):
             raise UserError(f"--output {self.path}: {missing}, and nothing new was done: see the messages above")
-        if len(self.ids) > len(lines):
+        if len(self.ids) > len(records):
             say(f"{missing}: run the same command again")
-        write_atomically(self.path, "".join(lines[i] + "\n" for i in self.ids if i in lines))
+        lines = (json.dumps(records[i], ensure_ascii=False) + "\n" for i in self.ids if i in records)
+        write_atomically(self.path, "".join(lines))
         for file in self._files():
             if file != self.path:
                 file.unlink()
-        say(f"{len(lines)} records in {self.path}")
-        return len(lines)
+        say(f"{len(records)} records in {self.path}")
+        return len(records)
 
 
 def settings_of(args):
     """What a second run on the same output must share: the arguments, and the content of the files that they name."""
-    settings = {k: v for k, v in vars(args).items() if k not in FREE}
-    values = [x for k, v in settings.items() if k not in NO_PATHS for x in (v if isinstance(v, list) else [v])]
-    contents = {f"content of {x}": content_of(x) for x in values if isinstance(x, str) and x and os.path.exists(x)}
-    return {f"--{k}": v for k, v in settings.items()} | contents
+    settings = {f"--{k}": v for k, v in vars(args).items() if k not in FREE}
+    values = [x for v in settings.values() for x in (v if isinstance(v, list) else [v])]
+    return settings | {f"content of {x}": content_of(x) for x in values if isinstance(x, str) and os.path.exists(x)}
 
 
 def write_all(path, records, args):

@@ -7,7 +7,7 @@ import statistics
 
 import pandas
 
-from collecting.files import as_object, parse_json
+from collecting.files import parse_object
 from common import UserError, is_number
 from evaluating.intervals import student, wilson
 
@@ -17,7 +17,7 @@ SHARES += ("win", "tie", "lose", "flip_rate", "first_place_preferred")
 
 def read_document(path, **fields):
     """The JSON object of a file that has these fields {name: type}; UserError on any other."""
-    document = as_object(parse_json(pathlib.Path(path).read_bytes(), path), path)
+    document = parse_object(pathlib.Path(path).read_bytes(), path)
     for field, kind in fields.items():
         if not isinstance(document.get(field), kind):
             raise UserError(f"{path}: has no {field!r}: it is not what this script reads here")

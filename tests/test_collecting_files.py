@@ -1,14 +1,15 @@
 """collecting/files.py and common.py's records: what is broken is one sentence, in bounded
 memory; what is written is whole."""
 
+import contextlib
 import gzip
+import itertools
 import json
 import shutil
-import subprocess
-import sys
+import tracemalloc
 
 import pytest
-from conftest import ROOT, make_records, refused, write_jsonl
+from conftest import make_records, refused, write_jsonl
 
 import common
 from collecting import files
@@ -35,13 +36,13 @@ class TestReaders:
         [
             ("a.jsonl", b'{"a": 1}\n{"a": \n', ["a.jsonl:2"]),
             ("a.jsonl", b"[1]\n", ["a.jsonl:1", "list"]),
-            ("a.jsonl", b'{"a": NaN}\n', ["a.jsonl:1", "NaN"]),
+            ("a.jsonl", b'{"a": NaN}\n', ["a.jsonl:1", "not JSON compliant"]),
             ("a.jsonl", b'{"a": "\xff"}\n', ["a.jsonl:1"]),
             ("a.jsonl", b'{"a": "\\ud800"}\n', ["a.jsonl:1"]),
             ("a.jsonl", b'{"a": "\x00"}\n', ["a.jsonl:1"]),
             ("a.jsonl", b'"' + b"x" * (11 << 20), ["a.jsonl:1", "10 MiB"]),
+            ("a.jsonl", b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", ["a.jsonl:1"]),
             ("a.json", b"[1]", ["a.json:1", "object"]),
-            ("a.json", b"[1]", ["a.json:1"]),
             ("a.csv", b"a,b\n1\n", ["a.csv:2"]),
             ("a.csv", b"a,b\n1,2,3\n", ["a.csv:2"]),
             ("a.csv", b"a\n\xff\n", ["a.csv"]),
@@ -55,36 +56,28 @@ class TestReaders:
             list(files.read_rows(tmp_path / name))
         assert "\n" not in str(e.value) and all(w in str(e.value) for w in words), str(e.value)
 
-    def test_deep_nesting(self, tmp_path):
-        (tmp_path / "a.jsonl").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
-        with pytest.raises(UserError, match="a.jsonl:1"):
-            list(files.read_rows(tmp_path / "a.jsonl"))
-
     @pytest.mark.parametrize(
-        "change, words",
+        "change, word",
         [
-            ({"id": ""}, ["id"]),
-            ({"id": 7}, ["id"]),
-            ({"prompt": " \n"}, ["prompt"]),
-            ({"prompt": None}, ["prompt"]),
-            ({"candidates": []}, ["candidates"]),
-            ({"candidates": "x"}, ["candidates"]),
-            ({"candidates": ["x"]}, ["candidates[0]"]),
-            ({"candidates": [{"text": 1, "source": "m"}]}, ["candidates[0].text"]),
-            ({"candidates": [{"text": "x"}]}, ["candidates[0].source"]),
-            ({"candidates": [{"text": " ", "source": "human"}]}, ["candidates[0]", "human"]),
-            ({"candidates": [{"text": "x", "source": "m", "reward": "0.5"}]}, ["candidates[0].reward"]),
-            ({"candidates": [{"text": "x", "source": "m", "correct": 1}]}, ["candidates[0].correct"]),
-            ({"candidates": [{"text": "x", "source": "m", "rank": -1}]}, ["candidates[0].rank"]),
-            ({"candidates": [{"text": "x", "source": "m", "num_tokens": 0}]}, ["candidates[0].num_tokens"]),
+            *[({"id": x}, "id") for x in ("", 7)],
+            *[({"prompt": x}, "prompt") for x in (" \n", None)],
+            *[({"candidates": x}, "candidates") for x in ([], "x")],
+            ({"candidates": ["x"]}, "candidates[0]"),
+            ({"candidates": [{"text": 1, "source": "m"}]}, "candidates[0].text"),
+            ({"candidates": [{"text": "x"}]}, "candidates[0].source"),
+            ({"candidates": [{"text": " ", "source": "human"}]}, "candidates[0].text of 'human'"),
+            *[
+                ({"candidates": [{"text": "x", "source": "m", field: x}]}, f"candidates[0].{field}")
+                for field, x in {"reward": "0.5", "correct": 1, "rank": -1, "num_tokens": 0}.items()
+            ],
         ],
     )
     @LOADERS
-    def test_bad_records(self, tmp_path, change, words, load):
+    def test_bad_records(self, tmp_path, change, word, load):
         path = write_jsonl(tmp_path / "c.jsonl", [make_records(1)[0], make_records(2)[1] | change])
         with pytest.raises(UserError) as e:
             load(path)
-        assert all(w in str(e.value) for w in ["c.jsonl:2", *words]), str(e.value)
+        assert "c.jsonl:2" in str(e.value) and word in str(e.value)
 
     @LOADERS
     def test_duplicates_and_limits(self, tmp_path, load):
@@ -129,22 +122,15 @@ def record(**fields):
     return make_records(1)[0] | fields
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"label": 7},
-        {"instruction": 7},
-        {"answers": [5]},
-        {"messages": [{"role": "user"}]},
-        {"messages": [{"role": "wizard", "content": "x"}]},
-        {"documents": [{"title": "x"}]},
-    ],
-)
+WIZARD = {"role": "wizard", "content": "x"}
+WRONG = [{"label": 7}, {"instruction": 7}, {"answers": [5]}, {"documents": [{"title": "x"}]}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG, {"messages": [{"role": "user"}]}, {"messages": [WIZARD]}])
 def test_a_field_of_another_type(cli, tmp_path, wrong):
     data = write_jsonl(tmp_path / "d.jsonl", [record(**wrong)])
-    refused(
-        cli("collect_candidates", "hindsight", "--input", data, "--output", tmp_path / "o.jsonl"), "d.jsonl:1", *wrong
-    )
+    done = cli("collect_candidates", "hindsight", "--input", data, "--output", tmp_path / "o.jsonl")
+    refused(done, "d.jsonl:1", *wrong)
 
 
 @pytest.mark.parametrize("number", ["1e999", "-1e999", "9" * 400])
@@ -176,7 +162,7 @@ class TestArrays:
         assert self.rows(tmp_path, "\ufeff [ ] ") == []
 
     @pytest.mark.parametrize(
-        "text", ["[{}", "[{},", "[{},]", "[,{}]", "[{} {}]", "[{}] 1", "[1]", '[{"a": NaN}]', "[", b"[{\xff}]", "[{]"]
+        "text", ["[{}", "[{},", "[{}] 1", "[{}][{}]", "[1]", '[{"a": NaN}]', "[", b"[{\xff}]", "[{]"]
     )
     def test_what_is_none(self, tmp_path, text):
         with pytest.raises(UserError, match="a.json"):
@@ -185,44 +171,26 @@ class TestArrays:
 
 @pytest.mark.parametrize("name", ["x.json.gz", "x.csv.gz"])
 def test_memory_stays_bounded(tmp_path, name):
-    """A file that unpacks to 400 MB is read, or refused, in a process that may have 300 MB more than it begins with."""
+    """A file that unpacks to 400 MB is read, or refused, in less than 300 MB."""
     start, more = (b"[", b"{}," * 2**20) if "json" in name else (b"a\n", b"x" * 3 * 2**20)
-    with gzip.open(tmp_path / name, "wb") as f:
-        f.write(start)
-        for _ in range(130):
-            f.write(more)
-    code = f"""
-import resource, sys
-sys.path[:0] = [{str(ROOT)!r}]
-from collecting.files import read_rows
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    for n, _ in enumerate(read_rows({str(tmp_path / name)!r})):
-        if n == 100_000:
-            break
-except Exception as e:
-    assert type(e).__name__ == "UserError", e
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10)
-"""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert int(done.stdout) < 300
+    (tmp_path / name).write_bytes(gzip.compress(start) + gzip.compress(more) * 130)
+    tracemalloc.start()
+    try:
+        with contextlib.suppress(UserError):
+            assert sum(1 for _ in itertools.islice(read_rows(tmp_path / name), 10_000)) == 10_000
+        assert tracemalloc.get_traced_memory()[1] < 300 << 20
+    finally:
+        tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
-    "flags",
-    [
-        ["--seed", "1" + "0" * 20],
-        ["--seed", "1" + "0" * 400],
-        ["--temperature", "1e-40"],
-        ["--max_new_tokens", "1" + "0" * 30],
-        ["--stop", ""],
-    ],
+    "flag, value",
+    [("seed", 10**20), ("seed", 10**400), ("temperature", 1e-40), ("max_new_tokens", 10**30), ("stop", "")],
 )
-def test_absurd_numbers(cli, tiny, tmp_path, flags):
+def test_absurd_numbers(cli, tiny, tmp_path, flag, value):
     data = write_jsonl(tmp_path / "d.jsonl", [record()])
-    refused(
-        cli("collect_candidates", "sample", "--model", tiny, "--input", data, "--output", tmp_path / "o.jsonl", *flags)
-    )
+    flags = [f"--{flag}", value, "--model", tiny, "--input", data, "--output", tmp_path / "o.jsonl"]
+    refused(cli("collect_candidates", "sample", *flags))
 
 
 class TestSettings:
@@ -233,20 +201,6 @@ class TestSettings:
         (own / "tokenizer_config.json").write_text(json.dumps(config))
         refused(cli("collect_candidates", "teacher", "--model", own, "--input", data, "--output", tmp_path / "o.jsonl"))
 
-    @pytest.mark.parametrize("url", ["http://h:99999/v1", "http://h:x/v1", "http://:80", "ftp://h/v1", "h", ""])
-    def test_a_port_or_server_that_is_none(self, cli, data, tmp_path, url):
-        flags = ["--model", "m", "--base_url", url, "--input", data, "--output", tmp_path / "o.jsonl"]
-        refused(cli("collect_candidates", "teacher", *flags, "--retries", 0))
-
-    @pytest.mark.parametrize("proxy", ["http://h:99999", "://", "nonsense://h"])
-    def test_a_proxy_that_is_none(self, cli, data, tmp_path, monkeypatch, proxy):
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.setenv(name, proxy)
-        monkeypatch.setenv("no_proxy", "")
-        flags = ["--model", "m", "--base_url", "http://127.0.0.1:9/v1", "--retries", 0, "--timeout", 2]
-        done = cli("collect_candidates", "teacher", *flags, "--input", data, "--output", tmp_path / "o.jsonl")
-        assert done.code == 2 and "Traceback" not in done.err
-
     def test_an_argument_that_is_not_utf_8(self, cli, tiny, data, tmp_path):
         for flag in ("--data", "--model", "--output"):
             values = {"--data": data, "--model": tiny, "--output": tmp_path / "o"} | {flag: "\udcff.jsonl"}
@@ -256,9 +210,8 @@ class TestSettings:
             shutil.rmtree("\udcff.jsonl", ignore_errors=True)
 
     def test_rewards_that_no_sigmoid_holds(self, cli, data, tmp_path, monkeypatch):
-        monkeypatch.setattr(
-            "collecting.reward_models.reward_logits", lambda name, device, pairs, **k: [-1e4] * len(pairs)
-        )
+        logits = lambda name, device, pairs, **k: [-1e4] * len(pairs)  # noqa: E731
+        monkeypatch.setattr("collecting.reward_models.reward_logits", logits)
         flags = ["--source", "human", "--input", data, "--reward_model", "x", "--output", tmp_path / "o.jsonl"]
         assert cli("evaluate", "hh", *flags).code == 0
         assert json.loads((tmp_path / "o.metrics.json").read_text())["metrics"]["reward"] < 1e-100

@@ -28,7 +28,7 @@ class TestJournal:
     def test_a_broken_line_in_the_middle(self, tmp_path):
         Journal(tmp_path / "o.jsonl", ["a"], {})
         (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
-        with pytest.raises(UserError, match="no record"):
+        with pytest.raises(UserError, match="o.jsonl.part0:1: cannot be read as JSON"):
             Journal(tmp_path / "o.jsonl", ["a", "b"], {})
 
     def test_a_run_that_failed_at_its_start_is_in_nobodys_way(self, tmp_path):
