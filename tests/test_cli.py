@@ -2,7 +2,9 @@
 
 import ast
 import csv
+import functools
 import graphlib
+import importlib
 import json
 import pathlib
 import re
@@ -12,9 +14,10 @@ import sys
 
 import pytest
 from api_server import Server, chat
-from architectures import tiny as tiny_model
-from conftest import ROOT, command, make_records, write_jsonl
-from test_models import saved
+from architectures import make
+from conftest import ROOT, command, ranked_records, read_jsonl, saved, write_jsonl
+
+import common
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
 FLOORS = {  # a script, or a package as a whole: what it may import; inside a package no import goes round
@@ -31,50 +34,15 @@ FLOORS = {  # a script, or a package as a whole: what it may import; inside a pa
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_help_shows_the_contract(script):
-    out = command(sys.executable, f"{script}.py", "--help").stdout
-    assert "arXiv" in out or "JSONL" in out
-    assert "--help" in out
+def test_help_shows_the_contract(cli, script):
+    done = cli(script, "--help")
+    assert done.code == 0 and "--help" in done.out and ("arXiv" in done.out or "JSONL" in done.out)
 
 
 def test_the_tests_named_beside_the_attacks_exist():
     named = set(re.findall(r"`(test_\w+)`", (ROOT / "tests/README.md").read_text()))
     there = {name for p in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", p.read_text())}
     assert len(named) > 40 and not named - there
-
-
-def flags_of(node):
-    """The names that a module's add("--name", ...) and add_argument("--name", ...) declare."""
-    for call in ast.walk(node):
-        if isinstance(call, ast.Call) and getattr(call.func, "id", getattr(call.func, "attr", "")).startswith("add"):
-            flags = [a.value for a in call.args if isinstance(a, ast.Constant) and str(a.value).startswith("--")]
-            yield from (flag[2:] for flag in flags)
-
-
-def reads_of(tree):
-    """The names read as args.name, outside parse_args, which only fills in defaults, and by getattr:
-    getattr(args, "name"), getattr(args, k) for k in ("name", ...), a tuple that may be a constant of the module."""
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and function.name == "parse_args":
-            function.body = []
-    tuples = {n.targets[0].id: n.value for n in tree.body if isinstance(n, ast.Assign) and hasattr(n.targets[0], "id")}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-            if getattr(node.value, "id", getattr(node.value, "attr", "")) in ("args", "options"):
-                yield node.attr
-        for names in by_name(node):
-            names = tuples.get(getattr(names, "id", None), names)
-            yield from (x.value for x in getattr(names, "elts", [names]) if isinstance(x, ast.Constant))
-
-
-def by_name(node):
-    """What getattr(args, name) in this node takes its names from."""
-    calls = [c for c in ast.walk(node) if isinstance(c, ast.Call) and getattr(c.func, "id", "") == "getattr"]
-    for call in calls:
-        if getattr(call.args[0], "id", "") == "args":
-            key = getattr(call.args[1], "id", None)
-            yield from (g.iter for g in getattr(node, "generators", []) if getattr(g.target, "id", "") == key)
-            yield call.args[1]
 
 
 def reach(path):
@@ -87,28 +55,27 @@ def reach(path):
     return seen
 
 
-def unread_flags(sources):
-    """{path: text} -> the flags that no module in their script's reach reads: another script may have one so named."""
-    trees = {path: ast.parse(text) for path, text in sources.items()}
-    declared = {path: set(flags_of(tree)) for path, tree in trees.items()}
-    read, unread = {path: set(reads_of(tree)) for path, tree in trees.items()}, set()
+def unread_flags(texts):
+    """{path: text} -> the flags that no module in their script's reach reads, as args.name or by "name". parse_args
+    only fills in defaults."""
+    unread = set()
     for script in (ROOT / f"{name}.py" for name in SCRIPTS):
-        files = reach(script)
-        mine = [declared[p] for p in files if p.stem != "common" or declared[script]]  # the commands do not train
-        unread |= set().union(*mine) - set().union(*(read[p] for p in files))
+        files = [p for p in reach(script) if p.stem != "common" or "add_training_flags" in texts[script]]
+        flags = {flag for p in files for flag in re.findall(r'add(?:_argument)?\(\s*"--(\w+)"', texts[p])}
+        reads = "".join(re.sub(r"def parse_args\(.*?(?=\n\n\n|\Z)", "", texts[p], flags=re.S) for p in reach(script))
+        unread |= {flag for flag in flags if not re.search(rf'\b(args|options)\.{flag}\b|"{flag}"', reads)}
     return unread
 
 
 def test_every_flag_is_read():
-    assert not unread_flags({p: p.read_text() for p in MODULES})
+    texts = {p: p.read_text() for p in MODULES}
+    assert not unread_flags(texts)
+    for flag in ("alpha", "no_temperature", "activation_checkpointing", "top_p"):  # and it would be found
+        gone = {p: re.sub(rf'\bargs\.{flag}\b|"{flag}"', "0", text) for p, text in texts.items()}
+        assert unread_flags(gone) == {flag}
 
 
-@pytest.mark.parametrize("flag", ["alpha", "beta", "no_temperature", "activation_checkpointing", "top_p", "template"])
-def test_a_flag_whose_reads_are_gone_is_found(flag):
-    gone = {p: re.sub(rf'\bargs\.{flag}\b|"{flag}"', "0", p.read_text()) for p in MODULES}
-    assert flag in unread_flags(gone)
-
-
+@functools.cache
 def own_imports(path):
     """-> the project's modules that a file imports, at its top or inside a function; a package's as package.module."""
     names = set()
@@ -123,16 +90,15 @@ def own_imports(path):
 MODULES = sorted(ROOT.glob("*.py")) + sorted(p for floor in FLOORS for p in (ROOT / floor).glob("*.py"))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_never_turn_back(path):
-    floor = path.relative_to(ROOT).with_suffix("").parts[0]
-    assert {name.split(".")[0] for name in own_imports(path)} - {floor} <= FLOORS[floor]
-
-
-@pytest.mark.parametrize("package", [name for name in FLOORS if (ROOT / name).is_dir()])
-def test_no_import_goes_round_in_a_package(package):
-    graph = {f"{package}.{p.stem}": own_imports(p) for p in (ROOT / package).glob("*.py")}
-    graphlib.TopologicalSorter(graph).prepare()  # CycleError names the round
+def test_imports_never_turn_back():
+    """Nor do they go round in a package: CycleError names the round."""
+    graph = {}
+    for path in MODULES:
+        floor, *module = path.relative_to(ROOT).with_suffix("").parts
+        imported = own_imports(path)
+        assert {name.split(".")[0] for name in imported} - {floor} <= FLOORS[floor], path
+        graph[".".join((floor, *module))] = imported
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize(
@@ -152,10 +118,7 @@ def test_a_copied_script_trains(tiny, reward_folder, tmp_path, script, flags):
     if "bootstrap" in flags:
         shutil.copytree(ROOT / "collecting", tmp_path / "collecting")
         flags += f" --reward_model {reward_folder} --max_new_tokens 12"
-    records = make_records(4)
-    for r in records:
-        r["candidates"] = [c | {"rank": k, "reward": -float(k)} for k, c in enumerate(r["candidates"])]
-    data = write_jsonl(tmp_path / "d.jsonl", records)
+    data = write_jsonl(tmp_path / "d.jsonl", ranked_records(4))
     flags += f" --data {data} --model {tiny} --output {tmp_path / 'out'}"
     command(sys.executable, tmp_path / f"{script}.py", *flags.split())
     assert (tmp_path / "out/model/model.safetensors").exists()
@@ -164,7 +127,7 @@ def test_a_copied_script_trains(tiny, reward_folder, tmp_path, script, flags):
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
 def test_the_snippet_of_the_readme_runs(kind, tmp_path):
     """Verbatim but for the model, beside common.py alone. The row is right, also of windows and of eager attention."""
-    model = saved(tmp_path / "model", tiny_model(kind, vocab_size=400, bos_token_id=0, eos_token_id=1))
+    model = saved(tmp_path / "model", make(kind, vocab_size=400, bos_token_id=0, eos_token_id=1))
     text = (ROOT / "README.md").read_text().partition("## Copying a script\n")[2]
     snippet = re.search(r"```python\n(.*?)```", text, re.S)[1].replace("demo/model", str(model))
     snippet += "import common\nassert model.get_input_embeddings().weight.grad.abs().sum() > 0\n"
@@ -174,12 +137,13 @@ def test_the_snippet_of_the_readme_runs(kind, tmp_path):
     command(sys.executable, tmp_path / "snippet.py")
 
 
-def test_an_error_is_one_line_and_exit_code_2():
-    done = command(
-        sys.executable, "rescue.py", "--ordering", "label", "--data", "nowhere.jsonl", check=False, cold=True
-    )
+def test_an_error_is_one_line_and_exit_code_2(monkeypatch):
+    """In a fresh python, not warm.py's, which the environment calls a process among others, of no number."""
+    for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    done = command(sys.executable, "rescue.py", "--ordering", "label", check=False, cold=True)
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("rescue.py: error: nowhere.jsonl is not there")
+    assert done.stderr.startswith("rescue.py, process abc: error: ")
 
 
 def readme_commands(section="", page="README.md"):
@@ -197,35 +161,43 @@ def readme_commands(section="", page="README.md"):
 
 @pytest.mark.parametrize("line", [*readme_commands(), *readme_commands(page="recipes/README.md")])
 def test_readme_commands_parse(line, monkeypatch):
-    """Each command's script exists and takes these flags (their values too); demo/demo.sh and the other tests run
-    them."""
-    import importlib
-
-    import common
-
+    """Each command's script exists and takes these flags and their values."""
     words = shlex.split(line)
     script = next(w for w in words if w.endswith(".py"))
-    if pathlib.Path(script).parent != pathlib.Path("."):
-        assert (ROOT / script).exists()
+    assert (ROOT / script).exists()
+    if "/" in script:
         return
-    monkeypatch.setattr(sys, "argv", words[words.index(script) :])
-    module = importlib.import_module(script[:-3])
-    parsed = []
-    original = common.Parser.parse_args
+    parse_args = common.Parser.parse_args
 
-    def parse_args(self, *args, **kwargs):
-        parsed.append(original(self, *args, **kwargs))
+    def parse_and_stop(self, *args, **kwargs):
+        parse_args(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(common.Parser, "parse_args", parse_args)
+    monkeypatch.setattr(sys, "argv", words[words.index(script) :])
+    monkeypatch.setattr(common.Parser, "parse_args", parse_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        module.main()
-    assert parsed
+        importlib.import_module(script[:-3]).main()
 
 
-def test_readme_rescue_recipe_runs(cli, tiny, tmp_path, monkeypatch):
+def run_readme(cli, section, small, replaced, after=lambda words: None):
+    """Run a section's commands in order, without torchrun. small: {words of a command: flags to add}; after(words) is
+    called behind each -> the last Result, and what was run."""
+    ran = []
+    for line in readme_commands(section):
+        for name, stand_in in replaced.items():
+            line = line.replace(name, str(stand_in))
+        words = shlex.split(line)
+        words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
+        words += next((extra for key, extra in small.items() if key in line), [])
+        result = cli(words[0][:-3], *words[1:])
+        assert result.code == 0, (line, result.err)
+        after(words)
+        ran.append(words[:2])
+    return result, ran
+
+
+def test_readme_rescue_recipe_runs(cli, tiny, here):
     """The RESCUE recipe, command by command, as printed but for the model and the sizes; without torchrun."""
-    monkeypatch.chdir(tmp_path)
     rows = [json.loads(line) for line in (ROOT / "demo/nli.jsonl").read_text().splitlines()]
     for name, part in (("train_1", rows[:4]), ("train_2", rows[4:8]), ("test", rows[-3:])):
         with open(f"esnli_{name}.csv", "w", newline="") as f:
@@ -234,27 +206,23 @@ def test_readme_rescue_recipe_runs(cli, tiny, tmp_path, monkeypatch):
             writer.writerows(
                 [f"{name}-{i}", r["label"], r["premise"], r["hypothesis"], r["explanation"]] for i, r in enumerate(part)
             )
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # its prompts
-    small = {"sample": ["--max_new_tokens", "4"], "nli": ["--max_new_tokens", "4"], "rescue.py": ["--model", str(tiny)]}
-    ran = []
-    for line in readme_commands("RESCUE on e-SNLI"):
-        words = [str(tiny) if w == "meta-llama/Llama-2-7b-hf" else w for w in shlex.split(line)]
-        words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
-        words += next((extra for key, extra in small.items() if key in words[:2]), [])
-        result = cli(words[0][:-3], *words[1:])
-        assert result.code == 0, (line, result.err)
+    (here / "recipes").symlink_to(ROOT / "recipes")  # its prompts
+
+    def well_formed(words):
         if words[1] == "sample":  # of a random model's responses none is well-formed, and there would be no pair
-            sampled = pathlib.Path("data/esnli/sampled.jsonl")
-            records = [json.loads(x) for x in sampled.read_text().splitlines()]
+            records = read_jsonl("data/esnli/sampled.jsonl")
             for r in records:
                 r["candidates"][1]["text"] = "It is so.\n#### contradiction"
-            write_jsonl(sampled, records)
-        ran.append(words[:2])
+            write_jsonl(pathlib.Path("data/esnli/sampled.jsonl"), records)
+
+    few = ["--max_new_tokens", 4]
+    small = {" sample ": few, " nli ": few, "rescue.py": ["--model", tiny]}
+    result, ran = run_readme(cli, "RESCUE on e-SNLI", small, {"meta-llama/Llama-2-7b-hf": tiny}, well_formed)
     assert ["collect_candidates.py", "rank"] in ran and ["evaluate.py", "report"] in ran and len(ran) >= 10
     assert "| rescue-label |" in result.out and "| rescue-none |" in result.out
 
 
-def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, tmp_path, monkeypatch):
+def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, here):
     """As above for the section on PRO and Tuna, with files for the hub's data and a server that ranks by length."""
 
     def longest_first(prompt, nth, body):
@@ -264,22 +232,15 @@ def test_readme_pro_and_tuna_recipes_run(cli, tiny, reward_folder, tmp_path, mon
         form = "Type: open\nReference: mine\nDuplicates: none\nScores:\n{}\nRanking: {}"
         return chat(form.format(scores, " > ".join(ranking)))
 
-    monkeypatch.chdir(tmp_path)
-    hh = [
-        {"chosen": f"\n\nHuman: {i}?\n\nAssistant: No.", "rejected": f"\n\nHuman: {i}?\n\nAssistant: Yes {i}."}
-        for i in range(4)
-    ]
-    write_jsonl(tmp_path / "hh.jsonl", hh)
+    start = "\n\nHuman: {}?\n\nAssistant:".format
+    hh = [{"chosen": f"{start(i)} No.", "rejected": f"{start(i)} Yes {i}."} for i in range(4)]
+    write_jsonl(here / "hh.jsonl", hh)
     alpaca = [{"instruction": f"Name {i} things.", "input": "", "output": "One, two."} for i in range(4)]
-    (tmp_path / "alpaca_data.json").write_text(json.dumps(alpaca))
+    (here / "alpaca_data.json").write_text(json.dumps(alpaca))
     more = {"hh --subset": ["--input", *["hh.jsonl"] * 4], "sample": ["--max_new_tokens", "6"]}
     more |= {"pro.py": ["--model", tiny], "--stage sft": ["--model", tiny]}
     with Server(longest_first) as server:
-        for line in readme_commands("PRO and Tuna"):
-            line = line.replace("OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5", str(reward_folder))
-            words = shlex.split(line.replace("https://api.openai.com/v1", server.url))
-            words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
-            words += next((extra for key, extra in more.items() if key in line), [])
-            result = cli(words[0][:-3], *map(str, words[1:]))
-            assert result.code == 0, (line, result.err)
-    assert sorted(p.parent.name for p in tmp_path.glob("runs/*/model")) == ["pro-full", "tuna-contextual", "tuna-sft"]
+        replaced = {"https://api.openai.com/v1": server.url}
+        replaced["OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"] = reward_folder
+        run_readme(cli, "PRO and Tuna", more, replaced)
+    assert sorted(p.parent.name for p in here.glob("runs/*/model")) == ["pro-full", "tuna-contextual", "tuna-sft"]

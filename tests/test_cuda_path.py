@@ -1,15 +1,13 @@
-"""What a GPU would show first, on stand-ins: waits for the device, the attention of each kind of work."""
+"""What a GPU would show first, on stand-ins: waits for the device, traffic of a step."""
 
 import collections
-import copy
 import importlib
 import types
 
 import pytest
 import torch
 from architectures import make_encoded
-from conftest import make_records, write_jsonl
-from torch.distributed.fsdp import fully_shard
+from conftest import make_model, ranked_records, write_jsonl
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import common
@@ -17,7 +15,6 @@ import pro
 import rescue
 import reward_model
 import tuna
-from recipes.tiny import make_model, make_tokenizer
 
 SCORES, LEVELS, TAKEN = (torch.empty(5, device="meta", dtype=t) for t in (torch.float, torch.float, torch.bool))
 LOSSES = {
@@ -38,23 +35,25 @@ def test_losses_read_nothing_back(name):
     LOSSES[name](SCORES.clone().requires_grad_()).backward()
 
 
-class Waits(TorchDispatchMode):
-    """Counts what makes the host wait for a GPU, or sends it something: a value or a shape that is read, a new tensor
-    of host data. `everything`: all operations."""
+class Counts(TorchDispatchMode):
+    """Counts the operations that have one of these names, and those that index with a mask; `everything`: all."""
 
-    NAMES = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "lift_fresh")
-
-    def __init__(self):
+    def __init__(self, *names):
         super().__init__()
-        self.found, self.everything = collections.Counter(), 0
+        self.names, self.found, self.everything = names, collections.Counter(), 0
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         indices = args[1] if name in ("index", "index_put", "index_put_") else ()
         masks = any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices)
-        self.found[name] += name in self.NAMES or masks
+        self.found[name] += name in self.names or masks
         self.everything += 1
         return function(*args, **(kwargs or {}))
+
+
+# What makes the host wait for a GPU, or sends it something: a value or a shape that is read, a new tensor of host data.
+WAITS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "equal", "lift_fresh")
+COLLECTIVES = ("_allgather_base_", "_reduce_scatter_base_")
 
 
 @pytest.mark.parametrize(
@@ -88,10 +87,7 @@ def test_a_step_waits_as_often_for_many_prompts(script, flags, cli, tiny, tmp_pa
     monkeypatch.setattr(common, "check_packing", lambda *args: None)  # it scores too
     monkeypatch.setattr(reward_model, "check_packing", lambda *args: None)
     for n in (2, 6):
-        records, waits = make_records(n), Waits()
-        for record in records:
-            record["candidates"] = [c | {"rank": i, "reward": -float(i)} for i, c in enumerate(record["candidates"])]
-        data = write_jsonl(tmp_path / f"{n}.jsonl", records)
+        waits, data = Counts(*WAITS), write_jsonl(tmp_path / f"{n}.jsonl", ranked_records(n))
         argv = ["--model", tiny, "--data", data, "--output", tmp_path / f"run-{n}", "--batch_size", 6, "--epochs", 1]
         result = cli(script, *argv, "--max_tokens_per_row", 10_000, *flags)
         assert result.code == 0, result.err
@@ -100,96 +96,16 @@ def test_a_step_waits_as_often_for_many_prompts(script, flags, cli, tiny, tmp_pa
     assert found[6].everything > found[2].everything > 100  # it did count
 
 
-def generate(process, folder, attention, results):
-    """One of two processes that hold a shard each: what `on_policy` makes of a model in training."""
-    from collecting import generation, on_policy
-
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/{attention}", rank=process, world_size=2)
-    model = common.shard(make_model(num_attention_heads=2).train(), torch.device("cpu"))
-    model.set_attn_implementation(attention)
-    seen, plain = set(), generation.generate
-
-    def spy(*args, **options):
-        found = plain(*args, **options)
-        seen.add(model.config._attn_implementation)
-        return found
-
-    generation.generate = spy
-    args = types.SimpleNamespace(max_new_tokens=12, max_prompt_length=40, seed=0)
-    records = make_records(40)[: 20 if process else 40]  # one process has more to do than the other
-    answers = on_policy.answers(model, make_tokenizer(), records, args, 0, what="test", temperature=1.0)
-    found = [a["text"] for _, batch in answers for a in batch]
-    sharded = all(isinstance(p, torch.distributed.tensor.DTensor) for p in model.parameters())
-    results[process] = found, seen, model.config._attn_implementation, sharded
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-
-
-def test_generation_in_training_is_sdpas_on_two_processes(tmp_path):
-    """Under FlexAttention on two processes: SDPA while each generates by itself, FlexAttention again after it, the
-    answers those of a model that had SDPA all along."""
-    found = {}
-    for attention in ("flex_attention", "sdpa"):
-        with torch.multiprocessing.Manager() as manager:
-            results = manager.dict()
-            torch.multiprocessing.spawn(generate, (tmp_path, attention, results), nprocs=2)
-            found[attention] = [results[i] for i in (0, 1)]
-    for (answers, seen, after, sharded), (want, *_) in zip(found["flex_attention"], found["sdpa"]):
-        assert answers == want and any(answers)
-        assert seen == {"sdpa"} and after == "flex_attention" and sharded
-
-
-def test_compiled_layers_share_their_graphs_under_flex(monkeypatch):
-    """--compile with FlexAttention in rows of three lengths: ten layers have two graphs between them (a first length,
-    then any), which give what SDPA gives; past eight Dynamo would leave the others uncompiled."""
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    torch._dynamo.reset()
-    shapes = [((11, [5, 3, 7]), (6, [4, 9])), ((200, [5, 30]),), ((70, [90, 90, 90]),)]
-    model = make_model(layers=10, num_attention_heads=2).eval()
-    common.init_distributed()
-    compiled = copy.deepcopy(model)
-    for layer in common.decoder_layers(compiled):  # as common.load_model does
-        layer.compile(dynamic=True, backend="aot_eager")
-    mesh = torch.distributed.init_device_mesh("cpu", (1,))
-    for layer in compiled.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(compiled, mesh=mesh)
-    compiled.set_attn_implementation("flex_attention")
-    with torch.no_grad():  # FlexAttention has no backward on CPU
-        for records in (make_encoded(*s) for s in shapes):
-            want, _ = common.candidate_logprobs(model, common.pack(records))
-            got, _ = common.candidate_logprobs(compiled, common.pack_for(compiled, records))
-            torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-5)
-    graphs = torch._dynamo.eval_frame._debug_get_cache_entry_list(type(compiled.model.layers[0]).forward.__code__)
-    torch.distributed.destroy_process_group()
-    assert 1 <= len(graphs) <= 2
-
-
-class Collectives(TorchDispatchMode):
-    """Counts the collectives of FSDP2 by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = collections.Counter()
-
-    def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        self.found[name] += name in ("_allgather_base_", "_reduce_scatter_base_")
-        return function(*args, **(kwargs or {}))
-
-
 def step_of_rows(process, world, folder, whole, results):
     """One of `world` processes: the gradient of a step of several rows each, and its collectives."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/{world}{whole}", rank=process, world_size=world
-    )
+    place = f"file://{folder}/{world}{whole}"
+    torch.distributed.init_process_group("gloo", init_method=place, rank=process, world_size=world)
     common.stays_whole = lambda model: whole
     model = common.shard(make_model().train(), torch.device("cpu"))
     prompts = [(e,) for e in make_encoded(*[(20 + i, [5, 3 + i]) for i in range(8)])]
     args = types.SimpleNamespace(max_tokens_per_row=40, padded=False)
-    with Collectives() as collectives:
+    with Counts(*COLLECTIVES) as collectives:
         for weight, batch in common.rows(prompts, model, None, args):
             logprobs, lengths = common.candidate_logprobs(model, batch)
             (weight * (logprobs / lengths).sum() * world).backward()
@@ -208,7 +124,8 @@ def test_a_model_that_stays_whole_is_gathered_once_a_step(tmp_path):
     with torch.multiprocessing.Manager() as manager:
         results = manager.dict()
         for world, whole in ((1, True), (2, True), (2, False)):
-            torch.multiprocessing.spawn(step_of_rows, (world, tmp_path, whole, results), nprocs=world)
+            options = {"nprocs": world, "start_method": "fork"}  # with everything imported already
+            torch.multiprocessing.start_processes(step_of_rows, (world, tmp_path, whole, results), **options)
         (want, *_), (got, few, sharded), (other, many, _) = (results[k] for k in ((1, True), (2, True), (2, False)))
     for gradient in (got, other):
         assert (gradient - want).norm() < 1e-6 * want.norm()

@@ -63,10 +63,10 @@ def test_what_a_part_found_stays_whatever_becomes_of_it():
         os._exit(3)
 
     written = []
-    found = [gpu.run_part(part, 2, lambda found: written.append(dict(found))) for part in (fails, hangs, dies)]
+    found = [gpu.run_part(part, 1, lambda found: written.append(dict(found))) for part in (fails, hangs, dies)]
     assert all(x["nats"] == 1 and not x["passed"] for x in found) and written.count({"nats": 1}) == 3
     errors = [x["error"].splitlines()[-1] for x in found]
-    assert errors[1:] == ["stopped after 2 s", "its process died"] and errors[0].endswith("CUDA out of memory")
+    assert errors[1:] == ["stopped after 1 s", "its process died"] and errors[0].endswith("CUDA out of memory")
     assert gpu.run_part(lambda save: {"passed": True}, 20)["passed"]
 
 
@@ -74,9 +74,9 @@ def test_what_a_part_started_does_not_go_on(tmp_path):
     """Past its time a part's own process, which would hold the GPU's memory, ends too."""
 
     def part(save):
-        gpu.FORK.Process(target=lambda: [time.sleep(4), (tmp_path / "late").touch()]).start()
+        gpu.FORK.Process(target=lambda: [time.sleep(2), (tmp_path / "late").touch()]).start()
         time.sleep(60)
 
-    gpu.run_part(part, 1)
-    time.sleep(5)
+    gpu.run_part(part, 0.5)
+    time.sleep(2)
     assert not (tmp_path / "late").exists()
