@@ -21,6 +21,13 @@ def group(add, title):
     return add.__self__.add_argument_group(title).add_argument
 
 
+def stop_string(text):
+    """The type of --stop: a newline is written \\n."""
+    if not text:
+        raise ValueError  # every response would end at once
+    return text.replace("\\n", "\n")
+
+
 TEMPLATE_HELP = """own: the one that prepare --task alpaca writes, for models trained on that; alpaca: the released one,
 for others' Alpaca weights, which you save as templates/alpaca.txt"""
 
@@ -45,7 +52,7 @@ def generation_flags(add, max_new_tokens, alpaca=None):
     default = None if alpaca else max_new_tokens
     add("--max_new_tokens", type=in_range(int, 1, 10**6), default=default, help="tokens of a response" + by_task)
     add("--max_prompt_length", type=in_range(int, 1), help="cut longer prompts from the left")
-    add("--stop", nargs="*", default=[], help="a response ends before any of these strings, newline written \\n")
+    add("--stop", nargs="*", type=stop_string, default=[], help="a response ends before any of these; newline: \\n")
     add("--batch_size", type=in_range(int, 1), default=16, help="prompts at once")
     add("--bf16", action="store_true", help="compute in bf16 on CPU too: faster if lscpu shows avx512_bf16 or amx_bf16")
 

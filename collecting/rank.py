@@ -69,71 +69,67 @@ def rank(args):
         raise UserError(f"--by {args.by} needs --model")
     student = pathlib.Path(args.input or "").name.removesuffix(".jsonl").partition("sampled-")[2]
     ranked = f"ranked-{student}" if student else "ranked"
-    if args.drop_malformed and args.by != "label":
-        raise UserError("--drop_malformed belongs to --by label")
-    if (args.min_candidates > 1 or args.per_source) and not args.drop_malformed:
-        raise UserError("--min_candidates and --per_source count what --drop_malformed leaves: give it too")
     process, processes = common.init_distributed(LONGEST_WAIT)[:2] if args.by in SCORERS else (0, 1)
     records, journal = open_collected(args, "sampled", ranked, lambda path: taken(path, args), process, processes)
-    records = [expand_ranking(r, args) if args.expand else r for r in records]
-    if args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits
+    records, more = [expand_ranking(r, args) if args.expand else r for r in records], {}
+    if args.by in ASKED:
+        more = {"journal": journal}
+    elif args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits
         chunks = [c for c in scoring.chunks(records) if not all(r["id"] in journal.done for r in c)]
-        todo = [r for chunk in chunks[process::processes] for r in chunk]
+        records = [r for chunk in chunks[process::processes] for r in chunk]
     else:
-        todo = [r for r in records if args.by in ASKED or r["id"] not in journal.done]
-    more = {"journal": journal} if args.by in ASKED else {}
-    bar = tqdm(todo, desc=f"rank by {args.by}", leave=False, disable=process != 0)
+        records = [r for r in records if r["id"] not in journal.done]
+    bar = tqdm(records, desc=f"rank by {args.by}", leave=False, disable=process != 0)
     for record in RANKERS[args.by](bar, args, **more):
         journal.write([record])
     if journal.finish() and (words := words_by_rank(load_candidates(journal.path), args.by)):
-        say("mean words:", ", ".join(f"{key}: {mean:.1f}" for key, mean in words.items()))
-        rounded = json.dumps({key: round(mean, 1) for key, mean in words.items()})
-        write_atomically(pathlib.Path(f"{journal.path}.lengths.json"), rounded + "\n")
+        say("mean words:", ", ".join(f"{key}: {mean}" for key, mean in words.items()))
+        write_atomically(pathlib.Path(f"{journal.path}.lengths.json"), json.dumps(words) + "\n")
 
 
 def taken(path, args):
     """The records of --input that --skip, --limit and --drop_malformed leave."""
     records = load_candidates(path)[args.skip :][: args.limit]
-    if not records:
-        raise UserError(f"{path}: --skip {args.skip} leaves no record")
     if args.drop_malformed:
         records = list(drop_malformed(records, args.min_candidates, args.per_source))
-        if not records:
-            raise UserError(f"{path}: no record has --min_candidates {args.min_candidates} well-formed responses")
+    elif args.min_candidates > 1 or args.per_source:
+        raise UserError("--min_candidates and --per_source count what --drop_malformed leaves: give it too")
+    if not records:
+        raise UserError(f"{path}: no record is left by --skip {args.skip}, --drop_malformed and --min_candidates")
     return records
 
 
 def expand_ranking(record, args):
     """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Sec. 4.8.1)."""
-    candidates = record["candidates"]
-    ranking = [c for c in candidates if c["source"] in common.GIVEN]
+    ranking = [c for c in record["candidates"] if c["source"] in common.GIVEN]
+    missing = args.ranking_length - len(ranking)
     sources = list(args.expand_sources)  # the weakest first
     if args.expand == "descending":
         sources.reverse()
     elif args.expand == "random":
         random.Random(f"{args.seed}-{record['id']}").shuffle(sources)
-    missing = args.ranking_length - len(ranking)
-    if args.expand in ("alpacas", "chatgpt"):  # several of one source: the last but one, or the strongest
-        sources = [sources[-1] if args.expand == "chatgpt" else sources[-2:][0]] * missing
-    pools = {s: [c for c in candidates if c["source"] == s] for s in sources}
-    for source in sources[:missing]:  # each source in its turn: one that is missing is not passed over
+    elif args.expand == "alpacas":  # several of one source: the last but one
+        sources = sources[-2:][:1] * missing
+    elif args.expand == "chatgpt":  # or the strongest
+        sources = sources[-1:] * missing
+    if missing > len(sources):
+        raise UserError(f"--ranking_length {args.ranking_length} is more than {len(sources)} --expand_sources allow")
+    pools = {s: [c for c in record["candidates"] if c["source"] == s] for s in sources}
+    for source in sources[: max(0, missing)]:  # each source in its turn: one that is missing is not passed over
         if not pools[source]:
             raise UserError(
                 f"{args.input}: record {record['id']!r} has too few responses of {source!r} for --expand {args.expand} "
                 f"--ranking_length {args.ranking_length}: add them with sample or teacher, or name --expand_sources"
             )
         ranking.append(pools[source].pop(0))
-    if len(ranking) < args.ranking_length:
-        raise UserError(f"--ranking_length {args.ranking_length} is more than {len(sources)} --expand_sources allow")
     return record | {"candidates": ranking[: args.ranking_length]}
 
 
 def words_by_rank(records, by):
     """{rank: mean words of its responses} (Tuna, Table 4), of --by label {correct, incorrect}; {} without ranks."""
-    lengths = {}
-    for record in records:
-        for c in record["candidates"]:
-            key = c.get("rank") if by != "label" else {True: "correct", False: "incorrect"}[c["correct"]]
-            lengths.setdefault("unranked" if key is None else key, []).append(len(c["text"].split()))
-    ordered = sorted(lengths.items(), key=lambda x: (isinstance(x[0], str), x[0]))
-    return {str(key): sum(n) / len(n) for key, n in ordered} if lengths.keys() != {"unranked"} else {}
+    words = {}
+    for c in (c for record in records for c in record["candidates"]):
+        key = c.get("rank") if by != "label" else "correct" if c["correct"] else "incorrect"
+        words.setdefault("unranked" if key is None else key, []).append(len(c["text"].split()))
+    ranks = sorted(words, key=lambda key: (isinstance(key, str), key))
+    return {str(key): round(sum(words[key]) / len(words[key]), 1) for key in ranks} if ranks != ["unranked"] else {}

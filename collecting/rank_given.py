@@ -1,13 +1,12 @@
 """The rankers that run no model: rank --by label (RESCUE), and --by probabilistic (Tuna)."""
 
-from collections import Counter
+from collections import Counter, defaultdict
 
 from scipy.stats import spearmanr
 
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
 from common import HUMAN, UserError, say
 
-KINDS = ("total", "well-formed", "malformed", "correct", "wrong", "unparsed")
 OF_SAMPLE = ("logprob", "num_tokens", "teacher", "finished")  # said of the text as it was sampled
 
 
@@ -16,7 +15,7 @@ def rank_by_label(records, args):
 
     Multi-document QA has no label: a candidate is correct where it holds an answer. It is counted by its passage.
     """
-    count = Counter()
+    count = defaultdict(Counter)  # source -> how many of each kind
     for record in records:
         qa = record.get("task") == "multidoc_qa"
         if qa and not isinstance(record.get("answers"), list):
@@ -25,29 +24,28 @@ def rank_by_label(records, args):
             raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
         for c in record["candidates"]:
             if qa:
-                c["correct"] = has_answer(c["text"], record["answers"])
+                right = c["correct"] = has_answer(c["text"], record["answers"])
                 source = f"{c['source']} from {c['anchor']}" if "anchor" in c else c["source"]
-                kinds = ["total", "correct" if c["correct"] else "wrong"]
-                c["text"] += f" #### {'Correct' if c['correct'] else 'Incorrect'}" * args.mark_answers
+                kinds = {"correct": right, "wrong": not right}
+                c["text"] += f" #### {'Correct' if right else 'Incorrect'}" * args.mark_answers
             else:
-                c["label"], well_formed = parse_nli(c["text"])
-                c["correct"], source = c["label"] == record["label"], c["source"]
-                outcome = "correct" if c["correct"] else "wrong" if c["label"] else "unparsed"
-                kinds = ["total", "well-formed" if well_formed else "malformed", outcome]
-            count.update((source, kind) for kind in kinds)
+                source, (c["label"], well_formed) = c["source"], parse_nli(c["text"])
+                right = c["correct"] = c["label"] == record["label"]
+                kinds = {"well-formed": well_formed, "malformed": not well_formed, "correct": right}
+                kinds |= {"wrong": not right and bool(c["label"]), "unparsed": not c["label"]}
+            count[source].update({"total": 1} | kinds)
         yield record
-    kinds = [k for k in KINDS if any(count[s, k] for s, _ in list(count))]
-    for source in sorted({s for s, _ in count}):
-        say(f"{source}: " + ", ".join(f"{count[source, kind]} {kind}" for kind in kinds))
-        warn_of_form(source, count[source, "unparsed"], count[source, "total"], "can be read")
+    for source, kinds in sorted(count.items()):
+        say(f"{source}: " + ", ".join(f"{n:d} {kind}" for kind, n in kinds.items()))
+        warn_of_form(source, kinds["unparsed"], kinds["total"], "can be read")
 
 
 def warn_of_form(source, bad, total, what):
     """A loud line where fewer than a fifth of a source's responses are of use."""
     if 5 * bad > 4 * total:
         share = f"of the responses by {source} {1 - bad / total:.0%} {what}"
-        say(f"WARNING: {share}: it was asked for another form, or cut")
-        say("         short. Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
+        say(f"WARNING: {share}: it was asked for another form, or cut short.")
+        say("         Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
 
 
 def drop_malformed(records, min_candidates, per_source=None):
@@ -59,14 +57,14 @@ def drop_malformed(records, min_candidates, per_source=None):
     for record in records:
         kept, good = [], Counter()
         for c in record["candidates"]:
-            label, well_formed = parse_nli(c["text"])
             if c["source"] in HUMAN:
                 kept.append(c)
                 continue
+            label, well_formed = parse_nli(c["text"])
             total[c["source"]] += 1
             malformed[c["source"]] += not well_formed
             good[c["source"]] += well_formed
-            if well_formed and not (per_source and good[c["source"]] > per_source):
+            if well_formed and good[c["source"]] <= (per_source or len(record["candidates"])):
                 explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
                 text = {"text": f"{explanation} #### {label.capitalize()}"}
                 kept.append({k: v for k, v in c.items() if k not in OF_SAMPLE} | text)
@@ -87,16 +85,12 @@ def rank_by_probabilistic(records, args):
     """
     for record in records:
         candidates = record["candidates"]
-        known = [{"logprob", "num_tokens"} <= c.keys() for c in candidates]
-        if not any(known):
-            raise UserError(f"{args.input}: record {record['id']!r} has no logprob; add it with rank --by logprob")
-        teachers = sorted({c.get("teacher", "a teacher not named") for c, k in zip(candidates, known) if k})
-        if len(teachers) > 1:
-            names = " and ".join(teachers)
-            raise UserError(f"{args.input}: record {record['id']!r} has log-probabilities of {names}: two scales")
-        scores = [
-            c["logprob"] / c["num_tokens"] ** args.length_penalty if k else None for c, k in zip(candidates, known)
-        ]
+        known = [c for c in candidates if {"logprob", "num_tokens"} <= c.keys()]
+        teachers = sorted({c.get("teacher", "a teacher not named") for c in known})
+        if len(teachers) != 1:
+            found = f"log-probabilities of {' and '.join(teachers)}: two scales" if teachers else "no logprob"
+            raise UserError(f"{args.input}: record {record['id']!r} has {found}; rank --by logprob adds one teacher's")
+        scores = [c["logprob"] / c["num_tokens"] ** args.length_penalty if c in known else None for c in candidates]
         yield record | {"candidates": with_ranks(candidates, scores), "ranked_by": teachers[0]}
 
 

@@ -1,7 +1,6 @@
 """The rankers that run a model here: rank --by logprob and prm (Tuna), reward (PRO), similarity (RESCUE)."""
 
 import math
-from collections import Counter
 
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
@@ -17,13 +16,18 @@ def device():
 
 
 def log_likelihoods(records, args, eos):
-    """Yield (record, logprobs [n], token counts [n]) under --model; prints how much --max_length cut."""
-    cut = Counter()
+    """Yield (record, logprobs [n], token counts [n]) under --model; prints how much --max_length cut. The EOS of a
+    whole response counts in both if `eos`, or if the response is empty."""
+    prompts, responses = 0, 0
     for chunk in scoring.chunks(records):
-        model, tokenizer = generation.load_generator(args.model, device(), args.bf16)  # once
-        scored = scoring.score_candidates(model, tokenizer, chunk, args.max_length, eos=eos, cut=cut)
-        yield from ((record, *pair) for record, pair in zip(chunk, scored))
-    prompts, responses = common.all_sum([cut["prompts"], cut["responses"]])
+        model, tokenizer = generation.load_generator(args.model, device(), args.bf16)
+        encoded = [common.encode(tokenizer, r, args.max_length) for r in chunk]
+        prompts += sum(e.prompt_cut > 0 for e in encoded)
+        responses += sum(e.responses_cut for e in encoded)
+        for e in encoded if not eos else []:
+            e.responses = [r[:-1] if r[-1] == tokenizer.eos_token_id and r[1:] else r for r in e.responses]
+        yield from ((record, *pair) for record, pair in zip(chunk, scoring.score_encoded(model, encoded)))
+    prompts, responses = common.all_sum([prompts, responses])
     say(f"cut to fit --max_length {args.max_length}: {prompts:.0f} prompts (left), {responses:.0f} responses (right)")
 
 
@@ -50,17 +54,15 @@ def rank_by_reward(records, args):
     gaps = []  # of the responses that people chose and rejected
     for record, logits in rewards(records, args, args.reward_model, "--reward_model"):
         candidates = [c | {"reward": logit} for c, logit in zip(record["candidates"], logits)]
-        own = {c["source"]: c["reward"] for c in candidates if c["source"] in ("chosen", "rejected")}
-        gaps += [own["chosen"] - own["rejected"]] if len(own) == 2 else []
+        own = {c["source"]: c["reward"] for c in candidates}
+        gaps += [own["chosen"] - own["rejected"]] if {"chosen", "rejected"} <= own.keys() else []
         candidates.sort(key=lambda c: -c["reward"])
         candidates = with_ranks(candidates, [c["reward"] for c in candidates])
         yield record | {"candidates": candidates, "reward_model": args.reward_model}
     agrees, equal, total = common.all_sum([sum(g > 0 for g in gaps), gaps.count(0), len(gaps)])
     if total:
-        say(
-            f"{args.reward_model} prefers the chosen response to the rejected one in {agrees:.0f} of "
-            f"{total:.0f} pairs; {equal:.0f} have equal rewards"
-        )
+        of = f"in {agrees:.0f} of {total:.0f} pairs; {equal:.0f} have equal rewards"
+        say(f"{args.reward_model} prefers the chosen response to the rejected one {of}")
 
 
 def rank_by_prm(records, args):
@@ -75,9 +77,9 @@ def rank_by_prm(records, args):
         candidates = record["candidates"]
         if not all(map(math.isfinite, scores)):
             raise UserError(f"--model {args.model}: its score of record {record['id']!r} is not finite")
-        ranked = [i for i, c in enumerate(candidates) if c.get("rank") is not None]
+        ranked = [(-c["rank"], score) for c, score in zip(candidates, scores) if c.get("rank") is not None]
         if len(ranked) > 1:
-            agreement.append(spearman([-candidates[i]["rank"] for i in ranked], [scores[i] for i in ranked]))
+            agreement.append(spearman(*zip(*ranked)))
         if not ranked:
             own = [args.rank_original or c["source"] not in common.HUMAN for c in candidates]
             candidates = with_ranks(candidates, [score if some else None for score, some in zip(scores, own)])
@@ -101,14 +103,14 @@ def rank_by_similarity(records, args):
     model = common.load_pretrained(AutoModel, args.encoder, "--encoder").to(device()).eval()
     tokenizer = common.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
     for chunk in scoring.chunks(records):
-        for record in chunk:
-            if not any(c["source"] in common.HUMAN for c in record["candidates"]):
-                raise UserError(f"{args.input}: record {record['id']!r} has no human response to compare with")
         texts = [c["text"] for r in chunk for c in r["candidates"]]
         vectors = embed(model, tokenizer, texts).split([len(r["candidates"]) for r in chunk])
-        for record, vector in zip(chunk, vectors):
-            human = next(i for i, c in enumerate(record["candidates"]) if c["source"] in common.HUMAN)
-            for c, cosine in zip(record["candidates"], (vector @ vector[human]).tolist()):
+        for record, own in zip(chunk, vectors):
+            candidates = record["candidates"]
+            human = next((i for i, c in enumerate(candidates) if c["source"] in common.HUMAN), None)
+            if human is None:
+                raise UserError(f"{args.input}: record {record['id']!r} has no human response to compare with")
+            for c, cosine in zip(candidates, (own @ own[human]).tolist()):
                 c["similarity"] = round(cosine, 6)
             yield record
 
@@ -119,17 +121,8 @@ def embed(model, tokenizer, texts, max_length=256):
 
     256 tokens are what all-MiniLM-L6-v2 was trained with; longer texts are cut, as sentence-transformers does.
     """
-    ids = tokenizer(texts, truncation=True, max_length=max_length).input_ids
-    order, vectors = sorted(range(len(ids)), key=lambda i: len(ids[i])), [None] * len(ids)
-    with scoring.token_bar(sum(map(len, ids))) as bar:
-        while order:  # the longest together, within a row's tokens
-            n = max(1, scoring.ROW_TOKENS[model.device.type] // len(ids[order[-1]]))
-            batch, order = order[-n:], order[:-n]
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
-            hidden = model(**inputs).last_hidden_state  # [B, L, d]
-            mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-            means = torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
-            for i, vector in zip(batch, means):
-                vectors[i] = vector
-            bar.update(sum(len(ids[i]) for i in batch))
-    return torch.stack(vectors)
+    inputs = tokenizer(texts, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    hidden = model(**inputs).last_hidden_state  # [B, L, d]
+    mask = inputs["attention_mask"][..., None].to(hidden.dtype)
+    return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import math
 import re
 
 import torch
@@ -60,33 +59,28 @@ DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
 REWARD_TOKENS = 1024  # of a dialogue, whoever asks, as released: 512 for one use and 1,024 for another are two scales
 
 
-def vader(analyzer, text):
-    """4 x the mean over sentences of VADER's compound: long responses do not score higher, and gaps are wide."""
-    sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
-    return 4 * sum(analyzer.polarity_scores(s)["compound"] for s in sentences) / len(sentences)
-
-
-def afinn(analyzer, text):
-    """AFINN's points per ten words: another lexicon, to measure what was trained with the first."""
-    return 10 * analyzer.score(text) / max(1, len(text.split()))
-
-
-# Rewards that are a rule: a name for --reward_model -> (the rule, module, class of its analyzer, package on PyPI)
-RULES = {
-    "vader": (vader, "vaderSentiment.vaderSentiment", "SentimentIntensityAnalyzer", "vaderSentiment"),
-    "afinn": (afinn, "afinn", "Afinn", "afinn"),
-}
-
-
 @functools.cache
-def load_rule(name, flag):
-    """-> the rule `name` as a function of a response's text."""
-    rule, module, analyzer, package = RULES[name]
+def analyzer(module, name):
+    """The analyzer of a package that one rule alone needs."""
     try:
-        analyzer = getattr(importlib.import_module(module), analyzer)()
+        return getattr(importlib.import_module(module), name)()
     except ImportError:
-        raise UserError(f"{flag} {name} needs a package: pip install {package}") from None
-    return functools.partial(rule, analyzer)
+        raise UserError(f"this reward needs a package: pip install {module.partition('.')[0]}") from None
+
+
+def vader(text):
+    """4 x the mean over sentences of VADER's compound: long responses do not score higher, and gaps are wide."""
+    score = analyzer("vaderSentiment.vaderSentiment", "SentimentIntensityAnalyzer").polarity_scores
+    sentences = re.split(r"(?<=[.!?])\s+|\n+", text.strip())
+    return 4 * sum(score(s)["compound"] for s in sentences) / len(sentences)
+
+
+def afinn(text):
+    """AFINN's points per ten words: another lexicon, to measure what was trained with the first."""
+    return 10 * analyzer("afinn", "Afinn").score(text) / max(1, len(text.split()))
+
+
+RULES = {"vader": vader, "afinn": afinn}  # rewards that are a rule, by what --reward_model says
 
 
 @functools.cache
@@ -126,16 +120,11 @@ def reward_logits(name, device, pairs, *, flag="--reward_model", form="auto", al
     """Raw logits of the reward model `name` for pairs (record, candidate) -> floats: every reward of the project.
     A name in RULES is a rule, which reads the response alone."""
     if name in RULES:
-        rule = load_rule(name, flag)
-        return [float(rule(candidate["text"])) for _, candidate in pairs]
+        return [float(RULES[name](candidate["text"])) for _, candidate in pairs]
     model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
     form = own_form if form == "auto" else form
     limit = min(REWARD_TOKENS, getattr(model.config, "max_position_embeddings", REWARD_TOKENS))
-    rewards = score_dialogues(model, [dialogue_ids(tokenizer, r, c, form, limit) for r, c in pairs]).tolist()
-    if not all(map(math.isfinite, rewards)):
-        record = pairs[next(i for i, r in enumerate(rewards) if not math.isfinite(r))][0]
-        raise UserError(f"{flag} {name}: its reward of a response to record {record.get('id')!r} is not finite")
-    return rewards
+    return score_dialogues(model, [dialogue_ids(tokenizer, r, c, form, limit) for r, c in pairs]).tolist()
 
 
 def score_dialogues(model, dialogues):

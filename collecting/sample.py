@@ -1,7 +1,6 @@
 """The verb sample: responses of a local model, and Tuna's diversity rule."""
 
 import functools
-import itertools
 import re
 from collections import Counter
 
@@ -61,23 +60,22 @@ def keep_diverse(responses, draw, args, count):
 
     A response whose ROUGE-L with one before it is above --max_rouge_l is dropped and drawn again at a temperature
     raised by --temperature_step, --max_trials times; then the least similar of those dropped fill the places left.
-    draw(prompt numbers, n, temperature) -> n responses for each; `count` gains how often each branch ran.
+    draw(prompt numbers, n, temperature) -> n responses for each; `count` gains how many were dropped and came back.
     """
     n = len(responses[0])
     kept, dropped = [[] for _ in responses], [[] for _ in responses]
 
-    def texts(i):
-        return [r["text"] for r in kept[i]]
+    def similarity(i, response):
+        return max_similarity(response["text"], [r["text"] for r in kept[i]])
 
-    def take(i, response, how):
-        similar = max_similarity(response["text"], texts(i)) > args.max_rouge_l
+    def take(i, response):
+        similar = similarity(i, response) > args.max_rouge_l
         (dropped if similar else kept)[i].append(response)
-        count.update(["too similar" if similar else how])
+        count["too similar"] += similar
 
     for i, first in enumerate(responses):
-        count["similar pairs before"] += similar_pairs(first, args.max_rouge_l)
         for response in first:
-            take(i, response, "kept at once")
+            take(i, response)
     for trial in range(1, args.max_trials + 1):
         short = [i for i in range(len(kept)) if len(kept[i]) < n]
         if not short:
@@ -85,53 +83,45 @@ def keep_diverse(responses, draw, args, count):
         temperature = round(args.temperature + trial * args.temperature_step, 6)
         for i, more in zip(short, draw(short, n - min(len(kept[i]) for i in short), temperature)):
             for response in more[: n - len(kept[i])]:
-                take(i, response | {"temperature": temperature}, f"kept at trial {trial}")
+                take(i, response | {"temperature": temperature})
     for i in range(len(kept)):
         while len(kept[i]) < n:
-            least = min(dropped[i], key=lambda r: max_similarity(r["text"], texts(i)))
-            kept[i].append(dropped[i].pop(dropped[i].index(least)))
+            least = min(dropped[i], key=lambda r: similarity(i, r))
+            dropped[i].remove(least)
+            kept[i].append(least)
             count["least similar kept"] += 1
-        count["pairs"] += n * (n - 1) // 2
-        count["similar pairs after"] += similar_pairs(kept[i], args.max_rouge_l)
     return kept
 
 
-def similar_pairs(responses, limit):
-    texts = [r["text"] for r in responses]
-    return sum(max_similarity(a, [b]) > limit for a, b in itertools.combinations(texts, 2))
-
-
 def sample(args):
+    """Add responses of a model on this machine; under torchrun every process draws for its share of the prompts."""
     process, processes, device = common.init_distributed(LONGEST_WAIT)
     name = common.run_name(args.model)
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 128)
     of_run = f"-{name}" if common.run_settings(args.model) else ""  # the samples of two students never share a file
     records, journal = open_collected(args, "train", f"sampled{of_run}", process=process, processes=processes)
-    by = {"source": args.source, "teacher": name}
     options, count = generation.options_of(args), Counter()
     batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
     for batch, model, tokenizer in batches:
         prompts = shown_prompts(args, batch)
-        drawn = generation.generate(model, tokenizer, prompts, **options)
+
+        def draw(numbers, n, temperature):
+            again = options | {"num_samples": n, "temperature": temperature}
+            return generation.generate(model, tokenizer, [prompts[i] for i in numbers], **again)
+
+        drawn = draw(range(len(batch)), args.num_samples, args.temperature)
         if args.max_rouge_l is not None:
-
-            def draw(numbers, n, temperature):
-                again = options | {"num_samples": n, "temperature": temperature}
-                return generation.generate(model, tokenizer, [prompts[i] for i in numbers], **again)
-
             drawn = keep_diverse(drawn, draw, args, count)
         for record, responses in zip(batch, drawn):
-            record["candidates"] = record.get("candidates", []) + [r | by for r in responses]
-            count["responses"] += len(responses)
-            count["unfinished"] += sum(not r["finished"] for r in responses)
+            more = [r | {"source": args.source, "teacher": name} for r in responses]
+            record["candidates"] = record.get("candidates", []) + more
+            count["drawn"] += len(responses)
+            count["cut at --max_new_tokens"] += sum(not r["finished"] for r in responses)
             count["empty"] += sum(not r["text"] for r in responses)
         journal.write(batch)
     journal.finish()
-    trials = [f"kept at trial {i}" for i in range(1, args.max_trials + 1)]
-    kinds = ["responses", "unfinished", "empty", "kept at once", "too similar", *trials, "least similar kept"]
-    kinds += ["pairs", "similar pairs before", "similar pairs after"]
-    totals = common.all_sum([count[k] for k in kinds])
-    say("sampled {:.0f} responses; {:.0f} reached --max_new_tokens, {:.0f} are empty (all kept)".format(*totals))
-    if args.max_rouge_l is not None:
-        say("diversity:", ", ".join(f"{kind} {n:.0f}" for kind, n in zip(kinds[3:], totals[3:])))
+    kinds = ["drawn", "cut at --max_new_tokens", "empty"]
+    kinds += ["too similar", "least similar kept"] if args.max_rouge_l is not None else []
+    totals = common.all_sum([count[kind] for kind in kinds])
+    say("responses:", ", ".join(f"{n:.0f} {kind}" for kind, n in zip(kinds, totals)))

@@ -14,7 +14,6 @@ import openai
 from collecting.answers import Refusal, without_thinking
 from collecting.asking import KNOWN
 from collecting.files import as_dict
-from collecting.generation import unescape
 from common import UserError, printable, say
 
 BUDGET_SPENT = "--max_requests is reached"
@@ -73,7 +72,7 @@ async def respond(client, args, count, dialogue, *, num_samples, logprobs, compl
     body = {"prompt": dialogue[0]["content"]} if completions else {"messages": dialogue}
     body |= {"model": args.model, "max_tokens": args.max_new_tokens, "temperature": temperature}
     body |= {"top_p": top_p} if top_p < 1 else {}
-    body |= {"stop": list(unescape(args.stop))} if args.stop else {}
+    body |= {"stop": args.stop} if args.stop else {}
     body |= {"logprobs": 1 if completions else True} if logprobs else {}  # the older endpoint takes a number
     while missing := num_samples - len(responses):
         fields = body | ({"n": missing} if missing > 1 else {})

@@ -217,5 +217,77 @@ def test_what_a_model_came_from_sets_lr_data_and_output(tmp_path, monkeypatch):
         (["probabilistic", "--data", "none"], {}, r"is not there. Make it with:(.|\n)*teacher --task alpaca"),
     ],
 )
+<<<<<<< HEAD
 def test_mistakes_are_one_sentence(run, flags, data, message):
     assert re.search(message, refused(run(*flags, **data)))
+=======
+def test_mistakes_are_one_sentence(tmp_path, tiny, monkeypatch, capsys, flags, data, message):
+    if data is not None:
+        write_data(tmp_path / "d.jsonl", **data)
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, *flags, "--model", tiny, "--data", tmp_path / "d.jsonl", "--output", tmp_path / "o")
+    assert stop.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_ranks_rows_and_a_restart_change_nothing(tmp_path, tiny, monkeypatch, cli):
+    """One process, one prompt a row, a run in two halves, and two ranks under FSDP2 take the same steps."""
+    write_data(tmp_path / "d.jsonl", num_records=8)
+    flags = ["--stage", "contextual", "--model", tiny, "--data", tmp_path / "d.jsonl", "--lr", 1e-3]
+    flags += ["--batch_size", 4, "--epochs", 2, "--checkpoint_every", 2]
+    cli("tuna", *flags, "--output", tmp_path / "one")
+    cli("tuna", *flags, "--output", tmp_path / "rows", "--max_tokens_per_row", 1)
+    with killed_in_step(4):  # a step after its checkpoint
+        assert cli("tuna", *flags, "--output", tmp_path / "halves").code == 2
+    assert len(read_log(tmp_path / "halves")) == 3
+    cli("tuna", *flags, "--output", tmp_path / "halves", "--resume")
+    command("torchrun", "--nproc_per_node", 2, ROOT / "tuna.py", *flags, "--output", tmp_path / "two")
+    one = read_log(tmp_path / "one")
+    for name in ("rows", "halves", "two"):
+        log = read_log(tmp_path / name)
+        assert [line["step"] for line in log] == [1, 2, 3, 4]
+        for a, b in zip(one, log):
+            for key in ("loss", "rank_loss", "mle_loss", "pair_accuracy", "gap", "grad_norm"):
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (name, a["step"], key)
+
+
+def test_from_an_instruction_set_to_tuna(tmp_path, tiny, monkeypatch, cli):
+    """The whole way on default paths: sft, Tuna_p, samples under the diversity rule, a ranking, Tuna, evaluation."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"instruction": f"Say {w} twice.", "input": "", "output": f"{w} {w}"} for w in ("red", "green", "blue")]
+    (tmp_path / "alpaca_data.json").write_text(json.dumps(rows))
+
+    def step(script, *args):
+        result = cli(script, *args)
+        assert result.code == 0, (script, args, result.err)
+        return result.out
+
+    def ranks(args, prompts, **options):  # a ranker that prefers what it is shown first
+        for i, prompt in enumerate(prompts):
+            n = prompt.count("\nResponse ")
+            scores = "".join(f"{k}: 1 1 1\n" for k in range(n + 1))  # all tie: the ranking decides
+            order = " > ".join(map(str, range(n + 1)))
+            form = f"Type: open\nReference: r\nDuplicates: none\nScores:\n{scores}Ranking: {order}"
+            yield i, [{"text": form, "finished": True}], None
+
+    monkeypatch.setattr("collecting.asking.complete", ranks)
+    alpaca, sampling = ["--task", "alpaca"], ["--temperature", 1, "--max_new_tokens", 8]
+    step("collect_candidates", "prepare", *alpaca, "--input", "alpaca_data.json")
+    step("tuna", "--stage", "sft", "--model", tiny)
+    teacher = ["--model", tiny, "--source", "teacher", "--output", "data/alpaca/teacher.jsonl"]
+    step("collect_candidates", "sample", *alpaca, *sampling, *teacher)
+    assert "15 examples" in step("tuna", "--stage", "sft", "--model", tiny, "--all_candidates")
+    assert "12 ranked candidates" in step("tuna", "--stage", "probabilistic")
+    student = ["--model", "runs/tuna-probabilistic/model", "--max_rouge_l", 0.8]
+    assert "too similar" in step("collect_candidates", "sample", *alpaca, *sampling, *student)
+    sampled, ranked = (f"data/alpaca/{kind}-tuna-probabilistic.jsonl" for kind in ("sampled", "ranked"))
+    ranking = [*alpaca, "--by", "contextual", "--model", "ranker", "--input", sampled]
+    assert "3 parsed" in step("collect_candidates", "rank", *ranking)
+    record = read_jsonl(ranked)[0]
+    assert record["ranked_by"] == "ranker" and record["candidates"][1]["source"] == "tuna-probabilistic"
+    assert "12 ranked candidates" in step("tuna", "--stage", "contextual", *student[:2])
+    final = ["--model", "runs/tuna/model", "--input", ranked]
+    assert "token_nll" in step("evaluate", "nll", *final) and "18" in step(
+        "evaluate", "ranking", *final, "--by", "rank"
+    )
+>>>>>>> 1a07eca (wip)
