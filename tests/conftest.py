@@ -296,6 +296,13 @@ def run(monkeypatch, *argv):
     common.run_cli(lambda: call(monkeypatch, *argv))
 
 
+def rank(monkeypatch, folder, records, *flags, output="o.jsonl"):
+    """collect_candidates.py rank of these records -> the records of its output."""
+    source = write_jsonl(folder / "d.jsonl", records)
+    run(monkeypatch, "rank", "--input", source, "--output", folder / output, *flags)
+    return read_jsonl(folder / output)
+
+
 def metrics_of(folder, verb, name="tiny"):
     return json.loads((folder / f"runs/eval/{name}/{verb}.metrics.json").read_text())["metrics"]
 

@@ -1,12 +1,11 @@
 """collecting/rank*.py: how answers and replies are read, and the rankers of RESCUE's orderings."""
 
-import json
 import math
 
 import pytest
 import torch
 from api_server import Server, chat
-from conftest import make_records, nli, rank, read_jsonl, refused, run, write_jsonl
+from conftest import nli, rank, refused, write_jsonl
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 import rescue
@@ -44,24 +43,24 @@ def test_has_answer_is_the_best_subspan_rule():
     assert not has_answer("anything", ["The"])  # nothing left of it: it must not match every text
 
 
-def test_by_label(monkeypatch, tmp_path, capsys, cli):
+def test_by_label(monkeypatch, tmp_path, capfd, cli):
     texts = ["x #### Entailment", "x #### Neutral", "nothing", "An entailment."]
     [record] = rank(monkeypatch, tmp_path, [nli(0, "h", *texts, label="entailment")], "--by", "label")
     found = [(c["label"], c["correct"]) for c in record["candidates"][1:]]
     assert found == [("entailment", True), ("neutral", False), (None, False), ("entailment", True)]
-    assert "m: 4 total, 2 well-formed, 2 malformed, 2 correct, 1 wrong, 1 unparsed" in capsys.readouterr().out
+    assert "m: 4 total, 2 well-formed, 2 malformed, 2 correct, 1 wrong, 1 unparsed" in capfd.readouterr().out
     qa = {"id": "q", "task": "multidoc_qa", "prompt": "p", "answers": ["Oslo"]}
     qa["candidates"] = [{"source": "m", "anchor": "gold", "text": text} for text in ("In Oslo.", "In Rome.")]
     [record] = rank(monkeypatch, tmp_path, [qa], "--by", "label", "--mark_answers", output="qa.jsonl")
     assert [c["text"] for c in record["candidates"]] == ["In Oslo. #### Correct", "In Rome. #### Incorrect"]
-    assert "m from gold: 2 total, 1 correct, 1 wrong" in capsys.readouterr().out
+    assert "m from gold: 2 total, 1 correct, 1 wrong" in capfd.readouterr().out
     source = write_jsonl(tmp_path / "in.jsonl", [{k: v for k, v in nli(0, "h").items() if k != "label"}])
     flags = ("--by", "label", "--input", source, "--output", tmp_path / "none.jsonl")
     refused(cli("collect_candidates", "rank", *flags), "r0")
     assert not (tmp_path / "none.jsonl").exists()
 
 
-def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, monkeypatch, capsys, cli):
+def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, monkeypatch, capfd, cli):
     records = [
         nli(0, "h #### Neutral", "a #### Neutral", "b #### Entailment", "no label"),
         nli(1, "h #### Neutral", "neutral it is", "b #### Neutral and so on", "no label"),
@@ -75,15 +74,15 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
         "r2": ["h", "a and so #### Neutral", "b #### Neutral", "c #### Contradiction"],  # in the human responses' form
     }
     assert rows[0]["candidates"][1].keys() == {"text", "source", "label", "correct"}  # whole, of unknown likelihood
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "malformed and left out: 4 of 9 by m\nleft out: 1 prompts with fewer than --min_candidates 3" in out
     assert "WARNING" not in out
 
     few = [nli(0, "h #### Neutral", *["what?"] * 5), nli(1, "h #### Neutral", *["what?"] * 4, "a #### Neutral")]
     rank(monkeypatch, tmp_path, few, "--by", "label", output="loud.jsonl")
-    assert "WARNING: of the responses by m 10% can be read" in capsys.readouterr().out
+    assert "WARNING: of the responses by m 10% can be read" in capfd.readouterr().out
     rank(monkeypatch, tmp_path, few, *drop, output="few.jsonl")
-    assert "WARNING: of the responses by m 10% are well-formed" in capsys.readouterr().out
+    assert "WARNING: of the responses by m 10% are well-formed" in capfd.readouterr().out
     flags = ("rank", "--by", "label", "--input", tmp_path / "d.jsonl", "--output", tmp_path / "none.jsonl")
     for more in (["--min_candidates", 3], ["--per_source", 3], ["--drop_malformed", "--min_candidates", 3]):
         refused(cli("collect_candidates", *flags, *more), "--drop_malformed")
@@ -127,7 +126,7 @@ def test_parse_ranking_is_strict(text, want):
     assert parse_ranking(text, 3) == want
 
 
-def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, monkeypatch, capsys, cli):
+def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, monkeypatch, capfd, cli):
     records = [nli(i, "human", "b", "cccc", "dd", "eee") for i in range(8)] + [nli(8, "mumble", "x", "y")]
 
     def behave(prompt, nth, body):
@@ -146,7 +145,7 @@ def test_rank_by_gpt_undoes_its_shuffle_and_marks_what_is_unranked(tmp_path, mon
     first = [[line for line in p.splitlines() if line.startswith("Response 1")][0] for p in server.asked if "cccc" in p]
     assert len(set(first)) > 1  # shuffled
     assert server.asked.most_common(1)[0][1] == 3  # two re-asks
-    out = capsys.readouterr().out
+    out = capfd.readouterr().out
     assert "8 ranked" in out and "1 unranked" in out
     assert rescue.preference(rows[0], "gpt") == [math.inf, -4, -1, -3, -2]  # the human response is first in training
     human, *unranked = rescue.preference(rows[8], "gpt")

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from api_server import Server, chat
-from conftest import RANKABLE, read_jsonl, run, write_jsonl
+from conftest import RANKABLE, rank, read_jsonl, write_jsonl
 
 import common
 from collecting.rank_asked import contextual_prompt, parse_contextual
@@ -183,12 +183,6 @@ def by_length(prompt):
     ranking = [*sorted(texts, key=lambda i: -len(texts[i])), str(len(texts))]
     scores = "\n".join(f"{i}: {min(5, len(texts.get(i, '')))} 1 2" for i in ranking)
     return f"Type: open\nReference: mine\nDuplicates: none\nScores:\n{scores}\nRanking: {' > '.join(ranking)}"
-
-
-def rank(monkeypatch, tmp_path, records, *flags, output="o.jsonl"):
-    write_jsonl(tmp_path / "d.jsonl", records)
-    run(monkeypatch, "rank", "--input", tmp_path / "d.jsonl", "--output", tmp_path / output, *flags)
-    return read_jsonl(tmp_path / output)
 
 
 def test_rank_by_contextual(tmp_path, monkeypatch, capsys):

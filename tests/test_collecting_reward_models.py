@@ -7,19 +7,20 @@ import types
 
 import pytest
 import torch
-from conftest import make_records, read_jsonl, refused, run, write_jsonl
+from conftest import change, change_weights, make_records, rank, read_jsonl, refused, write_jsonl
 from safetensors.torch import load_file
+from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXModel
 
 import common
 from collecting import reward_models
 from collecting.rank import expand_ranking, rank_flags
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(scope="module")
 def oasst(tiny, tmp_path_factory):
     """A tiny random checkpoint of OpenAssistant's type, with a tokenizer that has its marks."""
-    from transformers import AutoTokenizer
-
     folder = tmp_path_factory.mktemp("oasst")
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|prompter|>", "<|assistant|>", "<|system|>"]})
@@ -32,11 +33,10 @@ def oasst(tiny, tmp_path_factory):
     return folder
 
 
-def test_the_oasst_class_is_saved_and_loaded(oasst):
-    config = json.loads((oasst / "config.json").read_text())
-    assert config["model_type"] == "gpt_neox_reward_model" and config["pooling"] == "last"
-    _, tokenizer, form = reward_models.load_reward_model(str(oasst), torch.device("cpu"), "--reward_model", False)
-    assert form == "oasst"
+@pytest.fixture
+def copy(oasst, tmp_path):
+    """A copy of it to change."""
+    return shutil.copytree(oasst, tmp_path / "copy")
 
 
 def test_bin_weights_are_converted_once(oasst, tmp_path, cli, monkeypatch):
@@ -66,23 +66,19 @@ def test_bin_weights_are_converted_once(oasst, tmp_path, cli, monkeypatch):
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
-def test_oasst_logits_are_the_direct_computation(oasst, tmp_path, pooling):
+def test_oasst_logits_are_the_direct_computation(copy, pooling):
     """Through the plain GPT-NeoX body of the saved weights, one dialogue at a time, against a padded batch."""
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer, GPTNeoXConfig, GPTNeoXModel
-
-    for file in oasst.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / "config.json").read_text()) | {"pooling": pooling}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = json.loads((copy / "config.json").read_text())
+    assert config["model_type"] == "gpt_neox_reward_model" and config["pooling"] == "last"
+    change(copy / "config.json", pooling=pooling)
     dialogue = [("user", "Hi"), ("assistant", "Hello."), ("user", "Why?")]
     records = [
         {"prompt": "Human: Why?", "messages": [{"role": r, "content": c} for r, c in dialogue]},
         {"prompt": "no messages: one turn of the user"},
     ]
     pairs = [(records[i], {"text": text}) for i, text in ((0, "Because of that."), (1, "Ok"), (0, ""))]
-    got = reward_models.reward_logits(str(tmp_path), torch.device("cpu"), pairs)
-    weights, tokenizer = load_file(tmp_path / "model.safetensors"), AutoTokenizer.from_pretrained(tmp_path)
+    got = reward_models.reward_logits(str(copy), CPU, pairs)
+    weights, tokenizer = load_file(copy / "model.safetensors"), AutoTokenizer.from_pretrained(copy)
     known = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
     body = GPTNeoXModel(GPTNeoXConfig(**{k: config[k] for k in known})).eval()
     body.load_state_dict({k.removeprefix("gpt_neox."): v for k, v in weights.items() if k.startswith("gpt_neox.")})
@@ -100,63 +96,34 @@ def test_oasst_logits_are_the_direct_computation(oasst, tmp_path, pooling):
     assert len({round(x, 4) for x in got}) == 3
 
 
-def test_a_reward_that_is_not_finite_is_refused(oasst, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for file in oasst.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    weights = load_file(tmp_path / "model.safetensors")
-    weights["out_proj.bias"].fill_(float("inf"))
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(common.UserError, match="record 'a' is not finite"):
-        reward_models.reward_logits(str(tmp_path), torch.device("cpu"), [({"id": "a", "prompt": "Hi"}, {"text": "Ok"})])
-
-
 def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
-    run(
-        monkeypatch,
-        "rank",
-        "--by",
-        "reward",
-        "--reward_model",
-        oasst,
-        "--input",
-        prepared,
-        "--output",
-        tmp_path / "r.jsonl",
-    )
-    before, after = read_jsonl(prepared), read_jsonl(tmp_path / "r.jsonl")
-    for old, new in zip(before, after):
+    before = read_jsonl(prepared)
+    after = rank(monkeypatch, tmp_path, before, "--by", "reward", "--reward_model", oasst)
+    for old, new in zip(before, after, strict=True):
         rewards = [c["reward"] for c in new["candidates"]]
         assert rewards == sorted(rewards, reverse=True) and new["reward_model"] == str(oasst)
         assert [c["rank"] for c in new["candidates"]] == [0, 1]
         assert sorted(c["text"] for c in new["candidates"]) == sorted(c["text"] for c in old["candidates"])
-        alone = reward_models.reward_logits(str(oasst), torch.device("cpu"), [(old, new["candidates"][1])])
+        alone = reward_models.reward_logits(str(oasst), CPU, [(old, new["candidates"][1])])
         assert rewards[1] == pytest.approx(alone[0], abs=1e-4)
     agree = sum(r["candidates"][0]["source"] == "chosen" for r in after)
     assert f"in {agree} of 3 pairs; 0 have equal rewards" in capsys.readouterr().out
 
 
 def test_equal_rewards_share_a_rank(monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        reward_models, "reward_logits", lambda name, device, pairs, **_: [len(c["text"]) for _, c in pairs]
-    )
-    candidates = [{"text": t, "source": "m"} for t in ("a", "ccc", "bb", "dd")]
-    source = write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "p", "candidates": candidates}])
-    run(monkeypatch, "rank", "--by", "reward", "--input", source, "--output", tmp_path / "r.jsonl")
-    assert [(c["text"], c["rank"]) for c in read_jsonl(tmp_path / "r.jsonl")[0]["candidates"]] == [
-        ("ccc", 0),
-        ("bb", 1),
-        ("dd", 1),
-        ("a", 3),
-    ]
+    by_length = lambda name, device, pairs, **_: [len(c["text"]) for _, c in pairs]  # noqa: E731
+    monkeypatch.setattr(reward_models, "reward_logits", by_length)
+    record = {"id": "a", "prompt": "p", "candidates": [{"text": t, "source": "m"} for t in ("a", "ccc", "bb", "dd")]}
+    [got] = rank(monkeypatch, tmp_path, [record], "--by", "reward")
+    assert [(c["text"], c["rank"]) for c in got["candidates"]] == [("ccc", 0), ("bb", 1), ("dd", 1), ("a", 3)]
 
 
-def test_a_causal_lm_is_no_reward_model(monkeypatch, capsys, tiny, prepared, tmp_path):
-    argv = ["rank", "--by", "reward", "--input", prepared, "--output", tmp_path / "r.jsonl"]
-    with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, *argv, "--reward_model", tiny)
-    assert stop.value.code == 2 and "not a reward model" in capsys.readouterr().err
+def test_what_gives_no_reward_is_refused(cli, tiny, copy, data, tmp_path):
+    """A causal language model; a reward that is not finite."""
+    change_weights(copy, lambda weights: weights["out_proj.bias"].fill_(float("inf")))
+    for model, message in ((tiny, "not a reward model"), (copy, "record 'r0'")):
+        flags = ("--by", "reward", "--input", data, "--output", tmp_path / "r.jsonl", "--reward_model", model)
+        refused(cli("collect_candidates", "rank", *flags), message)
 
 
 @pytest.mark.parametrize("form", ["plain", "chat_template"])
@@ -188,14 +155,10 @@ def test_expansions():
     for expand, length, missing in (("chatgpt", 4, "gpt-3.5-turbo"), ("alpacas", 6, "alpaca-7b")):
         with pytest.raises(common.UserError, match=f"too few responses of '{missing}' for --expand {expand}"):
             expanded(expand=expand, ranking_length=length)
+    with pytest.raises(common.UserError, match="too few responses of 'curie'"):  # not Alpaca's in its place
+        expanded(expand="ascending", ranking_length=3, expand_sources="curie")
     with pytest.raises(common.UserError, match="--ranking_length 6 is more"):
         expanded(expand="ascending", ranking_length=6)
-
-
-def test_a_missing_source_is_not_passed_over():
-    """Ascending without Curie's response would be Alpaca's in Curie's place."""
-    with pytest.raises(common.UserError, match="too few responses of 'curie'"):
-        expanded(expand="ascending", ranking_length=3, expand_sources="curie")
 
 
 def test_long_dialogues_are_read_to_1024_tokens_by_whoever_asks(tiny, reward_folder):
@@ -216,34 +179,23 @@ def test_a_cut_response_has_no_eos_for_a_model_of_ours(tiny):
         assert (ids[-1] == tokenizer.eos_token_id) == finished
 
 
-def test_a_rule_is_a_reward_model_by_name(monkeypatch, capsys, tmp_path):
+def test_a_rule_is_a_reward_model_by_name(monkeypatch, tmp_path):
     """`rank --by reward --reward_model vader`, with a stand-in for the package; the mean is over sentences."""
     points = {"Good.": 0.5, "Bad!": -0.25, "So.": 0.0}
     analyzer = types.SimpleNamespace(polarity_scores=lambda sentence: {"compound": points[sentence]})
     fake = types.SimpleNamespace(SentimentIntensityAnalyzer=lambda: analyzer)
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", fake)
     monkeypatch.setitem(sys.modules, "afinn", None)  # as if not installed
-    reward_models.load_rule.cache_clear()
-    candidates = [{"text": t, "source": "m"} for t in ("Bad!\nSo.", "Good.", "Good. Bad!")]
-    write_jsonl(tmp_path / "d.jsonl", [{"id": "1", "task": "hh", "prompt": "p", "candidates": candidates}])
-    flags = [
-        "rank",
-        "--task",
-        "hh",
-        "--by",
-        "reward",
-        "--input",
-        tmp_path / "d.jsonl",
-        "--output",
-        tmp_path / "r.jsonl",
-    ]
-    run(monkeypatch, *flags, "--reward_model", "vader")
-    found = [(c["text"], c["reward"], c["rank"]) for c in read_jsonl(tmp_path / "r.jsonl")[0]["candidates"]]
+    reward_models.analyzer.cache_clear()
+    texts = ("Bad!\nSo.", "Good.", "Good. Bad!")
+    record = {"id": "1", "prompt": "p", "candidates": [{"text": t, "source": "m"} for t in texts]}
+    [got] = rank(monkeypatch, tmp_path, [record], "--by", "reward", "--reward_model", "vader")
+    found = [(c["text"], c["reward"], c["rank"]) for c in got["candidates"]]
     assert found == [("Good.", 2.0, 0), ("Good. Bad!", 0.5, 1), ("Bad!\nSo.", -0.5, 2)]
-    with pytest.raises(common.UserError, match="--reward_model afinn needs a package: pip install afinn"):
+    with pytest.raises(common.UserError, match="pip install afinn"):
         reward_models.reward_logits("afinn", None, [({}, {"text": "Good."})])
     fake = types.SimpleNamespace(Afinn=lambda: types.SimpleNamespace(score=lambda text: 3.0 * ("good" in text)))
     monkeypatch.setitem(sys.modules, "afinn", fake)
     pairs = [({}, {"text": t}) for t in ("a good day", "", "bad")]
     assert reward_models.reward_logits("afinn", None, pairs) == [10.0, 0.0, 0.0]
-    reward_models.load_rule.cache_clear()
+    reward_models.analyzer.cache_clear()

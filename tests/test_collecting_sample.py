@@ -1,7 +1,6 @@
 """collecting/sample.py: what a record holds, seeds, prompts, kills, and Tuna's diversity rule."""
 
 import argparse
-import json
 import types
 from collections import Counter
 
@@ -17,90 +16,74 @@ from collecting.sample import keep_diverse, max_similarity
 from common import UserError
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    records = make_records(6)
-    for r in records:
-        r["candidates"] = r["candidates"][:1]
-    return write_jsonl(tmp_path / "prompts.jsonl", records)
-
-
-def sample(cli, tiny, prompts, out, *args):
-    flags = ("--num_samples", 2, "--max_new_tokens", 6, "--batch_size", 2, "--source", "tiny")
-    return cli("collect_candidates", "sample", "--model", tiny, "--input", prompts, "--output", out, *flags, *args)
-
-
 class TestSample:
-    def test_records_and_log_probabilities(self, cli, tiny, prompts, tmp_path):
-        """Every response's logprob is what a plain forward gives its tokens (raw tokens, so greedy text is
-        re-tokenised here)."""
-        assert sample(cli, tiny, prompts, tmp_path / "s.jsonl", "--temperature", 0).code == 0
+    FLAGS = ("--num_samples", 2, "--max_new_tokens", 6, "--batch_size", 2, "--source", "tiny")
+
+    @pytest.fixture
+    def prompts(self, tmp_path):
+        return write_jsonl(tmp_path / "p.jsonl", [r | {"candidates": r["candidates"][:1]} for r in make_records(6)])
+
+    @pytest.fixture
+    def sample(self, cli, tiny, prompts, tmp_path):
+        """sample(name, *flags) -> (Result, the output file)"""
+
+        def call(name, *flags):
+            own = ("--model", tiny, "--input", prompts, "--output", tmp_path / name)
+            return cli("collect_candidates", "sample", *own, *self.FLAGS, *flags), tmp_path / name
+
+        return call
+
+    def test_records_and_log_probabilities(self, sample, tiny, prompts):
+        """Every response's logprob is what a plain forward gives its tokens."""
+        result, file = sample("s.jsonl", "--temperature", 0)
+        assert result.code == 0, result.err
         model, tokenizer = generation.load_generator(str(tiny), torch.device("cpu"))
-        for record, source in zip(read_jsonl(tmp_path / "s.jsonl"), read_jsonl(prompts)):
+        for record, source in zip(read_jsonl(file), read_jsonl(prompts), strict=True):
             assert record["id"] == source["id"] and record["candidates"][0] == source["candidates"][0]
             a, b = record["candidates"][1:]
-            assert a == b and a["source"] == "tiny" and 1 <= a["num_tokens"] <= 6  # greedy: both the same
+            assert a == b and a["source"] == "tiny"  # greedy: both the same
             ids = torch.tensor([common.prompt_ids(tokenizer, record["prompt"])])
-            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)[
-                0, ids.shape[1] :
-            ]
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
+            out = out[0, ids.shape[1] :]
             with torch.no_grad():
                 logits = model(torch.cat([ids, out[None]], 1)).logits[0, ids.shape[1] - 1 : -1]
-            counted = len(out) - (a["finished"] and len(out) > 1)  # EOS does not count
-            want = torch.log_softmax(logits, -1).gather(1, out[:, None])[:counted].sum().item()
-            assert a["logprob"] == pytest.approx(want, abs=1e-3) and a["num_tokens"] == counted
+            n = len(out) - (a["finished"] and len(out) > 1)  # EOS does not count
+            want = logits.log_softmax(-1)[range(n), out[:n]].sum().item()
+            assert a["logprob"] == pytest.approx(want, abs=1e-3) and a["num_tokens"] == n
             assert a["text"] == tokenizer.decode(out, skip_special_tokens=True)  # the prompt ends with white space
 
-    def test_seeded_and_independent_of_ranks(self, cli, tiny, prompts, tmp_path):
-        for name in ("a", "b"):
-            sample(cli, tiny, prompts, tmp_path / f"{name}.jsonl", "--seed", 3)
-        sample(cli, tiny, prompts, tmp_path / "c.jsonl", "--seed", 4)
-        flags = ["--num_samples", "2", "--max_new_tokens", "6", "--batch_size", "2", "--source", "tiny", "--seed", "3"]
-        command(
-            "torchrun",
-            "--nproc_per_node",
-            2,
-            "collect_candidates.py",
-            "sample",
-            "--model",
-            tiny,
-            "--input",
-            prompts,
-            "--output",
-            tmp_path / "d.jsonl",
-            *flags,
+    def test_seeded_and_independent_of_ranks(self, sample, tiny, prompts, tmp_path):
+        texts = {}
+        for name, seed in (("a", 3), ("b", 3), ("c", 4)):
+            texts[name] = sample(f"{name}.jsonl", "--seed", seed)[1].read_text()
+        assert texts["a"] == texts["b"] != texts["c"]
+        own = ("--model", tiny, "--input", prompts, "--output", tmp_path / "d.jsonl", *self.FLAGS, "--seed", 3)
+        command("torchrun", "--nproc_per_node", 2, "collect_candidates.py", "sample", *own)
+        one, two = (
+            [[c["text"] for c in r["candidates"]] for r in read_jsonl(tmp_path / f"{name}.jsonl")] for name in "ad"
         )
-        a, b, c, d = ((tmp_path / f"{x}.jsonl").read_text() for x in "abcd")
-        assert a == b and a != c
-        assert [[x["text"] for x in json.loads(line)["candidates"]] for line in d.splitlines()] == [
-            [x["text"] for x in json.loads(line)["candidates"]] for line in a.splitlines()
-        ]
+        assert one == two
 
-    def test_killed_and_run_again(self, cli, tiny, prompts, tmp_path):
+    @pytest.mark.parametrize("torn", ["part", "whole"])
+    def test_killed_and_run_again(self, sample, torn):
         """Half a run, its last line torn, goes on to the very file of an uninterrupted run."""
-        out = tmp_path / "s.jsonl"
-        sample(cli, tiny, prompts, out)
-        whole = out.read_bytes()
-        lines = whole.splitlines(keepends=True)
-        out.unlink()
-        (tmp_path / "s.jsonl.part0").write_bytes(lines[4] + lines[1] + lines[3][:50])
-        assert sample(cli, tiny, prompts, out).code == 0
-        assert out.read_bytes() == whole and not list(tmp_path.glob("s.jsonl.part*"))
+        file = sample("s.jsonl")[1]
+        whole = file.read_bytes()
+        if torn == "part":
+            file.unlink()
+            file = file.with_name("s.jsonl.part0")
+        file.write_bytes(b"".join(whole.splitlines(keepends=True)[:3])[:-30])
+        result, file = sample("s.jsonl")
+        assert result.code == 0 and file.read_bytes() == whole
+        assert not list(file.parent.glob("s.jsonl.part*"))
 
-    def test_torn_output_itself(self, cli, tiny, prompts, tmp_path):
-        out = tmp_path / "s.jsonl"
-        sample(cli, tiny, prompts, out)
-        whole = out.read_bytes()
-        out.write_bytes(whole[:-30])
-        assert sample(cli, tiny, prompts, out).code == 0 and out.read_bytes() == whole
-
-    def test_other_arguments_are_refused(self, cli, tiny, prompts, tmp_path):
-        sample(cli, tiny, prompts, tmp_path / "s.jsonl")
-        before = (tmp_path / "s.jsonl").read_bytes()
-        refused(sample(cli, tiny, prompts, tmp_path / "s.jsonl", "--temperature", 0.5), "temperature", "s.jsonl")
+    def test_other_arguments_are_refused(self, sample, prompts):
+        file = sample("s.jsonl")[1]
+        before = file.read_bytes()
+        refused(sample("s.jsonl", "--temperature", 0.5)[0], "temperature", "s.jsonl")
         prompts.write_text(prompts.read_text().replace("Answer", "Reply"))
-        refused(sample(cli, tiny, prompts, tmp_path / "s.jsonl"), "content of")
-        assert (tmp_path / "s.jsonl").read_bytes() == before
+        refused(sample("s.jsonl")[0], "content of")
+        assert file.read_bytes() == before
 
 
 def test_shown_prompts(tmp_path):
@@ -113,18 +96,17 @@ def test_shown_prompts(tmp_path):
     args.shots = 3
     [text] = shown_prompts(args, [record])
     *examples, asked = text.split("\n\n")
-    assert [parse_nli(e.split(":\n")[1]) for e in examples] == [
-        (x, True) for x in ("contradiction", "neutral", "entailment")
-    ]
+    answers = [(label, True) for label in ("contradiction", "neutral", "entailment")]
+    assert [parse_nli(e.split(":\n")[1]) for e in examples] == answers
     assert "Premise: A {man} sits.\nHypothesis: He sleeps.\n" in asked and asked.endswith("entailment:\n")
     with pytest.raises(UserError, match="premise"):
         shown_prompts(args, [{"prompt": "P"}])
 
 
-def test_two_prompts_at_once_are_refused(cli):
-    for script, verb in (("collect_candidates", "sample"), ("collect_candidates", "teacher"), ("evaluate", "nli")):
-        flags = ("--model", "m", "--input", "x.jsonl", "--shots", 3, "--prompt_file", "t.txt")
-        refused(cli(script, verb, *flags), "--prompt_file", "--shots")
+@pytest.mark.parametrize("verb", ["collect_candidates sample", "collect_candidates teacher", "evaluate nli"])
+def test_two_prompts_at_once_are_refused(cli, verb):
+    flags = ("--model", "m", "--input", "x.jsonl", "--shots", 3, "--prompt_file", "t.txt")
+    refused(cli(*verb.split(), *flags), "--prompt_file", "--shots")
 
 
 def test_rouge_l_by_hand():
@@ -134,67 +116,46 @@ def test_rouge_l_by_hand():
     assert max_similarity("你好", ["你好"]) == 1 and max_similarity("", [""]) == 1
 
 
-def diverse(first, later, **changes):
-    """Run the rule on one prompt; `later` are the texts drawn at each trial -> (kept texts, temperatures, counts)."""
+def diverse(first, *later, **changes):
+    """Run the rule: `first` are each prompt's texts, `later` what is drawn for each at the trials -> (kept texts of
+    each, what was asked for, counts)."""
     settings = {"max_rouge_l": 0.8, "temperature": 1.0, "temperature_step": 0.1, "max_trials": 3} | changes
     asked, count, trials = [], Counter(), iter(later)
 
     def draw(numbers, n, temperature):
         asked.append((list(numbers), n, temperature))
-        return [[{"text": text} for text in next(trials)[:n]] for _ in numbers]
+        return [[{"text": text} for text in texts[:n]] for texts in next(trials)]
 
-    [kept] = keep_diverse([[{"text": t} for t in first]], draw, argparse.Namespace(**settings), count)
-    return [r["text"] for r in kept], asked, count
-
-
-def test_diverse_responses_stay():
-    kept, asked, count = diverse(["a b c", "d e f", "g h i", "j k l"], [])
-    assert kept == ["a b c", "d e f", "g h i", "j k l"] and asked == []
-    assert count == {"kept at once": 4, "pairs": 6, "similar pairs before": 0, "similar pairs after": 0}
+    responses = [[{"text": t} for t in texts] for texts in first]
+    kept = keep_diverse(responses, draw, argparse.Namespace(**settings), count)
+    assert all(("temperature" in r) == (r["text"] not in texts) for k, texts in zip(kept, first) for r in k)
+    return [[r["text"] for r in k] for k in kept], asked, count
 
 
 def test_similar_responses_are_drawn_again_at_rising_temperatures():
-    kept, asked, count = diverse(["a b c", "a b c", "a b c", "d e f"], [["a b c", "g h i"], ["j k l"]])
-    assert kept == ["a b c", "d e f", "g h i", "j k l"]
-    assert asked == [([0], 2, 1.1), ([0], 1, 1.2)]
-    assert count["similar pairs before"] == 3 and count["similar pairs after"] == 0
-    assert (count["kept at once"], count["too similar"], count["kept at trial 1"], count["kept at trial 2"]) == (
-        2,
-        3,
-        1,
-        1,
-    )
+    different = [["a b c", "d e f", "g h i", "j k l"]]
+    assert diverse(different) == (different, [], {"too similar": 0})
+    kept, asked, count = diverse([["a b c", "a b c", "a b c", "d e f"]], [["a b c", "g h i"]], [["j k l"]])
+    assert kept == [["a b c", "d e f", "g h i", "j k l"]]
+    assert asked == [([0], 2, 1.1), ([0], 1, 1.2)] and count == {"too similar": 3}
 
 
 def test_after_the_last_trial_the_least_similar_stays():
     first = ["a b c d e f g h i j", "a b c d e f g h i j"]
     # each shares 9 of 10 words in order with the first (F1 0.9), the third trial's 9 of 11 (F1 18/21)
-    later = [["a b c d e f g h i x"], ["x b c d e f g h i j"], ["a b c d e f g h i x y"]]
-    kept, asked, count = diverse(first, later)
+    later = ["a b c d e f g h i x", "x b c d e f g h i j", "a b c d e f g h i x y"]
+    kept, asked, count = diverse([first], *[[[text]] for text in later])
     assert [temperature for _, _, temperature in asked] == [1.1, 1.2, 1.3]
-    assert kept == [first[0], "a b c d e f g h i x y"]
-    assert count["least similar kept"] == 1 and count["similar pairs after"] == 1
-    kept, asked, count = diverse(first, [], max_trials=0)
-    assert kept == first and asked == [] and count["least similar kept"] == 1
+    assert kept == [[first[0], later[2]]] and count["least similar kept"] == 1
+    kept, asked, count = diverse([first], max_trials=0)
+    assert kept == [first] and asked == [] and count["least similar kept"] == 1
 
 
 def test_each_prompt_gets_what_it_lacks():
-    count, asked = Counter(), []
-
-    def draw(numbers, n, temperature):
-        asked.append((list(numbers), n))
-        return [[{"text": f"new {i} {k}"} for k in "xyz"[:n]] for i in numbers]
-
-    responses = [[{"text": t} for t in texts] for texts in (["a b", "c d", "e f"], ["a", "a", "a"], ["a", "b", "b"])]
-    args = argparse.Namespace(max_rouge_l=0.8, temperature=0.5, temperature_step=0.25, max_trials=3)
-    kept = keep_diverse(responses, draw, args, count)
-    assert asked[0] == ([1, 2], 2)
-    assert [[r["text"] for r in k] for k in kept] == [
-        ["a b", "c d", "e f"],
-        ["a", "new 1 x", "new 1 y"],
-        ["a", "b", "new 2 x"],
-    ]
-    assert kept[2][2]["temperature"] == 0.75
+    first = [["a b", "c d", "e f"], ["a", "a", "a"], ["a", "b", "b"]]
+    kept, asked, _ = diverse(first, [["new x", "new y"], ["new z", "more"]], temperature=0.5, temperature_step=0.25)
+    assert asked[0] == ([1, 2], 2, 0.75)
+    assert kept == [first[0], ["a", "new x", "new y"], ["a", "b", "new z"]]
 
 
 def test_sample_with_the_rule(tmp_path, tiny, monkeypatch, capsys):
@@ -203,8 +164,7 @@ def test_sample_with_the_rule(tmp_path, tiny, monkeypatch, capsys):
     flags = ["--input", tmp_path / "d.jsonl", "--model", tiny, "--temperature", 0, "--max_new_tokens", 8]
     for name, extra in (("plain", []), ("diverse", ["--max_rouge_l", 0.5, "--temperature_step", 1])):
         run(monkeypatch, "sample", *flags, "--output", tmp_path / f"{name}.jsonl", *extra)
-    out = capsys.readouterr().out
-    assert "pairs 18, similar pairs before 18, similar pairs after 0" in out
+    assert "responses: 12 drawn, 12 cut at --max_new_tokens, 0 empty" in capsys.readouterr().out
     for plain, new in zip(read_jsonl(tmp_path / "plain.jsonl"), read_jsonl(tmp_path / "diverse.jsonl")):
         texts = [c["text"] for c in new["candidates"]]
         assert texts[0] == plain["candidates"][0]["text"] and len(set(texts)) == 4

@@ -33,36 +33,30 @@ def make_classifier(kind, **more):
 
 
 def test_likelihoods_are_those_of_one_sequence_at_a_time(monkeypatch):
-    tokenizer, model, records = make_tokenizer(), make_model().eval(), make_records(5)
-    rows, pack_for = [], common.pack_for
+    tokenizer, model = make_tokenizer(), make_model().eval()
+    encoded, rows, pack_for = [common.encode(tokenizer, r, 200) for r in make_records(5)], [], common.pack_for
     monkeypatch.setitem(scoring.ROW_TOKENS, "cpu", 600)
     monkeypatch.setattr(common, "pack_for", lambda *x: rows.append(len(x[1])) or pack_for(*x))
-    got = scoring.score_candidates(model, tokenizer, records, max_length=200)
-    assert rows == [
-        1,
-        1,
-        10,
-        10,
-    ]  # the check, right and without a mask; five prompts of four candidates, one of them in both rows
+    got = scoring.score_encoded(model, encoded)
+    assert rows == [1, 1, 10, 10]  # the check, right and without a mask; five prompts of four candidates, one in both
     model.set_attn_implementation("sdpa")
-    for record, (logprobs, lengths) in zip(records, got, strict=True):
-        e = common.encode(tokenizer, record, 200)
+    for e, (logprobs, lengths) in zip(encoded, got, strict=True):
         assert lengths.tolist() == [len(r) for r in e.responses]
-        for i, r in enumerate(e.responses):
-            alone = common.Encoded("", e.prompt_ids, [r], 0, 0)
-            want, _ = common.candidate_logprobs(model, common.pack_padded([alone]))
-            torch.testing.assert_close(logprobs[i : i + 1], want, atol=1e-3, rtol=1e-5)
+        alone = [common.Encoded("", e.prompt_ids, [r], 0, 0) for r in e.responses]
+        want = torch.cat([common.candidate_logprobs(model, common.pack_padded([x]))[0] for x in alone])
+        torch.testing.assert_close(logprobs, want, atol=1e-3, rtol=1e-5)
 
 
-def test_candidates_of_one_prompt_are_shared_out_over_rows(small_rows, monkeypatch):
+def test_candidates_of_one_prompt_are_shared_out_over_rows(small_rows):
     """A thousand candidates take rows of 300 tokens."""
     texts = [f"{i} of them" for i in range(1000)]
     record = {"id": "a", "prompt": "one prompt", "candidates": [{"text": t, "source": "m"} for t in texts]}
-    sizes, model, tokenizer = [], make_model().eval(), make_tokenizer()
+    sizes, model, encoded = [], make_model().eval(), common.encode(make_tokenizer(), record)
     model.register_forward_pre_hook(lambda m, x, inputs: sizes.append(inputs["input_ids"].shape[1]), with_kwargs=True)
-    [(logprobs, _)] = scoring.score_candidates(model, tokenizer, [record])
+    [(logprobs, _)] = scoring.score_encoded(model, [encoded])
     assert len(sizes) > 30 and max(sizes) <= 300
-    [(some, _)] = scoring.score_candidates(model, tokenizer, [record | {"candidates": record["candidates"][500:503]}])
+    encoded.responses = encoded.responses[500:503]
+    [(some, _)] = scoring.score_encoded(model, [encoded])
     torch.testing.assert_close(logprobs[500:503], some, atol=1e-4, rtol=1e-5)
 
 
@@ -74,43 +68,42 @@ def test_chunks_are_all_records_in_order(small_rows):
     assert sum(map(len, texts[:-1])) < 4 * 300 * scoring.CHUNK_ROWS <= sum(map(len, texts))
 
 
+def rewards(model, records):
+    """-> (the rewards of the records' dialogues in rows, and those of the model's own forward, one at a time)"""
+    tokenizer = make_tokenizer()
+    dialogues = [reward_models.dialogue_ids(tokenizer, r, c, "plain") for r in records for c in r["candidates"]]
+    got = reward_models.score_dialogues(model, dialogues)
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        inputs = [torch.tensor([ids]) for ids in dialogues]
+        return got, torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
+
+
 @pytest.mark.parametrize("pad", [None, 1, 2], ids=["no padding token", "EOS pads", "another pads"])
 @pytest.mark.parametrize("kind", HEADS)
 def test_rewards_are_those_of_one_dialogue_at_a_time(kind, pad, small_rows):
     """Dialogues that share a beginning, as the model's own forward scores each: where EOS pads, up to what precedes."""
     model = make_classifier(kind, pad_token_id=pad)
     torch.nn.init.normal_(model.score.weight)
-    tokenizer, records = make_tokenizer(), make_records(6)
-    pairs = [(r, c) for r in records for c in r["candidates"]]
-    dialogues = [reward_models.dialogue_ids(tokenizer, r, c, "plain") for r, c in pairs]
-    got = reward_models.score_dialogues(model, dialogues)
+    got, want = rewards(model, make_records(6))
     assert model.reads_rows
-    model.set_attn_implementation("sdpa")
-    with torch.no_grad():
-        inputs = [torch.tensor([ids]) for ids in dialogues]
-        want = torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
-    assert len({round(x, 5) for x in got.tolist()}) == len(pairs)
+    assert len({round(x, 5) for x in got.tolist()}) == len(got)
 
 
 @pytest.mark.parametrize(
-    "kind, more",
+    "kind, more, rows",
     [
-        ("gpt_neox_reward_model", {"pooling": "mean"}),
-        ("bert", {"max_position_embeddings": 512}),
-        ("mistral", {"sliding_window": 70, "num_key_value_heads": 2}),  # its window is a term of the rows' mask
+        ("gpt_neox_reward_model", {"pooling": "mean"}, False),
+        ("bert", {"max_position_embeddings": 512}, False),
+        ("mistral", {"sliding_window": 70, "num_key_value_heads": 2}, True),  # its window is a term of the rows' mask
     ],
 )
-def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, capsys):
-    model, tokenizer = make_classifier(kind, pad_token_id=2, **more), make_tokenizer()
-    records = make_records(2)
-    dialogues = [reward_models.dialogue_ids(tokenizer, r, c, "plain") for r in records for c in r["candidates"]]
-    got = reward_models.score_dialogues(model, dialogues)
+def test_what_cannot_read_rows_reads_one_dialogue_at_a_time(kind, more, rows, capsys):
+    model = make_classifier(kind, pad_token_id=2, **more)
+    got, want = rewards(model, make_records(2))
     said = capsys.readouterr().out.count("now one sequence at a time")
-    assert (model.reads_rows, said) == ((True, 0) if kind == "mistral" else (False, 1))
-    with torch.no_grad():
-        inputs = [torch.tensor([ids]) for ids in dialogues]
-        want = torch.cat([model(input_ids=x, attention_mask=torch.ones_like(x)).logits[0] for x in inputs])
+    assert (model.reads_rows, said) == (rows, not rows)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
