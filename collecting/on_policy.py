@@ -1,7 +1,6 @@
 """Answers of a model in training: PRO's self-bootstrapping (Algorithm 1) and its reward on held-out prompts."""
 
 import contextlib
-import math
 import zlib
 
 import torch
@@ -70,6 +69,7 @@ def mean_reward(model, tokenizer, records, args, step):
     total = 0.0
     for batch, found in answers(model, tokenizer, records, args, step, what="reward", temperature=0.0):
         found = [a | {"text": a["text"].strip()} for a in found]  # as evaluate.py reads answers
-        total += sum(1 / (1 + math.exp(-max(r, -700))) for r in rewards(batch, found, args))
+        logits = torch.tensor(rewards(batch, found, args), dtype=torch.float64)
+        total += logits.sigmoid().sum().item()
     common.stop_if_asked()
     return 100 * common.all_sum([total])[0] / len(records)

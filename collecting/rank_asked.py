@@ -1,14 +1,11 @@
 """The rankers that ask a stronger model: rank --by gpt (RESCUE) and contextual (Tuna)."""
 
-import json
-import pathlib
 import random
 import re
 from collections import Counter
 
 import common
 from collecting import asking
-from collecting.files import read_rows, write_atomically
 from collecting.prompts import CONTEXTUAL_TEMPLATE, GPT_TEMPLATE, alpaca_prompt, fill, read_template, task_of
 from common import HUMAN, UserError, say
 
@@ -25,14 +22,15 @@ def rank_by_gpt(records, args, journal):
     records, template = list(records), read_template(args, GPT_TEMPLATE)
     orders, prompts, count = [], [], Counter()
     for r in records:
-        human = next((i for i, c in enumerate(r["candidates"]) if c["source"] in HUMAN), None)
-        others = [i for i, c in enumerate(r["candidates"]) if c["source"] not in HUMAN]
-        if human is None or not others:
+        candidates = r["candidates"]
+        humans = [c for c in candidates if c["source"] in HUMAN]
+        others = [i for i, c in enumerate(candidates) if c["source"] not in HUMAN]
+        if not humans or not others:
             raise UserError(f"{args.input}: record {r['id']!r}: --by gpt needs a human response and another one")
         orders.append(random.Random(f"{args.seed}-{r['id']}").sample(others, len(others)))
-        shown = [f"Response {k}: {r['candidates'][i]['text']}" for k, i in enumerate(orders[-1], 1)]
+        shown = [f"Response {k}: {candidates[i]['text']}" for k, i in enumerate(orders[-1], 1)]
         fields = {"n": str(len(shown)), "example": example_ranking(len(shown)), "responses": "\n\n".join(shown)}
-        fields |= {"prompt": r["prompt"], "reference": r["candidates"][human]["text"], "label": r.get("label") or ""}
+        fields |= {"prompt": r["prompt"], "reference": humans[0]["text"], "label": r.get("label") or ""}
         prompts.append(fill(template, fields, "--prompt_file"))
 
     def unranked(i, text):
@@ -78,11 +76,10 @@ def rank_by_contextual(records, args, journal):
 
     Responses are numbered 0 to n - 1 in a seeded random order (the print is silent about the order), the ranker's own
     is n. The rank goes by the sum of its three scores, ties by the ranking it states. The original response is shown
-    only with --rank_original; repetitions get rank null. A reply that cannot be read is asked for again, asking.RE_ASKS
-    times; then it is kept in OUTPUT.unparsed.jsonl. Its record is left for another run, as where a request failed.
-    What the journal holds is not yielded.
+    only with --rank_original; repetitions get rank null. So do all responses where the reply could not be read after
+    re-asking; the record then has the reply as `unparsed`. What the journal holds is not yielded.
     """
-    template, count, asked, prompts = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), [], []
+    template, count, asked = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), []
     by = {"ranked_by": common.run_name(args.model)}
     for record in records:
         candidates = record["candidates"]
@@ -90,12 +87,9 @@ def rank_by_contextual(records, args, journal):
         if len({candidates[i]["text"].strip() for i in shown}) < 2:
             count["all the same"] += 1
             yield record | {"candidates": [c | {"rank": None} for c in candidates]} | by
-            continue
-        random.Random(f"{args.seed}-{record['id']}").shuffle(shown)
-        asked.append((record, shown))
-        prompts.append(contextual_prompt(template, record, shown, args.prompt_file or "the template"))
-    file = pathlib.Path(f"{args.output}.unparsed.jsonl")  # one reply a record, of whichever run was the last
-    kept = {row["id"]: row for _, row in read_rows(file)} if file.exists() else {}
+        else:
+            random.Random(f"{args.seed}-{record['id']}").shuffle(shown)
+            asked.append((record, shown))
 
     def read(number, text):
         try:
@@ -104,17 +98,19 @@ def rank_by_contextual(records, args, journal):
             return None, CONTEXTUAL_AGAIN.format(reason=e)
 
     ids, again = [record["id"] for record, _ in asked], lambda i, text: read(i, text)[1]
+    prompts = [contextual_prompt(template, *pair, args.prompt_file or "the template") for pair in asked]
     for number, replies, error in asking.ask_records(args, journal, ids, prompts, follow_up=again):
+        if error:
+            continue
         record, shown = asked[number]
-        verdict = read(number, replies[0]["text"])[0] if replies else None
+        verdict = read(number, replies[0]["text"])[0]
         if verdict:
             count.update(["parsed", verdict["type"] or "of no type"] + ["repeated"] * len(verdict["repeated"]))
             yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict)} | by
-            continue
-        count[error or "unparsed"] += 1
-        if replies:
-            kept[record["id"]] = {"id": record["id"], "reply": replies[0]["text"]}
-            write_atomically(file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in kept.values()))
+        else:
+            count["unparsed"] += 1
+            unranked = [c | {"rank": None} for c in record["candidates"]]
+            yield record | {"candidates": unranked, "unparsed": replies[0]["text"]} | by
     say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none asked for")
 
 
@@ -136,32 +132,29 @@ def parse_contextual(reply, n):
     {number: [3]}, ranking [numbers], best first: by score, ties as stated}.
 
     Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`.
-    Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. With a line
-    `Duplicates:` exactly the repetitions that it names are not ranked. Without one (Table 9) what is not ranked is a
-    repetition. A reply without any score is ranked as stated: the released code reads the ranking alone. ValueError
-    with the reason where the ranking is missing, has a response without a score, or contradicts the duplicates.
+    Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. What is not ranked
+    is a repetition; a line `Duplicates:` must name it. A reply without any score is ranked as stated: the released code
+    reads the ranking alone. ValueError with the reason where the ranking is missing, has a response without a score, or
+    contradicts the duplicates.
     """
     lines = [re.sub(r"[*`#\"'‘’“”]+|^\s*[-•]\s+", "", line).strip() for line in reply.splitlines()]
     end, ranking = read_ranking(lines)
+    lines = lines[:end]
     found = {}  # number -> total, ratings: the last line that gives them, below the heading if there is one
-    heading = max(
-        (i for i, line in enumerate(lines[:end]) if re.fullmatch(r"(?i)(scores|ratings)\s*:?", line)), default=0
-    )
-    for line in lines[heading:end]:
+    heading = [i for i, line in enumerate(lines) if re.fullmatch(r"(?i)(scores|ratings)\s*:?", line)]
+    for line in lines[heading[-1] if heading else 0 :]:
         if (m := SCORE_LINE.match(line)) and (score := read_score(m[2])):
             found[int(m[1])] = score
     if len(set(ranking)) < len(ranking) or not set(ranking) <= set(range(n + 1)):
         raise ValueError("the ranking names a response twice, or one that is not there")
     if found and (unscored := sorted(set(ranking) - found.keys())):
         raise ValueError(f"response {unscored[0]} has no score (three numbers from 0 to 5, or their sum)")
-    repeated, groups = set(range(n)) - set(ranking), read_duplicates(lines[:end])
-    if groups is not None:
-        named = {i for group in groups for i in group}
-        if not repeated <= named or any(len(group - repeated) != 1 for group in groups):
-            raise ValueError("the ranking leaves out a response, or holds one that repeats another")
-    kind = re.search(r"(?im)^type\s*[:=]\s*(open|close)", "\n".join(lines)) or re.search(
-        r"(?i)\b(open|close)d?.?ended", reply
-    )
+    repeated, duplicates = set(range(n)) - set(ranking), [m[1] for m in map(DUPLICATES.match, lines) if m]
+    named = {int(k) for k in re.findall(r"\d+", duplicates[-1])} if duplicates else repeated
+    if not repeated <= named or bool(repeated) != bool(named):
+        raise ValueError("the ranking leaves out a response, or holds one that repeats another")
+    kind = re.search(r"(?im)^type\s*[:=]\s*(open|close)", "\n".join(lines))
+    kind = kind or re.search(r"(?i)\b(open|close)d?.?ended", reply)
     return {
         "type": kind and {"o": "open", "c": "closed"}[kind[1][0].lower()],
         "repeated": sorted(repeated),
@@ -175,6 +168,7 @@ SCORE_LINE = re.compile(r"(?i)\|?\s*(?:response\s+)?(\d+)\s*(?:overall|total)?\s
 ASPECTS = r"""(?ix)\b(level\ of|relevance|details?|justification|accuracy|clarity|overall|total|sum|scores?|and)\b
     | /\s*15\b | \bout\ of\ (5|15)\b"""
 RANKING_LINE = re.compile(r"(?i)(?:.*\b)?rank(?:ing)?(?: order)?(?: is| would be)?\s*[:=](.*)")
+DUPLICATES = re.compile(r"(?i)duplicates?(?: responses?)?\s*:(.*)")
 NUMBERS = re.compile(r"\d+(?:(?:\s*(?:[>,;≥→]|>=|->)\s*|\s+)\d+)*\s*(?:$|[.;(])")
 
 
@@ -203,20 +197,6 @@ def read_score(text):
     if len(values) in (3, 4) and max(values[:3]) <= 5:  # a fourth is their sum, which is made here
         return sum(values[:3]), values[:3]
     return (values[0], None) if len(values) == 1 and values[0] <= 15 else None
-
-
-def read_duplicates(lines):
-    """The groups of the last line `Duplicates:`, sets of numbers; None where there is no such line."""
-    heads = [m[1] for m in (re.match(r"(?i)duplicates?(?: responses?)?\s*:(.*)", line) for line in lines) if m]
-    text = re.sub(r"(?i)responses?|[\[\]()]", " ", heads[-1]).strip(" .,").lower() if heads else ""
-    if not heads or not text or re.fullmatch(r"[^\d]*\b(?:none|no|not|nil)\b[^\d]*", text):
-        return [] if heads else None
-    same = r"\b(?:is|are) (?:a |the |nearly |almost )*(?:duplicates?|same|identical|copy)(?: of| as| to)?"
-    text = re.sub(same, "=", text)
-    groups = [re.split(r"\s*(?:=|&|and)\s*", group.strip(" =")) for group in re.split("[,;]", text)]
-    if not all(len(group) > 1 and all(k.isdecimal() for k in group) for group in groups):
-        raise ValueError("the duplicates are no groups such as 1=3")
-    return [{int(k) for k in group} for group in groups]
 
 
 def contextual_candidates(candidates, shown, verdict):

@@ -2,9 +2,10 @@
 
 import functools
 import itertools
-import math
 import pathlib
 import warnings
+
+import torch
 
 import common
 from collecting import generation, reward_models
@@ -66,7 +67,7 @@ def hh(args):
         if args.reward_model != "none":
             pairs, load = list(zip(records, answers)), {"form": args.dialogue, "allow_pickle": args.allow_pickle}
             for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
-                row |= {"reward_logit": logit, "reward": 1 / (1 + math.exp(-max(logit, -700)))}
+                row |= {"reward_logit": logit, "reward": torch.tensor(logit, dtype=torch.float64).sigmoid().item()}
         return rows
 
     if rows := predict(args, "hh", records, compute):

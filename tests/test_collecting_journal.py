@@ -13,88 +13,99 @@ from collecting.journal import Journal
 from common import UserError
 
 
+def begin(path, ids="ab", settings=(), **processes):
+    return Journal(path, ids, dict(settings), **processes)
+
+
+def journaled(path, *done, ids="ab"):
+    """A whole run on PATH, in which the records `done` are written."""
+    journal = begin(path, ids)
+    journal.write({"id": i} for i in done)
+    return journal.finish()
+
+
+def ids_of(path):
+    return [r["id"] for r in read_jsonl(path)]
+
+
 class TestJournal:
     def test_two_writers_refuse_each_other(self, tmp_path):
         with open(tmp_path / "o.jsonl.args.json", "a+") as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             with pytest.raises(UserError, match="another run"):
-                Journal(tmp_path / "o.jsonl", ["a"], {})
+                begin(tmp_path / "o.jsonl")
 
-    def test_ids_of_another_input(self, tmp_path):
-        Journal(tmp_path / "o.jsonl", ["a"], {}).write([{"id": "a"}])
-        with pytest.raises(UserError, match="'a' is not in the input"):
-            Journal(tmp_path / "o.jsonl", ["b"], {})
-
-    def test_a_broken_line_in_the_middle(self, tmp_path):
-        Journal(tmp_path / "o.jsonl", ["a"], {})
-        (tmp_path / "o.jsonl.part0").write_text('{"id": "a"\n{"id": "b"}\n')
-        with pytest.raises(UserError, match="o.jsonl.part0:1: cannot be read as JSON"):
-            Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+    @pytest.mark.parametrize(
+        "part, said",
+        [
+            ('{"id": "c"}\n', "part0:1: id 'c' is not in the input"),
+            ('{"id": "a"\n{"id": "b"}\n', "part0:1: cannot be read"),
+        ],
+    )
+    def test_a_file_of_another_input_or_broken(self, tmp_path, part, said):
+        begin(tmp_path / "o.jsonl")
+        (tmp_path / "o.jsonl.part0").write_text(part)
+        with pytest.raises(UserError, match=said):
+            begin(tmp_path / "o.jsonl")
 
     def test_a_run_that_failed_at_its_start_is_in_nobodys_way(self, tmp_path):
         """A mistyped --model is known only after the output is claimed; the corrected command then begins anew."""
-        Journal(tmp_path / "o.jsonl", ["a"], {"--model": "mistyped"})
-        Journal(tmp_path / "o.jsonl", ["a"], {"--model": "right"}).write([{"id": "a"}])
+        begin(tmp_path / "o.jsonl", settings={"--model": "mistyped"})
+        begin(tmp_path / "o.jsonl", settings={"--model": "right"}).write([{"id": "a"}])
         with pytest.raises(UserError, match="'right' -> 'other'.*or delete .*o.jsonl.part0"):
-            Journal(tmp_path / "o.jsonl", ["a"], {"--model": "other"})
+            begin(tmp_path / "o.jsonl", settings={"--model": "other"})
 
     def test_a_file_of_unknown_origin(self, tmp_path):
         (tmp_path / "o.jsonl").write_text('{"id": "a"}\n')
         with pytest.raises(UserError, match="not written by this script"):
-            Journal(tmp_path / "o.jsonl", ["a"], {})
+            begin(tmp_path / "o.jsonl")
 
-    def test_order_and_what_is_missing(self, tmp_path, capfd):
-        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
-        journal.write([{"id": "c"}, {"id": "a"}])
-        assert journal.finish() == 2 and "1 missing" in capfd.readouterr().out
-        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "c"]  # usable as it is
-        del journal
-        journal = Journal(tmp_path / "o.jsonl", ["a", "b", "c"], {})
-        assert journal.done == {"a", "c"}
-        journal.write([{"id": "b"}])
-        journal.finish()
-        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["a", "b", "c"]
+    @pytest.mark.parametrize("name", ["o.jsonl", "out[1].jsonl"])
+    def test_order_and_what_is_missing(self, tmp_path, capfd, name):
+        path = tmp_path / name
+        assert journaled(path, "c", "a", ids="abc") == 2 and "1 missing" in capfd.readouterr().out
+        assert ids_of(path) == ["a", "c"]  # usable as it is
+        assert begin(path, "abc").done == {"a", "c"}
+        assert journaled(path, "b", ids="abc") == 3 and ids_of(path) == ["a", "b", "c"]
 
     def test_nothing_new_is_an_error(self, tmp_path):
         """As where every request failed; what an earlier run did stays."""
-        journal = Journal(tmp_path / "o.jsonl", ["a", "b"], {})
         with pytest.raises(UserError, match="0 of 2 done, 2 missing, and nothing new was done"):
-            journal.finish()
-        del journal
-        for new in ([{"id": "a"}], []):
-            journal = Journal(tmp_path / "o.jsonl", ["a", "b"], {})
-            journal.write(new)
-            if new:
-                journal.finish()
-            else:
-                with pytest.raises(UserError, match="1 of 2 done, 1 missing"):
-                    journal.finish()
-            del journal
-        assert read_jsonl(tmp_path / "o.jsonl") == [{"id": "a"}]
+            journaled(tmp_path / "o.jsonl")
+        journaled(tmp_path / "o.jsonl", "a")
+        with pytest.raises(UserError, match="1 of 2 done, 1 missing"):
+            journaled(tmp_path / "o.jsonl")
+        assert ids_of(tmp_path / "o.jsonl") == ["a"]
 
     def test_a_number_that_is_not_finite(self, tmp_path):
-        journal = Journal(tmp_path / "o.jsonl", ["a", "b"], {})
+        journal = begin(tmp_path / "o.jsonl")
         journal.write([{"id": "a", "logprob": -1.0}])
         with pytest.raises(UserError, match="record 'b': .*not finite"):
             journal.write([{"id": "b", "logprob": float("nan")}])
         del journal
-        assert Journal(tmp_path / "o.jsonl", ["a", "b"], {}).done == {"a"}
+        assert begin(tmp_path / "o.jsonl").done == {"a"}
 
     def test_a_name_that_no_verb_reads_is_refused_before_the_work(self, tmp_path):
         os.mkfifo(tmp_path / "null")  # a device, as /dev/null
         for name in ("null", "o.jsonl.gz", "o.csv"):
             with pytest.raises(UserError, match=f"{name}: the name must end in .jsonl"):
-                Journal(tmp_path / name, ["a"], {})
+                begin(tmp_path / name)
         assert [p.name for p in tmp_path.iterdir()] == ["null"]
 
     def test_a_process_that_differs(self, tmp_path, monkeypatch):
         """As the second of two processes sees it: process 0 has other settings, or another folder."""
         monkeypatch.setattr("torch.distributed.barrier", lambda: None)
-        first = Journal(tmp_path / "o.jsonl", ["a"], {"--seed": 0})
-        assert Journal(tmp_path / "o.jsonl", ["a"], {"--seed": 0}, process=1, processes=2).done == first.done
-        for output, settings in ((tmp_path / "o.jsonl", {"--seed": 1}), (tmp_path / "else/o.jsonl", {"--seed": 0})):
+        path, second = tmp_path / "o.jsonl", {"process": 1, "processes": 2}
+        first = begin(path, settings={"--seed": 0})
+        assert begin(path, settings={"--seed": 0}, **second).done == first.done
+        for output, seed in ((path, 1), (tmp_path / "else/o.jsonl", 0)):
             with pytest.raises(UserError, match="other arguments or files than process 0"):
-                Journal(output, ["a"], settings, process=1, processes=2)
+                begin(output, settings={"--seed": seed}, **second)
+
+    def test_a_file_of_the_users_stays(self, tmp_path):
+        mine = tmp_path / "keep.jsonl.part0.backup"
+        mine.write_text("mine")
+        assert journaled(tmp_path / "keep.jsonl", "a") == 1 and mine.read_text() == "mine"
 
 
 class TestContent:
@@ -113,23 +124,6 @@ class TestContent:
         before = content_of(tmp_path / "x")
         (tmp_path / "x").write_bytes(b"b" + bytes(3 * 2**20))
         assert content_of(tmp_path / "x") != before
-
-
-class TestJournalFiles:
-    def test_brackets_in_the_name(self, tmp_path):
-        for ids in ([{"id": "a"}], [{"id": "b"}]):
-            journal = Journal(tmp_path / "out[1].jsonl", ["a", "b"], {})
-            journal.write(ids)
-            journal.finish()
-            del journal
-        assert [r["id"] for r in read_jsonl(tmp_path / "out[1].jsonl")] == ["a", "b"]
-
-    def test_a_file_of_the_users_stays(self, tmp_path):
-        mine = tmp_path / "keep.jsonl.part0.backup"
-        mine.write_text("mine")
-        journal = Journal(tmp_path / "keep.jsonl", ["a"], {})
-        journal.write([{"id": "a"}])
-        assert journal.finish() == 1 and mine.read_text() == "mine"
 
 
 LOCAL = {  # by a model on this machine, with what makes of a random one's replies something to go on with
