@@ -15,7 +15,7 @@ from collecting.journal import LONGEST_WAIT, open_collected
 from collecting.rank_asked import rank_by_contextual, rank_by_gpt
 from collecting.rank_given import drop_malformed, rank_by_label, rank_by_probabilistic
 from collecting.rank_local import rank_by_logprob, rank_by_prm, rank_by_reward, rank_by_similarity
-from collecting.reward_models import DIALOGUE_FORMS, TRAIN_REWARD_MODEL
+from collecting.reward_models import TRAIN_REWARD_MODEL
 from common import UserError, in_range, say
 
 RANKERS = {
@@ -52,7 +52,6 @@ def rank_flags(add):
     by("--length_penalty", type=in_range(float, 0), default=1.3, help="probabilistic: beta of Tuna's Eq. 3")
     by("--max_length", type=in_range(int, 8), default=1024, help="logprob, prm: tokens of prompt + one response")
     by("--reward_model", default=TRAIN_REWARD_MODEL, help="reward: hub id or folder; not the one of evaluation")
-    by("--dialogue", choices=["auto", *DIALOGUE_FORMS], default="auto", help="reward: how the model reads dialogues")
     by("--allow_pickle", action="store_true", help="reward: load .bin weights too: they can run code")
 
     expand = group(add, "longer rankings (PRO Fig. 3)")
@@ -101,28 +100,18 @@ def taken(path, args):
 
 def expand_ranking(record, args):
     """The ranking that the data came with, lengthened to --ranking_length by sampled responses (PRO Sec. 4.8.1)."""
-    ranking = [c for c in record["candidates"] if c["source"] in common.GIVEN]
-    missing = args.ranking_length - len(ranking)
-    sources = list(args.expand_sources)  # the weakest first
-    if args.expand == "descending":
-        sources.reverse()
-    elif args.expand == "random":
-        random.Random(f"{args.seed}-{record['id']}").shuffle(sources)
-    elif args.expand == "alpacas":  # several of one source: the last but one
-        sources = sources[-2:][:1] * missing
-    elif args.expand == "chatgpt":  # or the strongest
-        sources = sources[-1:] * missing
-    if missing > len(sources):
-        raise UserError(f"--ranking_length {args.ranking_length} is more than {len(sources)} --expand_sources allow")
-    pools = {s: [c for c in record["candidates"] if c["source"] == s] for s in sources}
-    for source in sources[: max(0, missing)]:  # each source in its turn: one that is missing is not passed over
-        if not pools[source]:
-            raise UserError(
-                f"{args.input}: record {record['id']!r} has too few responses of {source!r} for --expand {args.expand} "
-                f"--ranking_length {args.ranking_length}: add them with sample or teacher, or name --expand_sources"
-            )
-        ranking.append(pools[source].pop(0))
-    return record | {"candidates": ranking[: args.ranking_length]}
+    ranking, sources = [c for c in record["candidates"] if c["source"] in common.GIVEN], args.expand_sources
+    missing, shuffled = max(0, args.ranking_length - len(ranking)), list(sources)
+    random.Random(f"{args.seed}-{record['id']}").shuffle(shuffled)
+    order = {"ascending": sources, "descending": sources[::-1], "random": shuffled}  # of the sources, weakest first
+    order |= {"alpacas": sources[-2:][:1] * missing, "chatgpt": sources[-1:] * missing}  # several of one
+    pools = {s: iter([c for c in record["candidates"] if c["source"] == s]) for s in sources}
+    more = [next(pools[s], None) for s in order[args.expand][:missing]]
+    if None in more or len(more) < missing:  # a source that is missing is not passed over
+        few = f"too few responses of {', '.join(order[args.expand])} for --expand {args.expand}"
+        hint = f"--ranking_length {args.ranking_length}: add them with sample, or name --expand_sources"
+        raise UserError(f"{args.input}: record {record['id']!r} has {few} {hint}")
+    return record | {"candidates": (ranking + more)[: args.ranking_length]}
 
 
 def words_by_rank(records, by):

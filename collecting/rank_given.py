@@ -37,15 +37,6 @@ def rank_by_label(records, args):
         yield record
     for source, kinds in sorted(count.items()):
         say(f"{source}: " + ", ".join(f"{n:d} {kind}" for kind, n in kinds.items()))
-        warn_of_form(source, kinds["unparsed"], kinds["total"], "can be read")
-
-
-def warn_of_form(source, bad, total, what):
-    """A loud line where fewer than a fifth of a source's responses are of use."""
-    if 5 * bad > 4 * total:
-        share = f"of the responses by {source} {1 - bad / total:.0%} {what}"
-        say(f"WARNING: {share}: it was asked for another form, or cut short.")
-        say("         Look at its texts; ask with --shots 3, a --stop, a larger --max_new_tokens")
 
 
 def drop_malformed(records, min_candidates, per_source=None):
@@ -73,8 +64,6 @@ def drop_malformed(records, min_candidates, per_source=None):
             yield record | {"candidates": kept}
     say("malformed and left out:", ", ".join(f"{malformed[s]} of {n} by {s}" for s, n in total.items()))
     say(f"left out: {left_out} prompts with fewer than --min_candidates {min_candidates}")
-    for source, n in total.items():
-        warn_of_form(source, malformed[source], n, "are well-formed")
 
 
 def rank_by_probabilistic(records, args):

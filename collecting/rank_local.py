@@ -33,10 +33,9 @@ def log_likelihoods(records, args, eos):
 
 def rewards(records, args, name, flag):
     """Yield (record, the raw logits [n] of the reward model `name`)."""
-    options = {"flag": flag, "form": args.dialogue, "allow_pickle": args.allow_pickle}
     for chunk in scoring.chunks(records):
         pairs = [(r, c) for r in chunk for c in r["candidates"]]
-        logits = iter(reward_models.reward_logits(name, device(), pairs, **options))
+        logits = iter(reward_models.reward_logits(name, device(), pairs, flag=flag, allow_pickle=args.allow_pickle))
         yield from ((record, [next(logits) for _ in record["candidates"]]) for record in chunk)
 
 

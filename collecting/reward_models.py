@@ -55,7 +55,6 @@ class RewardModel(GPTNeoXPreTrainedModel):
 AutoConfig.register(RewardModelConfig.model_type, RewardModelConfig)
 AutoModelForSequenceClassification.register(RewardModelConfig, RewardModel)
 TRAIN_REWARD_MODEL = "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5"  # of PRO's training data; evaluation: the 6.9B
-DIALOGUE_FORMS = ("plain", "oasst", "chat_template")
 REWARD_TOKENS = 1024  # of a dialogue, whoever asks, as released: 512 for one use and 1,024 for another are two scales
 
 
@@ -99,7 +98,7 @@ def load_reward_model(name, device, flag, allow_pickle):
 
 def dialogue_ids(tokenizer, record, candidate, form, max_length=REWARD_TOKENS):
     """A record's dialogue and a response as the reward model was trained to read them -> at most max_length token ids;
-    the dialogue's beginning goes first.
+    the dialogue's beginning goes first. form: "plain", "oasst" or "chat_template".
 
     plain: what common.encode gives the training scripts. Records without `messages` are one user's turn, the prompt.
     """
@@ -116,13 +115,12 @@ def dialogue_ids(tokenizer, record, candidate, form, max_length=REWARD_TOKENS):
     return common.cut_left(tokenizer, tokenizer(text, add_special_tokens=False).input_ids, max_length)
 
 
-def reward_logits(name, device, pairs, *, flag="--reward_model", form="auto", allow_pickle=False):
+def reward_logits(name, device, pairs, *, flag="--reward_model", allow_pickle=False):
     """Raw logits of the reward model `name` for pairs (record, candidate) -> floats: every reward of the project.
     A name in RULES is a rule, which reads the response alone."""
     if name in RULES:
         return [float(RULES[name](candidate["text"])) for _, candidate in pairs]
-    model, tokenizer, own_form = load_reward_model(name, device, flag, allow_pickle)
-    form = own_form if form == "auto" else form
+    model, tokenizer, form = load_reward_model(name, device, flag, allow_pickle)
     limit = min(REWARD_TOKENS, getattr(model.config, "max_position_embeddings", REWARD_TOKENS))
     return score_dialogues(model, [dialogue_ids(tokenizer, r, c, form, limit) for r, c in pairs]).tolist()
 

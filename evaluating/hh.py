@@ -38,7 +38,6 @@ def hh_flags(add):
 
     add = group(add, "the reward model")
     add("--reward_model", default=EVALUATION_REWARD_MODEL, help="hub id or folder, not that of the training; or none")
-    add("--dialogue", choices=["auto", *reward_models.DIALOGUE_FORMS], default="auto", help="how it reads dialogues")
     add("--allow_pickle", action="store_true", help="load the reward model's .bin weights too: they can run code")
 # fmt: on
 
@@ -65,7 +64,7 @@ def hh(args):
             for r, a in zip(records, answers)
         ]
         if args.reward_model != "none":
-            pairs, load = list(zip(records, answers)), {"form": args.dialogue, "allow_pickle": args.allow_pickle}
+            pairs, load = list(zip(records, answers)), {"allow_pickle": args.allow_pickle}
             for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
                 row |= {"reward_logit": logit, "reward": torch.tensor(logit, dtype=torch.float64).sigmoid().item()}
         return rows

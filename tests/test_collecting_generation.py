@@ -108,24 +108,6 @@ class TestGenerate:
         [[got], _] = generation.generate(model, tokenizer, ["A man", "Two girls sit"], min_new_tokens=2, **options)
         assert got["num_tokens"] >= 2 and got["text"]
 
-    def test_samples_follow_the_models_distribution(self, model, tokenizer):
-        """4,000 first tokens of a batch of unequal prompts against the exact softmax: chi-square of the 20 likeliest
-        and the rest; 45.3 is passed by chance once in 1,000 times with 20 degrees of freedom, and the seed is fixed."""
-        ids = [common.prompt_ids(tokenizer, prompt) for prompt in ("A man sleeps on the bench", "Two girls")]
-        options = {"max_new_tokens": 1, "min_new_tokens": 0, "temperature": 0.8, "top_p": 1.0, "stop": ()}
-        torch.manual_seed(0)
-        with torch.no_grad():
-            rows = generation.draw(model, tokenizer, ids, [tokenizer.eos_token_id], num_samples=4000, **options)
-        for i, prompt in enumerate(ids):
-            drawn = torch.tensor([row[0][0] for row in rows[4000 * i : 4000 * (i + 1)]])
-            with torch.no_grad():
-                exact = (model(torch.tensor([prompt])).logits[0, -1] / 0.8).softmax(-1)
-            top = exact.topk(20).indices
-            counts = torch.bincount(drawn, minlength=400).double()
-            p = torch.cat([exact[top].double(), 1 - exact[top].double().sum()[None]])
-            observed = torch.cat([counts[top], 4000 - counts[top].sum()[None]])
-            assert ((observed - 4000 * p) ** 2 / (4000 * p)).sum() < 45.3
-
     @pytest.mark.parametrize("temperature", [0.0, 0.9])
     def test_a_batch_goes_on_without_the_rows_that_have_ended(self, model, tokenizer, monkeypatch, temperature):
         """One token in ten ends a response, or a stop string does: what is drawn from a seed is what an uncut batch
@@ -144,10 +126,10 @@ class TestGenerate:
         assert_same(found["all"][1], found["window"][1], within=1e-3)
         assert found["all"][0] < 0.8 * found["window"][0]
 
-    @pytest.mark.parametrize("kind, kept", [("llama", "all"), ("mistral", "window"), ("bamba", "state")])
+    @pytest.mark.parametrize("kind, kept", [("mistral", "window"), ("bamba", "state")])
     def test_models_that_keep_less_than_all(self, tokenizer, kind, kept):
         """A window, a state: each prompt's greedy answer is that of plain generate, and several can be drawn."""
-        model = architectures.tiny(kind, vocab_size=len(tokenizer)).eval()
+        model = architectures.make(kind, vocab_size=len(tokenizer)).eval()
         assert generation.kept_by(model) == kept
         prompts = [FEW + x for x in ("A dog runs:", "An old man with a hat")]
         for prompt, [got] in zip(prompts, generation.generate(model, tokenizer, prompts, max_new_tokens=8)):

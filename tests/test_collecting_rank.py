@@ -76,13 +76,7 @@ def test_malformed_responses_and_prompts_with_too_few_can_be_dropped(tmp_path, m
     assert rows[0]["candidates"][1].keys() == {"text", "source", "label", "correct"}  # whole, of unknown likelihood
     out = capfd.readouterr().out
     assert "malformed and left out: 4 of 9 by m\nleft out: 1 prompts with fewer than --min_candidates 3" in out
-    assert "WARNING" not in out
-
-    few = [nli(0, "h #### Neutral", *["what?"] * 5), nli(1, "h #### Neutral", *["what?"] * 4, "a #### Neutral")]
-    rank(monkeypatch, tmp_path, few, "--by", "label", output="loud.jsonl")
-    assert "WARNING: of the responses by m 10% can be read" in capfd.readouterr().out
-    rank(monkeypatch, tmp_path, few, *drop, output="few.jsonl")
-    assert "WARNING: of the responses by m 10% are well-formed" in capfd.readouterr().out
+    write_jsonl(tmp_path / "d.jsonl", records[1:2])
     flags = ("rank", "--by", "label", "--input", tmp_path / "d.jsonl", "--output", tmp_path / "none.jsonl")
     for more in (["--min_candidates", 3], ["--per_source", 3], ["--drop_malformed", "--min_candidates", 3]):
         refused(cli("collect_candidates", *flags, *more), "--drop_malformed")

@@ -126,15 +126,6 @@ def test_what_gives_no_reward_is_refused(cli, tiny, copy, data, tmp_path):
         refused(cli("collect_candidates", "rank", *flags), message)
 
 
-@pytest.mark.parametrize("form", ["plain", "chat_template"])
-def test_dialogue_forms(tiny, form):
-    tokenizer = common.load_tokenizer(tiny)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
-    record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
-    text = tokenizer.decode(reward_models.dialogue_ids(tokenizer, record, {"text": "Yes"}, form))
-    assert text == {"plain": "<s>Human: Hi\n\nAssistant: Yes</s>", "chat_template": "[user]Hi;[assistant]Yes;"}[form]
-
-
 def expanded(**flags):
     parser = common.Parser()
     rank_flags(parser.add_argument)
@@ -153,30 +144,33 @@ def test_expansions():
     draws = {tuple(expanded(expand="random", ranking_length=5, seed=s)) for s in range(30)}
     assert len(draws) == 6 and {d[:2] for d in draws} == {("0", "1")}
     for expand, length, missing in (("chatgpt", 4, "gpt-3.5-turbo"), ("alpacas", 6, "alpaca-7b")):
-        with pytest.raises(common.UserError, match=f"too few responses of '{missing}' for --expand {expand}"):
+        with pytest.raises(common.UserError, match=f"too few responses of {missing}.* for --expand {expand}"):
             expanded(expand=expand, ranking_length=length)
-    with pytest.raises(common.UserError, match="too few responses of 'curie'"):  # not Alpaca's in its place
+    with pytest.raises(common.UserError, match="too few responses of curie"):  # not Alpaca's in its place
         expanded(expand="ascending", ranking_length=3, expand_sources="curie")
-    with pytest.raises(common.UserError, match="--ranking_length 6 is more"):
+    with pytest.raises(common.UserError, match="--ranking_length 6: add"):
         expanded(expand="ascending", ranking_length=6)
 
 
-def test_long_dialogues_are_read_to_1024_tokens_by_whoever_asks(tiny, reward_folder):
-    """bf16 or 512 tokens for one use and fp32 or 1,024 for another would be two scales in one ranking."""
-    model, tokenizer, form = reward_models.load_reward_model(str(reward_folder), torch.device("cpu"), "--x", False)
-    assert model.dtype == torch.float32 and form == "plain"
-    record = {"prompt": "\n" * 3000, "messages": [{"role": "user", "content": "\n" * 3000}]}
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
-    for form in reward_models.DIALOGUE_FORMS:
-        ids = reward_models.dialogue_ids(tokenizer, record, {"text": "the end"}, form)
-        assert len(ids) == 1024 and tokenizer.decode(ids).rstrip("</s>;").endswith("the end")
-
-
-def test_a_cut_response_has_no_eos_for_a_model_of_ours(tiny):
+def test_dialogue_forms(tiny):
     tokenizer = common.load_tokenizer(tiny)
-    for finished in (True, False):
-        ids = reward_models.dialogue_ids(tokenizer, {"prompt": "p"}, {"text": "x", "finished": finished}, "plain")
-        assert (ids[-1] == tokenizer.eos_token_id) == finished
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }};{% endfor %}"
+    record = {"prompt": "Human: Hi\n\nAssistant:", "messages": [{"role": "user", "content": "Hi"}]}
+    forms = {"plain": "<s>Human: Hi\n\nAssistant: Yes</s>", "chat_template": "[user]Hi;[assistant]Yes;"}
+    forms["oasst"] = "<|prompter|>Hi</s><|assistant|>Yes</s>"
+    for form, text in forms.items():
+        assert tokenizer.decode(reward_models.dialogue_ids(tokenizer, record, {"text": "Yes"}, form)) == text
+        long = record | {"prompt": "\n" * 3000, "messages": [{"role": "user", "content": "\n" * 3000}]}
+        ids = reward_models.dialogue_ids(tokenizer, long, {"text": "the end"}, form)
+        assert len(ids) == 1024 and tokenizer.decode(ids).rstrip("</s>;").endswith("the end")
+    cut = reward_models.dialogue_ids(tokenizer, record, {"text": "Yes", "finished": False}, "plain")
+    assert tokenizer.decode(cut) == forms["plain"].removesuffix("</s>")
+
+
+def test_a_reward_model_is_read_in_fp32(reward_folder):
+    """bf16 for one use and fp32 for another would be two scales in one ranking."""
+    model, _, form = reward_models.load_reward_model(str(reward_folder), CPU, "--x", False)
+    assert model.dtype == torch.float32 and form == "plain"
 
 
 def test_a_rule_is_a_reward_model_by_name(monkeypatch, tmp_path):
