@@ -26,21 +26,44 @@ def fill(template, fields, where):
 
 def read_template(args, default):
     """The text of --prompt_file, or of --template, or the built-in template."""
-    name = getattr(args, "template", None)
-    if name == "own" and not args.prompt_file:
-        return ALPACA_TEMPLATE
-    path = args.prompt_file or (name and f"templates/{name}.txt")
-    if not path:
-        return default
+    name, path = getattr(args, "template", None), args.prompt_file
+    if not path and name != "alpaca":
+        return ALPACA_TEMPLATE if name == "own" else default
     try:
-        return pathlib.Path(path).read_text(encoding="utf-8")
+        return pathlib.Path(path or "templates/alpaca.txt").read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
-        if name and not args.prompt_file:
-            raise UserError(
-                f"--template {name}: save the released prompts (tatsu-lab/stanford_alpaca, PROMPT_DICT in train.py) as "
-                f"{path}, the one with {{instruction}} and {{input}} first, then a line ---, then the other"
-            ) from e
-        raise UserError(f"--prompt_file {path}: cannot be read ({e})") from e
+        if path:
+            raise UserError(f"--prompt_file {path}: cannot be read ({e})") from e
+        raise UserError(
+            "--template alpaca: save the released prompts (tatsu-lab/stanford_alpaca, PROMPT_DICT in train.py) as "
+            "templates/alpaca.txt, the one with {instruction} and {input} first, then a line ---, then the other"
+        ) from e
+
+
+def task_of(record):
+    """What a record asks for without a template: its instruction and input, else its prompt."""
+    return "\n\n".join(filter(None, (record.get("instruction"), record.get("input")))) or record["prompt"]
+
+
+def alpaca_prompt(template, fields, where):
+    """Fill the template's part before a line --- where there is an input, else the part after it. The line end before
+    the --- and the file's last are no part of the prompt: the released one ends in `### Response:`."""
+    with_input, mark, without_input = template.removesuffix("\n").partition("\n---\n")
+    part = with_input if fields["input"] or not mark else without_input
+    return fill(part, fields, where)
+
+
+def qa_prompt(template, question, documents, where):
+    texts = [f"Document {i} ({d['title']}): {d['text']}" for i, d in enumerate(documents, 1)]
+    return fill(template, {"documents": "\n".join(texts), "question": question}, where)
+
+
+def shown_prompts(args, records):
+    """What a model is shown to answer these records: --shots, else --prompt_file filled with a record's own texts
+    ({prompt}, {premise}, {hypothesis}, {question}, ...), else the prompts that training reads."""
+    template = NLI_SHOTS_TEMPLATE if args.shots else read_template(args, "{prompt}")
+    where = "--shots 3" if args.shots else "--prompt_file"
+    return [fill(template, {k: v for k, v in r.items() if isinstance(v, str)}, where) for r in records]
 
 
 NLI_TEMPLATE = """Premise: {premise}
@@ -50,7 +73,7 @@ A reason, then #### and contradiction, neutral or entailment:
 # The same behind examples, as in the released code. Two lines and labels in lower case: a small model ends an answer
 # at its first full stop unless a new line begins with the mark, and misspells labels of several tokens. rank
 # --drop_malformed gives answers the human responses' form.
-NLI_EXAMPLES = """Premise: A cook stirs soup in a large pot.
+NLI_SHOTS_TEMPLATE = """Premise: A cook stirs soup in a large pot.
 Hypothesis: The kitchen is empty.
 A reason, then #### and contradiction, neutral or entailment:
 A kitchen with a cook in it has somebody in it.
@@ -69,7 +92,7 @@ Jumping over a puddle is jumping.
 #### entailment
 
 """
-NLI_SHOTS_TEMPLATE = NLI_EXAMPLES + NLI_TEMPLATE
+NLI_SHOTS_TEMPLATE += NLI_TEMPLATE
 ALPACA_TEMPLATE = """Carry out the task below, with the input that follows it. Write the response and nothing else.
 
 Task:
@@ -89,45 +112,13 @@ Task:
 Response:
 
 """
-
-
-def task_of(record):
-    """What a record asks for without a template: its instruction and input, else its prompt."""
-    return "\n\n".join(filter(None, (record.get("instruction"), record.get("input")))) or record["prompt"]
-
-
-def alpaca_prompt(template, fields, where):
-    """Fill the template's part before a line --- where there is an input, else the part after it. The line end before
-    the --- and the file's last are no part of the prompt: the released one ends in `### Response:`."""
-    with_input, mark, without_input = template.removesuffix("\n").partition("\n---\n")
-    part = with_input if fields["input"] or not mark else without_input
-    return fill(part, fields, where)
-
-
 QA_TEMPLATE = """Answer the question from the documents below. Some of them are irrelevant.
 
 {documents}
 
 Question: {question}
 Answer:"""
-
-
-def qa_prompt(template, question, documents, where):
-    texts = [f"Document {i} ({d['title']}): {d['text']}" for i, d in enumerate(documents, 1)]
-    return fill(template, {"documents": "\n".join(texts), "question": question}, where)
-
-
 HH_TEMPLATE = "\n\n{dialogue}\n\nAssistant:"  # as HH-RLHF itself writes a dialogue
-
-
-def shown_prompts(args, records):
-    """What a model is shown to answer these records: --shots, else --prompt_file filled with a record's own texts
-    ({prompt}, {premise}, {hypothesis}, {question}, ...), else the prompts that training reads."""
-    template = NLI_SHOTS_TEMPLATE if args.shots else read_template(args, "{prompt}")
-    where = "--shots 3" if args.shots else "--prompt_file"
-    return [fill(template, {k: v for k, v in r.items() if isinstance(v, str)}, where) for r in records]
-
-
 FLIP_TEMPLATE = """Rewrite the sentence so that it says the opposite. Answer with the rewritten sentence alone.
 
 Sentence: {explanation}"""

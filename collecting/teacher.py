@@ -25,26 +25,18 @@ def teacher(args):
     args.max_new_tokens = generation.new_tokens(args, 256)
     records, journal = open_collected(args, "train", "teacher")
     given = set(journal.done)  # of these records the server gave log-probabilities, if it was asked for them
-
-    def finish(record, responses):
-        given.update(record["id"] for r in responses if "logprob" in r or not r["text"])
+    ids, as_it_stands = [r["id"] for r in records], args.completions or args.shots or args.prompt_file
+    prompts = [(not as_it_stands and r.get("messages")) or shown_prompts(args, [r])[0] for r in records]
+    options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
+    for i, responses, error in asking.ask_records(args, journal, ids, prompts, **options):
+        if error:
+            continue
+        given.update(ids[i] for r in responses if "logprob" in r or not r["text"])
         if args.logprobs and not given:
             raise UserError(
                 f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does, or the model "
                 "thinks first: drop --logprobs and add them from a local model with rank --by logprob, or ask another"
             )
-        by = {"source": args.source}
-        more = [r | by | ({"teacher": name} if "logprob" in r else {}) for r in responses]
-        return record | {"candidates": record.get("candidates", []) + more}
-
-    options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
-
-    def prompt(record):
-        own = not (args.completions or args.shots or args.prompt_file) and record.get("messages")
-        return own or shown_prompts(args, [record])[0]
-
-    ids, prompts = [r["id"] for r in records], [prompt(r) for r in records]
-    for i, responses, error in asking.ask_records(args, journal, ids, prompts, **options):
-        if not error:
-            journal.write([finish(records[i], responses)])
+        more = [r | {"source": args.source} | ({"teacher": name} if "logprob" in r else {}) for r in responses]
+        journal.write([records[i] | {"candidates": records[i].get("candidates", []) + more}])
     journal.finish()

@@ -1,19 +1,14 @@
 """collecting/anchor.py: answers from one passage alone."""
 
-import torch
-from conftest import call, read_jsonl, write_jsonl
-from test_collecting_prepare import questions
+from conftest import read_jsonl, refused, write_jsonl
+from test_collecting_prepare import QA, questions
 
 import rescue
 from collecting import generation
 
 
-def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, monkeypatch, tiny):
-    file = write_jsonl(tmp_path / "nq.jsonl", questions())
-    call(monkeypatch, "prepare", "--task", "multidoc_qa", "--input", file, "--num_documents", "3",
-        "--output", tmp_path / "train.jsonl", "--limit", "2")  # fmt: skip
-    seen = []
-    real = generation.generate
+def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, cli, preparing, monkeypatch, tiny):
+    seen, real = [], generation.generate
 
     def spy(model, tokenizer, prompts, **options):
         seen.extend(prompts)
@@ -23,13 +18,17 @@ def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, m
         return answers
 
     monkeypatch.setattr(generation, "generate", spy)
-    command = ["anchor", "--input", tmp_path / "train.jsonl", "--output", tmp_path / "a.jsonl", "--model", tiny]
-    call(monkeypatch, *command, "--num_distractors", "2", "--max_new_tokens", "4", "--source", "tiny")
-    torch.distributed.destroy_process_group()
+    prepared, anchored, ranked = (
+        preparing(questions(), *QA, 3, "--limit", 2)[1],
+        tmp_path / "a.jsonl",
+        tmp_path / "r.jsonl",
+    )
+    flags = ["--model", tiny, "--num_distractors", 2, "--max_new_tokens", 4, "--source", "tiny"]
+    assert cli("collect_candidates", "anchor", "--input", prepared, "--output", anchored, *flags).code == 0
     assert len(seen) == 6 and all(p.count("Document") == 1 and "Document 1 (" in p for p in seen)
-    call(monkeypatch, "rank", "--task", "multidoc_qa", "--by", "label", "--input", tmp_path / "a.jsonl",
-        "--output", tmp_path / "r.jsonl")  # fmt: skip
-    rows = read_jsonl(tmp_path / "r.jsonl")
+    flags = ["--task", "multidoc_qa", "--by", "label", "--input", anchored, "--output", ranked]
+    assert cli("collect_candidates", "rank", *flags).code == 0
+    rows = read_jsonl(ranked)
     assert [[c["anchor"] for c in r["candidates"]] for r in rows] == [["gold", "distractor", "distractor"]] * 2
     for r in rows:
         assert sorted(c["document"] for c in r["candidates"]) == [1, 2, 3]
@@ -40,3 +39,9 @@ def test_anchor_answers_from_one_passage_alone_then_label_and_hybrid(tmp_path, m
     hamlet["candidates"][2]["correct"] = True  # right, but not from the gold passage
     assert rescue.preference(hamlet, "label") == [1.0, 0.0, 1.0]
     assert rescue.preference(hamlet, "hybrid") == [2.0, 0.0, 1.0]
+
+
+def test_records_without_documents_are_refused(cli, tmp_path):
+    file = write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "p"}])
+    result = cli("collect_candidates", "anchor", "--input", file, "--model", "x", "--output", tmp_path / "o.jsonl")
+    refused(result, "record 'a' has no documents", "prepare --task multidoc_qa")

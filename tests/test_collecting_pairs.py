@@ -1,11 +1,9 @@
 """collect_candidates.py prepare --task pairs: data of one's own, from its shapes to a training, and export."""
 
-import shlex
-
 import datasets
 import pytest
 from conftest import read_jsonl, refused, write_jsonl
-from test_cli import readme_commands
+from test_cli import run_readme
 
 from recipes.tiny import make_tokenizer
 
@@ -156,7 +154,7 @@ def test_a_wrong_shape_is_answered(preparing, row, flags, words):
 
 
 @pytest.mark.parametrize(
-    "name, word", [("torn.json", "cannot be read"), ("x.txt", ".parquet"), ("no.csv", "no such file")]
+    "name, word", [("torn.json", "no JSON array"), ("x.txt", ".parquet"), ("no.csv", "no such file")]
 )
 def test_unreadable_inputs(preparing, tmp_path, name, word):
     if name != "no.csv":
@@ -174,11 +172,6 @@ def test_what_a_method_cannot_use_is_said(cli, preparing, tiny, tmp_path):
 def test_readme_own_data_runs(cli, tiny, chat_model, here):
     """The section's commands as printed, but for the models."""
     write_jsonl(here / "my.jsonl", [{k.replace("prompt", "question"): v for k, v in r.items()} for r in PAIRS])
-    lines = list(readme_commands("Your own data"))
-    assert len(lines) == 5
-    for line in lines:
-        model = str(chat_model if "prepare" in line else tiny)
-        words = [model if w == "demo/model" else w for w in shlex.split(line)]
-        done = cli(words[1].removesuffix(".py"), *words[2:])
-        assert done.code == 0, (line, done.err)
+    models = {"--chat_template demo/model": f"--chat_template {chat_model}", "demo/model": tiny}
+    assert len(run_readme(cli, "Your own data", {}, models)[1]) == 5
     assert len(list(here.glob("runs/*/model/config.json"))) == 4

@@ -4,59 +4,69 @@ import json
 
 import pytest
 from api_server import Server, chat
-from conftest import call, nli, read_jsonl, refused, write_jsonl
+from conftest import nli, read_jsonl, refused, write_jsonl
 
 from collecting.server import read_reply
 
 
-def test_teacher_against_a_hostile_server_loses_and_doubles_nothing(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def ask(cli, tmp_path):
+    """ask(records, server, *flags) -> Result: the verb teacher, or that of the flags, from in.jsonl into o.jsonl."""
+
+    def run(records, server, *flags):
+        source = write_jsonl(tmp_path / "in.jsonl", records)
+        flags = flags if flags[:1] == ("rank",) else ("teacher", *flags)
+        files = ["--input", source, "--output", tmp_path / "o.jsonl"]
+        return cli("collect_candidates", *flags, *files, "--model", "m", "--base_url", server.url)
+
+    return run
+
+
+def prompts(count):
+    return [nli(i, "because #### Neutral") for i in range(count)]
+
+
+def test_a_hostile_server_loses_and_doubles_nothing(tmp_path, monkeypatch, ask):
     faults = [429, 500, b"<html>", "half", "silence"]
-    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "because #### Neutral") for i in range(12)])
 
     def behave(prompt, nth, body):
         i = int(prompt.split()[1])
         return 500 if i == 7 else faults[i] if i < len(faults) and nth == 1 else None
 
+    flags = ["--retries", 2, "--timeout", 0.6]
     with Server(behave) as server:
-        command = ["teacher", "--input", records, "--output", tmp_path / "out.jsonl", "--base_url", server.url]
-        command += ["--model", "gpt", "--retries", "2", "--timeout", "0.6"]
-        call(monkeypatch, *command)
-        out = capsys.readouterr().out
-        assert "r7 failed: HTTP 500" in out and "11 of 12 done, 1 missing" in out
-        assert len(read_jsonl(tmp_path / "out.jsonl")) == 11  # a usable file
+        result = ask(prompts(12), server, *flags)
+        assert "r7 failed: HTTP 500" in result.out and "11 of 12 done, 1 missing" in result.out
+        assert len(read_jsonl(tmp_path / "o.jsonl")) == 11  # a usable file
         server.asked.clear()
         monkeypatch.setattr(server, "answer", lambda handler, fault, text: Server.answer(server, handler, None, text))
-        call(monkeypatch, *command)  # the same command does the rest and only that
+        ask(prompts(12), server, *flags)  # the same command does the rest and only that
     assert dict(server.asked) == {"prompt 7": 1}
-    rows = read_jsonl(tmp_path / "out.jsonl")
+    rows = read_jsonl(tmp_path / "o.jsonl")
     assert [r["id"] for r in rows] == [f"r{i}" for i in range(12)]
     for r in rows:
-        assert [c["source"] for c in r["candidates"]] == ["human", "gpt"]
+        assert [c["source"] for c in r["candidates"]] == ["human", "m"]
         assert r["candidates"][1]["text"] == f"echo {r['prompt']}"
 
 
-def test_teacher_keeps_secrets_out_of_its_files(tmp_path, monkeypatch, cli):
+def test_secrets_stay_out_of_its_files(tmp_path, monkeypatch, ask):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-very-secret")
-    records = write_jsonl(tmp_path / "in.jsonl", [nli(0, "x #### Neutral")])
     with Server(lambda *a: (400, {}, b'{"error": {"message": "sk-very-secret is no good"}}')) as server:
-        told = cli("collect_candidates", "teacher", "--input", records, "--output", tmp_path / "o.jsonl",
-            "--base_url", server.url, "--model", "m")  # fmt: skip
+        told = ask(prompts(1), server)
     for text in (told.out, told.err, *(p.read_text() for p in tmp_path.iterdir())):
         assert "very-secret" not in text
     refused(told, "0 of 1 done", "nothing new was done: see the messages above")  # no answer is no success
     assert "r0 failed: HTTP 400 (*** is no good)" in told.out
 
 
-def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, cli):
+def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, ask):
     """30 of 40 prompts are refused, each in one of three ways. The others are answered; a second run asks none of the
     30; a run that does not find their list asks them again."""
     ways = [403, (400, {}, b'{"error": {"message": "content management policy", "code": "content_filter"}}')]
     ways += [b'{"choices": [{"message": {"content": null, "refusal": "I cannot."}, "finish_reason": "stop"}]}']
-    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "because #### Neutral") for i in range(40)])
-    command = ["teacher", "--input", records, "--output", tmp_path / "o.jsonl", "--model", "m", "--concurrency", 1]
-    file = tmp_path / "o.jsonl.refused.jsonl"
+    file, flags = tmp_path / "o.jsonl.refused.jsonl", ["--concurrency", 1]
     with Server(lambda prompt, nth, body: ways[int(prompt[7:]) % 3] if int(prompt[7:]) >= 10 else None) as server:
-        result = cli("collect_candidates", *command, "--base_url", server.url)
+        result = ask(prompts(40), server, *flags)
         assert result.code == 0 and "10 records in" in result.out and "missing" not in result.out
         assert "r10 and 9 more refused: HTTP 400 (content management policy)" in result.out
         assert "r11 and 9 more refused: no response: I cannot." in result.out and "HTTP 403 (no)" in result.out
@@ -64,45 +74,41 @@ def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, cli):
         assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == [f"r{i}" for i in range(10)]
         assert {r["id"]: r["reason"] for r in read_jsonl(file)}["r12"] == "HTTP 403 (no)"
         assert set(server.asked.values()) == {1}  # nobody paid twice
-        assert cli("collect_candidates", *command, "--base_url", server.url).code == 0
+        assert ask(prompts(40), server, *flags).code == 0
         assert sum(server.asked.values()) == 40
         file.unlink()
-        assert cli("collect_candidates", *command, "--base_url", server.url).code == 0  # more than 20 in a row: no end
+        assert ask(prompts(40), server, *flags).code == 0  # more than 20 in a row: no end
         assert sum(server.asked.values()) == 70
 
 
-@pytest.mark.parametrize(
-    "by, reply",
-    [
-        ("gpt", "2 > 1"),
-        ("contextual", "Reference: r\nDuplicates: none\nScores:\n0: 1 1 1\n1: 2 1 1\n2: 3 1 1\nRanking: 2 > 1 > 0"),
-    ],
-)
-def test_a_ranker_that_refuses_a_prompt_ranks_the_others(tmp_path, cli, by, reply):
-    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "h", "a", "b") for i in range(3)])
+SCORES = "Reference: r\nDuplicates: none\nScores:\n0: 1 1 1\n1: 2 1 1\n2: 3 1 1\nRanking: 2 > 1 > 0"
+
+
+@pytest.mark.parametrize("by, reply", [("gpt", "2 > 1"), ("contextual", SCORES)])
+def test_a_ranker_that_refuses_a_prompt_ranks_the_others(tmp_path, ask, by, reply):
+    records = [nli(i, "h", "a", "b") for i in range(3)]
     refusal = (400, {}, b'{"error": {"message": "filtered"}}')
     with Server(lambda prompt, nth, body: refusal if "prompt 1" in prompt else chat(reply)) as server:
-        flags = ["rank", "--by", by, "--input", records, "--output", tmp_path / "o.jsonl", "--model", "m"]
-        result = cli("collect_candidates", *flags, "--base_url", server.url)
+        result = ask(records, server, "rank", "--by", by)
         assert result.code == 0 and "r1 refused: HTTP 400 (filtered)" in result.out and "missing" not in result.out
         assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["r0", "r2"]
-        assert cli("collect_candidates", *flags, "--base_url", server.url).code == 0
+        assert ask(records, server, "rank", "--by", by).code == 0
     assert sum(server.asked.values()) == 3
 
 
-def completion(*texts):
-    """What /completions answers where log-probabilities are asked for: three tokens a response."""
+TASK = {"id": "a", "prompt": "Task: x\n"}
+
+
+def test_likelihoods_are_kept(tmp_path, ask):
+    """/completions with log-probabilities: three tokens a response."""
     logprobs = {"tokens": ["a", "b", "c"], "token_logprobs": [-0.5, -0.25, -1.0]}
-    choices = [{"index": i, "text": t, "finish_reason": "stop", "logprobs": logprobs} for i, t in enumerate(texts)]
-    return json.dumps({"choices": choices, "usage": {"completion_tokens": 3 * len(texts)}}).encode()
-
-
-def test_teacher_keeps_likelihoods(tmp_path, cli):
-    record = {"id": "a", "prompt": "Task: x\n", "candidates": [{"text": "t", "source": "human"}]}
-    data = write_jsonl(tmp_path / "d.jsonl", [record])
-    flags = ["teacher", "--input", data, "--output", tmp_path / "o.jsonl", "--model", "m", "--num_samples", 2]
-    with Server(lambda prompt, times, body: completion(" one", " two")) as server:
-        result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs", "--completions")
+    choices = [
+        {"index": i, "text": t, "logprobs": logprobs, "finish_reason": "stop"} for i, t in enumerate((" one", " two"))
+    ]
+    reply = json.dumps({"choices": choices, "usage": {"completion_tokens": 6}}).encode()
+    record = TASK | {"candidates": [{"text": "t", "source": "human"}]}
+    with Server(lambda prompt, nth, body: reply) as server:
+        result = ask([record], server, "--num_samples", 2, "--logprobs", "--completions")
     assert result.code == 0, result.err
     [body] = server.bodies
     assert body["prompt"] == "Task: x\n" and body["logprobs"] == 1 and body["n"] == 2 and "messages" not in body
@@ -144,19 +150,18 @@ def test_eos_is_found_by_the_bytes_where_token_strings_are_numbers():
     assert (response["num_tokens"], response["logprob"]) == (1, -1.0)
 
 
-def test_one_response_without_log_probabilities_stops_nothing(tmp_path, cli):
+def test_one_response_without_log_probabilities_stops_nothing(tmp_path, ask):
     """An empty response, or one behind thinking, has none. Only a server that gives none at all is refused."""
     given = {"content": [{"token": "yes", "logprob": -0.5}]}
     said = [("yes", given), ("", None), ("<think>hm</think>yes", given)]
-    records = write_jsonl(tmp_path / "d.jsonl", [{"id": f"{i}", "prompt": f"{i}"} for i in range(3)])
 
     def behave(prompt, nth, body):
         text, logprobs = said[int(prompt)]
         return json.dumps({"choices": [{"message": {"content": text}, "logprobs": logprobs}]}).encode()
 
     with Server(behave) as server:
-        flags = ["--input", records, "--output", tmp_path / "o.jsonl", "--model", "m", "--concurrency", 1, "--logprobs"]
-        result = cli("collect_candidates", "teacher", *flags, "--base_url", server.url)
+        records = [{"id": f"{i}", "prompt": f"{i}"} for i in range(3)]
+        result = ask(records, server, "--concurrency", 1, "--logprobs")
     assert result.code == 0 and "3 responses, 1 empty" in result.out
     by = {"finished": True, "source": "m"}
     assert [r["candidates"][0] for r in read_jsonl(tmp_path / "o.jsonl")] == [
@@ -166,20 +171,17 @@ def test_one_response_without_log_probabilities_stops_nothing(tmp_path, cli):
     ]
 
 
-def test_a_server_that_ignores_logprobs_is_named(tmp_path, cli):
-    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n"}])
-    flags = ["teacher", "--input", tmp_path / "d.jsonl", "--output", tmp_path / "o.jsonl", "--model", "m"]
-    with Server(lambda prompt, times, body: None) as server:
-        result = cli("collect_candidates", *flags, "--base_url", server.url, "--logprobs")
+def test_a_server_that_ignores_logprobs_is_named(ask):
+    with Server(lambda prompt, nth, body: None) as server:
+        result = ask([TASK], server, "--logprobs")
     refused(result, server.url, "ignores `logprobs`", "rank --by logprob")
     assert server.bodies[0]["logprobs"] is True
 
 
 def test_a_local_teacher_continues_the_prompt(tmp_path, tiny, cli):
-    write_jsonl(tmp_path / "d.jsonl", [{"id": "a", "prompt": "Task: x\n"}])
-    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny, "--temperature", 0, "--max_new_tokens", 6]
-    teacher = ["teacher", *flags, "--output", tmp_path / "t.jsonl", "--completions", "--logprobs"]
-    assert cli("collect_candidates", *teacher).code == 0
-    assert cli("collect_candidates", "sample", *flags, "--num_samples", 1, "--output", tmp_path / "s.jsonl").code == 0
+    flags = ["--input", write_jsonl(tmp_path / "d.jsonl", [TASK]), "--model", tiny, "--temperature", 0]
+    flags += ["--num_samples", 1, "--max_new_tokens", 6, "--output"]
+    assert cli("collect_candidates", "teacher", *flags, tmp_path / "t.jsonl", "--completions", "--logprobs").code == 0
+    assert cli("collect_candidates", "sample", *flags, tmp_path / "s.jsonl").code == 0
     [one], [other] = (read_jsonl(tmp_path / f"{k}.jsonl")[0]["candidates"] for k in "ts")
     assert one["text"] == other["text"] and one["logprob"] == pytest.approx(other["logprob"], abs=1e-4)
