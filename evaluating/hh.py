@@ -1,7 +1,6 @@
 """The verb hh: BLEU and reward of answers to HH-RLHF's dialogues (PRO, Table 2)."""
 
 import functools
-import itertools
 import pathlib
 import warnings
 
@@ -20,6 +19,7 @@ from evaluating.shared import (
     length_figures,
     mean,
     model_flags,
+    num_words,
     predict,
     write_metrics,
 )
@@ -56,7 +56,7 @@ def hh(args):
 
     def compute(records, device):
         if args.source:
-            answers = [own_response(r, args.source, args.input) for r in records]
+            answers = [own_response(r, args) for r in records]
         else:
             answers = generate_answers(args, [r | {"prompt": r["prompt"] + args.cue} for r in records], device)
         rows = [
@@ -64,24 +64,25 @@ def hh(args):
             for r, a in zip(records, answers)
         ]
         if args.reward_model != "none":
-            pairs, load = list(zip(records, answers)), {"allow_pickle": args.allow_pickle}
-            for row, logit in zip(rows, reward_models.reward_logits(args.reward_model, device, pairs, **load)):
-                row |= {"reward_logit": logit, "reward": torch.tensor(logit, dtype=torch.float64).sigmoid().item()}
+            pairs = list(zip(records, answers))
+            logits = reward_models.reward_logits(args.reward_model, device, pairs, allow_pickle=args.allow_pickle)
+            rewards = torch.tensor(logits, dtype=torch.float64).sigmoid().tolist()
+            rows = [r | {"reward_logit": x, "reward": y} for r, x, y in zip(rows, logits, rewards)]
         return rows
 
     if rows := predict(args, "hh", records, compute):
-        items = {"words": {r["id"]: len(r["text"].split()) for r in rows}}
+        items = {"words": {r["id"]: num_words(r) for r in rows}}
         items["char_bleu"] = {r["id"]: 100 * char_bleu(r["text"], r["reference"]) for r in rows}
         items["reward"] = {r["id"]: 100 * r["reward"] for r in rows if "reward" in r}
-        write_metrics(args, "hh", hh_metrics(rows) | by_subset(rows, hh_metrics), items)
+        write_metrics(args, "hh", by_subset(rows, hh_metrics), items)
 
 
-def own_response(record, source, path):
-    """-> {text, finished} of the record's first candidate of `source`."""
+def own_response(record, args):
+    """-> {text, finished} of the record's first candidate of --source."""
     for c in record["candidates"]:
-        if c["source"] == source:
+        if c["source"] == args.source:
             return {"text": c["text"], "finished": c.get("finished", True)}
-    raise UserError(f"{path}: record {record['id']!r} has no response of {source!r}")
+    raise UserError(f"{args.input}: record {record['id']!r} has no response of {args.source!r}")
 
 
 def chosen_text(record):
@@ -94,10 +95,9 @@ def chosen_text(record):
 def reward_models_of_training(model):
     """The reward models that a run of ours was trained with, from its args.json and its data, where they are there."""
     settings = common.run_settings(model)
-    names, data = [settings.get("reward_model")], settings.get("data")
-    if isinstance(data, str) and pathlib.Path(data).is_file():
-        names += [row.get("reward_model") for _, row in itertools.islice(read_rows(data), 1)]
-    return [name for name in names if name]
+    data = pathlib.Path(str(settings.get("data")))
+    _, first = next(read_rows(data), ("", {})) if data.is_file() else ("", {})
+    return settings.get("reward_model"), first.get("reward_model")
 
 
 def hh_metrics(rows):
@@ -108,9 +108,9 @@ def hh_metrics(rows):
     texts, references = [r["text"] for r in rows], [r["reference"] for r in rows]
     metrics = {"bleu": sacrebleu.corpus_bleu(texts, [references]).score}
     metrics["char_bleu"] = 100 * mean(map(char_bleu, texts, references))
-    if all("reward" in r for r in rows):
-        low, high = normal_interval([100 * r["reward"] for r in rows])
-        metrics |= {"reward": 100 * mean(r["reward"] for r in rows), "reward 95% low": low, "reward 95% high": high}
+    if rewards := [100 * r["reward"] for r in rows if "reward" in r]:
+        low, high = normal_interval(rewards)
+        metrics |= {"reward": mean(rewards), "reward 95% low": low, "reward 95% high": high}
     return metrics | length_figures(rows)
 
 

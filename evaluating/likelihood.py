@@ -1,5 +1,6 @@
 """The verbs ranking and nll: what a model's likelihood says of responses that are there already."""
 
+import itertools
 import math
 
 import torch
@@ -9,26 +10,24 @@ from collecting import generation
 from collecting.files import load_candidates
 from collecting.flags import group
 from collecting.scoring import chunks, score_encoded
-from common import UserError, in_range, say
+from common import HUMAN, UserError, in_range, say
 from evaluating.shared import mean, model_flags, predict, write_metrics
 
 
 def hybrid(c):
     """Human, then right (QA: right and anchored in the gold passage, then right), then wrong: as rescue.py's."""
-    return 2 if c["source"] in common.HUMAN else c["correct"] + (c["correct"] and c.get("anchor") == "gold")
+    return 2 if c["source"] in HUMAN else c["correct"] + (c["correct"] and c.get("anchor") == "gold")
 
 
-LEVELS = {  # --by -> a candidate's preference level, larger better
-    "human": lambda c: c["source"] in common.HUMAN,
-    "label": lambda c: c["correct"],
-    "hybrid": hybrid,
-    "reward": lambda c: c["reward"],
-    "rank": lambda c: -c["rank"],
-    "similarity": lambda c: c["similarity"],
-    "logprob": lambda c: c["teacher_score"],
+LEVELS = {  # --by -> what it reads of a candidate, and the candidate's preference level by it, larger better
+    "human": ("source", lambda c: c["source"] in HUMAN),
+    "label": ("correct", lambda c: c["correct"]),
+    "hybrid": ("correct", hybrid),
+    "reward": ("reward", lambda c: c["reward"]),
+    "rank": ("rank", lambda c: -c["rank"]),
+    "similarity": ("similarity", lambda c: c["similarity"]),
+    "logprob": ("logprob", lambda c: c["teacher_score"]),
 }
-
-
 # What a model was trained with is what it is measured with: flags that are not given come from its run
 WITHOUT_A_RUN = {"length_scaling": 1.0, "human_length_scaling": 1.0, "margin": 0.0, "length_penalty": 1.3}
 WITHOUT_A_RUN |= {"max_length": 512, "max_prompt_length": None}
@@ -61,61 +60,58 @@ def nll_flags(add):
 
 def as_trained(args):
     """Fill the flags that were not given: from args.json of the run that left --model, else WITHOUT_A_RUN."""
-    settings = common.run_settings(args.model)
-    missing = [k for k in WITHOUT_A_RUN if getattr(args, k, 0) is None]
-    for k in missing:
-        setattr(args, k, settings.get(k, WITHOUT_A_RUN[k]))
-    say("measured with:", ", ".join(f"{k} {getattr(args, k)}" for k in WITHOUT_A_RUN if hasattr(args, k)))
+    found = WITHOUT_A_RUN | common.run_settings(args.model)
+    found |= {k: v for k, v in vars(args).items() if v is not None}
+    used = {k: found[k] for k in WITHOUT_A_RUN if hasattr(args, k)}
+    vars(args).update(used)
+    say("measured with:", ", ".join(f"{k} {v}" for k, v in used.items()))
 
 
 def score(args, records, device):
     """-> (record, its Encoded, logprobs [n], lengths [n]) of each record's candidates under --model."""
     model, tokenizer = generation.load_generator(args.model, device)
     encoded = [common.encode(tokenizer, r, args.max_length, args.max_prompt_length) for r in records]
-    return [(*both, *pair) for *both, pair in zip(records, encoded, score_encoded(model, encoded))]
+    return [(r, e, *scored) for r, e, scored in zip(records, encoded, score_encoded(model, encoded))]
 
 
 def ranking(args):
     """Score every candidate by its length-normalised log-likelihood and compare the order with the annotation's."""
     as_trained(args)
-    field = {"label": "correct", "hybrid": "correct", "human": "source"}.get(args.by, args.by)
-    records = [annotated(r, field, args) for r in load_candidates(args.input)]
+    records = [annotated(r, args) for r in load_candidates(args.input)]
     records = [r for r in records if r["candidates"]]
     if not records:
-        raise UserError(f"{args.input}: no candidate is ranked by {field!r}")
+        raise UserError(f"{args.input}: no candidate is ranked by {args.by!r}")
 
     def compute(records, device):
         for record, _, logprobs, lengths in score(args, records, device):
             sources = [c["source"] for c in record["candidates"]]
-            exponents = [args.human_length_scaling if s in common.HUMAN else args.length_scaling for s in sources]
+            exponents = [args.human_length_scaling if s in HUMAN else args.length_scaling for s in sources]
             scores = common.length_normalized(logprobs, lengths, torch.tensor(exponents, device=device))
-            yield {
-                "scores": scores.tolist(),
-                "levels": [float(LEVELS[args.by](c)) for c in record["candidates"]],
-                "lengths": lengths.tolist(),
-                "logprobs": logprobs.tolist(),
-                "sources": sources,
-            }
+            row = {"scores": scores.tolist(), "levels": [float(LEVELS[args.by][1](c)) for c in record["candidates"]]}
+            yield row | {"lengths": lengths.tolist(), "logprobs": logprobs.tolist(), "sources": sources}
 
     if rows := predict(args, "ranking", records, compute, chunks):
         taus = kendall_taus(rows)
         write_metrics(args, "ranking", ranking_metrics(rows, args.margin, taus), {f"kendall_tau by {args.by}": taus})
 
 
-def annotated(record, field, args):
+def annotated(record, args):
     """The record with those of its candidates that carry the annotation; the original response may lack it."""
-    for i, c in enumerate(record["candidates"]):
-        if field not in c and c["source"] not in common.HUMAN:
-            where = f"{args.input}: record {record['id']!r}: candidates[{i}]"
+    field, candidates = LEVELS[args.by][0], record["candidates"]
+    for i, c in enumerate(candidates):
+        if field not in c and c["source"] not in HUMAN:
             by = "label" if field == "correct" else args.by
+            where = f"{args.input}: record {record['id']!r}: candidates[{i}]"
             raise UserError(f"{where} has no {field!r}; add it with: collect_candidates.py rank --by {by}")
-    ranked = [c.get(field) is not None for c in record["candidates"]]  # rank null: not ranked
-    candidates = [c for c, r in zip(record["candidates"], ranked) if r or args.by == "hybrid"]
-    if field == "logprob":
-        texts = [c["text"].strip() for c in candidates]  # as in training a repeated text is neither better nor worse
-        candidates = [c for i, c in enumerate(candidates) if texts[i] not in texts[:i]]
-        scores = (common.length_normalized(c["logprob"], c["num_tokens"], args.length_penalty) for c in candidates)
-        candidates = [c | {"teacher_score": s} for c, s in zip(candidates, scores)]
+    if args.by != "hybrid":
+        candidates = [c for c in candidates if c.get(field) is not None]  # rank null: not ranked
+    if args.by == "logprob":
+        texts = {}  # as in training a repeated text is no pair
+        for c in candidates:
+            texts.setdefault(c["text"].strip(), c)
+        candidates = [*texts.values()]
+        for c in candidates:
+            c["teacher_score"] = common.length_normalized(c["logprob"], c["num_tokens"], args.length_penalty)
     return record | {"candidates": candidates}
 
 
@@ -130,10 +126,8 @@ def kendall_taus(rows):
 
 def ranking_metrics(rows, margin, taus):
     """-> pair accuracy, margin violations, mean margin over all ordered pairs, the mean of the prompts' `taus`."""
-    gaps = []
-    for row in rows:
-        both = list(zip(row["scores"], row["levels"]))
-        gaps += [better - worse for better, high in both for worse, low in both if high > low]
+    pairs = [pair for row in rows for pair in itertools.permutations(zip(row["scores"], row["levels"]), 2)]
+    gaps = [better - worse for (better, high), (worse, low) in pairs if high > low]
     if not gaps:
         raise UserError("no record has two candidates of different preference: nothing to compare")
     return {
@@ -150,24 +144,21 @@ def nll(args):
     """Token NLL of the reference responses under a model, EOS included; of a response that --max_length cuts, of what
     is left, so how many these are is said."""
     as_trained(args)
-    records = []
-    for record in load_candidates(args.input):
-        references = [c for c in record["candidates"] if c["source"] in common.HUMAN]
-        if not references:
+    records = load_candidates(args.input)
+    for record in records:
+        record["candidates"] = [c for c in record["candidates"] if c["source"] in HUMAN][:1]
+        if not record["candidates"]:
             raise UserError(f"{args.input}: record {record['id']!r} has no reference response")
-        records.append(record | {"candidates": references[:1]})
 
     def compute(records, device):
-        return [
-            {"nll": -logp.item(), "tokens": int(n), "cut": e.responses_cut, "prompt_cut": e.prompt_cut}
-            for _, e, logp, n in score(args, records, device)
-        ]
+        for _, e, logp, n in score(args, records, device):
+            yield {"nll": -logp.item(), "tokens": int(n), "cut": e.responses_cut, "prompt_cut": e.prompt_cut}
 
     if rows := predict(args, "nll", records, compute, chunks):
+        items = {r["id"]: r["nll"] / r["tokens"] for r in rows}
         tokens = sum(r["tokens"] for r in rows)
         token_nll = sum(r["nll"] for r in rows) / tokens
-        by_response = mean(r["nll"] / r["tokens"] for r in rows)
-        figures = {"token_nll": token_nll, "perplexity": math.exp(min(token_nll, 700)), "response_nll": by_response}
-        items = {"response_nll": {r["id"]: r["nll"] / r["tokens"] for r in rows}}
-        figures |= {"cut_responses": sum(r["cut"] for r in rows), "cut_prompts": sum(r["prompt_cut"] > 0 for r in rows)}
-        write_metrics(args, "nll", figures | {"tokens": tokens, "prompts": len(rows)}, items)
+        figures = {"token_nll": token_nll, "perplexity": math.exp(min(token_nll, 700))}
+        figures |= {"response_nll": mean(items.values()), "cut_responses": sum(r["cut"] for r in rows)}
+        figures |= {"cut_prompts": sum(r["prompt_cut"] > 0 for r in rows), "tokens": tokens, "prompts": len(rows)}
+        write_metrics(args, "nll", figures, {"response_nll": items})

@@ -6,6 +6,8 @@ import pathlib
 import sys
 from collections import Counter
 
+import pandas
+
 from collecting.files import write_atomically
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
@@ -42,38 +44,40 @@ def lmentry(args):
     """Greedy answers to LMentry, written in its layout (predictions/TASK/NAME.json beside the output) and scored by
     the clone's own scorers."""
     root = pathlib.Path(args.lmentry_dir)
-    files = {p.stem: p for p in sorted((root / "data").glob("*.json"))}
-    if unknown := set(args.tasks or ()) - files.keys() or (not files and {"data/*.json"}):
-        raise UserError(f"--lmentry_dir {root}: has no {', '.join(sorted(unknown))}")
-    scorers = lmentry_scorers(root)
-    args.input = [str(files[name]) for name in args.tasks or files]
-    records, examples, cores, template = [], {}, {}, read_template(args, "{instruction}")
-    for name in args.tasks or files:
+    scorers, template, records, examples = lmentry_scorers(root), read_template(args, "{instruction}"), [], {}
+    names = args.tasks or sorted(p.stem for p in (root / "data").glob("*.json"))
+    args.input = [str(root / f"data/{name}.json") for name in names]
+    for task, file in zip(names, args.input):
         try:
-            examples[name] = json.loads(files[name].read_text(encoding="utf-8"))["examples"]
-            templates, cores[name] = {}, max((t for t in scorers if name.startswith(t)), key=len)
-            for number, example in examples[name].items():
-                templates.setdefault(example["metadata"]["template_id"], []).append(number)
-            spread = [n for numbers in itertools.zip_longest(*templates.values()) for n in numbers if n is not None]
-            for n in spread[: args.max_examples]:
-                fields = {"instruction": examples[name][n]["input"], "input": ""}
-                prompt = alpaca_prompt(template, fields, "--prompt_file")
-                records.append({"id": f"{name}/{n}", "task": name, "prompt": prompt})
+            for number, example in spread(json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["examples"], args):
+                prompt = alpaca_prompt(template, {"instruction": example["input"], "input": ""}, "--prompt_file")
+                core = max((core for core in scorers if task.startswith(core)), key=len)  # some files are parts of one
+                record = {"id": f"{task}/{number}", "task": task, "core": core, "prompt": prompt}
+                record |= {k: example["metadata"].get(k) for k in ("template_id", "answer_index")}
+                records.append(record)
+                examples[record["id"]] = example
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
-            raise UserError(f"{files[name]}: no examples of LMentry ({type(e).__name__}: {e})") from e
+            raise UserError(f"{file}: no examples of LMentry ({type(e).__name__}: {e})") from e
     if rows := answer(args, "lmentry", records):
-        for row in rows:
-            example = examples[row["task"]][row["id"].partition("/")[2]]
-            row |= {"core": cores[row["task"]], "template": example["metadata"]["template_id"]}
-            try:
-                row["score"], row["certainty"] = scorers[row["core"]].score_prediction(row["text"], example)
-            except Exception as e:  # another project's code
-                raise UserError(f"--lmentry_dir {root}: its scorer fails on {row['id']} ({e})") from e
-            row["answer_index"] = example["metadata"].get("answer_index")
+        try:
+            for row in rows:
+                scorer = scorers[row["core"]]
+                row["score"], row["certainty"] = scorer.score_prediction(row["text"], examples[row["id"]])
+        except Exception as e:  # another project's code
+            raise UserError(f"--lmentry_dir {root}: its scorer fails on {row['id']} ({e})") from e
         write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
-        every = {t for pair in ADJACENT for t in pair} | ARGUMENT_ORDER  # a clone may have lost files
-        complete = len(rows) == sum(map(len, examples.values())) and every <= examples.keys()
-        write_metrics(args, "lmentry", lmentry_metrics(rows, complete), lmentry_items(rows))
+        needed = {task for pair in ADJACENT for task in pair} | ARGUMENT_ORDER  # a clone may have lost files
+        metrics = lmentry_metrics(rows, complete=not args.max_examples and needed <= {*names})
+        write_metrics(args, "lmentry", metrics, lmentry_items(rows))
+
+
+def spread(examples, args):
+    """A file's {number: example} -> --max_examples of them, equally many a template."""
+    templates = {}
+    for number, example in examples.items():
+        templates.setdefault(example["metadata"]["template_id"], []).append((number, example))
+    turns = itertools.chain.from_iterable(itertools.zip_longest(*templates.values()))
+    return list(filter(None, turns))[: args.max_examples]
 
 
 def lmentry_scorers(root):
@@ -90,12 +94,12 @@ def lmentry_scorers(root):
 
 
 def write_lmentry_layout(rows, folder, name):
-    for task in {row["task"] for row in rows}:
+    tasks = {}
+    for row in rows:
+        fields = {"input": "prompt", "prediction": "text", "score": "score", "certainty": "certainty"}
+        tasks.setdefault(row["task"], {})[row["id"].partition("/")[2]] = {k: row[v] for k, v in fields.items()}
+    for task, predictions in tasks.items():
         (folder / task).mkdir(parents=True, exist_ok=True)
-        predictions = {}
-        for row in (r for r in rows if r["task"] == task):
-            scored = {"score": row["score"], "certainty": row["certainty"]}
-            predictions[row["id"].partition("/")[2]] = {"input": row["prompt"], "prediction": row["text"]} | scored
         write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
 
 
@@ -110,9 +114,6 @@ def lmentry_items(rows):
 def lmentry_metrics(rows, complete):
     """Accuracy: mean over core tasks. With all 41 files also robustness, the mean of four, each the mean over its
     comparisons of 100 minus the largest accuracy gap; LMentry score = accuracy x robustness / 100."""
-
-    import pandas
-
     frame = pandas.DataFrame(rows)
     frame["score"] *= 100
     core, further = frame[frame["task"] == frame["core"]], frame[frame["task"] != frame["core"]]
@@ -128,7 +129,7 @@ def lmentry_metrics(rows, complete):
         parts = {
             "argument_order": robustness(frame[frame["task"].isin(ARGUMENT_ORDER)], "answer_index"),
             "argument_content": robustness(further, "task", of="core"),
-            "template": robustness(core, "template"),
+            "template": robustness(core, "template_id"),
             "adjacent_tasks": mean(100 - abs(by_task[a] - by_task[b]) for a, b in ADJACENT),
         }
         figures |= parts | {"robustness": mean(parts.values())}

@@ -6,6 +6,8 @@ place (RESCUE Sec. 6.3, Table 2). vicuna: answers to Vicuna's 80 questions, for 
 
 import itertools
 
+import pandas
+
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
 from collecting.files import read_records, read_rows
 from collecting.flags import alpaca_flags, generation_flags, prompt_flags
@@ -19,6 +21,7 @@ from evaluating.shared import (
     length_figures,
     mean,
     model_flags,
+    num_words,
     predict,
     write_metrics,
 )
@@ -54,23 +57,22 @@ def nli(args):
 def nli_metrics(rows):
     """Accuracy (an unparsed answer is wrong), shares, and per class: precision, recall, confusion row (gold ->
     predicted or unparsed)."""
-    confusion = {gold: dict.fromkeys((*NLI_LABELS, "unparsed"), 0) for gold in NLI_LABELS}
-    for row in rows:
-        confusion[row["label"]][row["prediction"] or "unparsed"] += 1
-    n = len(rows)
-    right = {k: confusion[k][k] for k in NLI_LABELS}
-    predicted = {k: sum(row[k] for row in confusion.values()) for k in (*NLI_LABELS, "unparsed")}
+    frame, n, labels = pandas.DataFrame(rows), len(rows), list(NLI_LABELS)
+    confusion = pandas.crosstab(frame["label"], frame["prediction"].fillna("unparsed"))
+    confusion = confusion.reindex(index=labels, columns=[*labels, "unparsed"], fill_value=0)
+    predicted, gold = confusion.sum(), confusion.sum(axis=1)
+    right = pandas.Series({k: confusion.at[k, k] for k in labels})
     return {
-        "accuracy": sum(right.values()) / n,
-        "well_formed": mean(row["well_formed"] for row in rows),
+        "accuracy": right.sum() / n,
+        "well_formed": frame["well_formed"].mean(),
         "unparsed": predicted["unparsed"] / n,
-        "mean_words": mean(len(row["text"].split()) for row in rows),
+        "mean_words": mean(map(num_words, rows)),
         "prompts": n,
-        "precision": {k: right[k] / max(1, predicted[k]) for k in right},
-        "recall": {k: right[k] / max(1, sum(confusion[k].values())) for k in right},
-        "predicted_share": {k: v / n for k, v in predicted.items()},
-        "gold_share": {k: sum(confusion[k].values()) / n for k in right},
-        "confusion": confusion,
+        "precision": (right / predicted[labels].clip(lower=1)).to_dict(),
+        "recall": (right / gold.clip(lower=1)).to_dict(),
+        "predicted_share": (predicted / n).to_dict(),
+        "gold_share": (gold / n).to_dict(),
+        "confusion": confusion.to_dict("index"),
     }
 
 
@@ -93,40 +95,36 @@ def multidoc_qa(args):
             where = f"{args.input}: record {r['id']!r}"
             raise UserError(f"{where} has no answers or gold_position; see prepare multidoc_qa")
     if rows := answer(args, "multidoc-qa", records):
-        items = by_question(rows)
-        metrics = multidoc_qa_metrics(rows) | {"questions": len(items)}
-        write_metrics(args, "multidoc-qa", metrics, {"accuracy": items, "empty": by_question(rows, is_empty)})
+        metrics, items = multidoc_qa_metrics(rows), by_question(rows)
+        metrics["questions"] = len(items["accuracy"])
+        write_metrics(args, "multidoc-qa", metrics, items)
         plot_positions({args.name: {"multidoc-qa": {"metrics": metrics}}}, beside(args, ".png"))
-
-
-def is_right(row):
-    return has_answer(row["text"], row["answers"])
-
-
-def is_empty(row):
-    return not row["text"].strip()
-
-
-def by_question(rows, what=is_right):
-    """-> {question: the share of its gold positions at which the whole answer is right}: one item, not one a place."""
-    questions = {}
-    for r in rows:
-        questions.setdefault(r["id"].partition("-gold")[0], []).append(what(r))
-    return {question: mean(right) for question, right in questions.items()}
 
 
 def multidoc_qa_metrics(rows):
     """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
-    positions = {p: [r for r in rows if r["gold_position"] == p] for p in sorted({r["gold_position"] for r in rows})}
-    metrics = {"prompts": len(rows), "unfinished": mean(not row["finished"] for row in rows)}
-    metrics["empty"] = mean(map(is_empty, rows))
-    for kind, lines in (("accuracy", None), ("first_line", 1)):
-        at = {}
-        for p, some in positions.items():
-            at[p] = mean(has_answer("\n".join(r["text"].split("\n")[:lines]), r["answers"]) for r in some)
-        metrics |= {kind: mean(at.values())} | {f"{kind}_at_{p}": x for p, x in at.items()}
-    metrics |= {f"prompts_at_{p}": len(positions[p]) for p in sorted(positions)}
-    return metrics | {"positions": {p: len(some) for p, some in positions.items()}}
+    frame = judged(rows)
+    at = frame.groupby("gold_position")[["accuracy", "first_line"]].mean()
+    counts = frame["gold_position"].value_counts(sort=False).sort_index().to_dict()
+    metrics = {"prompts": len(rows), "unfinished": 1 - frame["finished"].mean(), "empty": frame["empty"].mean()}
+    for kind in at:
+        metrics |= {kind: at[kind].mean()} | {f"{kind}_at_{p}": x for p, x in at[kind].items()}
+    return metrics | {f"prompts_at_{p}": n for p, n in counts.items()} | {"positions": counts}
+
+
+def by_question(rows):
+    """-> {figure: {question: its share over the gold passage's places}}: one item, not one a place."""
+    questions = [r["id"].partition("-gold")[0] for r in rows]
+    return judged(rows).groupby(questions, sort=False)[["accuracy", "empty"]].mean().to_dict()
+
+
+def judged(rows):
+    """-> DataFrame of the rows with accuracy, first_line, and empty, all True or False."""
+    frame = pandas.DataFrame(rows)
+    frame["accuracy"] = [has_answer(r["text"], r["answers"]) for r in rows]
+    frame["first_line"] = [has_answer(r["text"].partition("\n")[0], r["answers"]) for r in rows]
+    frame["empty"] = frame["text"].str.strip() == ""
+    return frame
 
 
 # fmt: off

@@ -28,24 +28,17 @@ def model_flags(add, verb, data="records, JSONL", required=True):
 # fmt: on
 
 
-def system_name(args):
-    """--name, else the responses' source, else the model's folder, or the run's where that is `model` or `best`."""
-    if args.name or not args.model:
-        return args.name or args.source
-    return common.run_name(args.model)
-
-
 def predict(args, verb, records, compute, batches_of=None):
     """Run `compute(records, device) -> predictions` over what is not done yet, each process its share of the batches
     (batches_of(records), or by length) -> all predictions, in order, on process 0; elsewhere nothing."""
     if not records:
         raise UserError(f"{verb}: the input holds no records")
     process, world, device = common.init_distributed(LONGEST_WAIT)
-    args.name = system_name(args)
+    args.name = args.name or (common.run_name(args.model) if args.model else args.source)
     args.output = args.output or str(EVAL_FOLDER / args.name / f"{verb}.jsonl")
     journal = Journal(args.output, [r["id"] for r in records], settings_of(args), process, world)
-    by_length = lambda records: generation.batches_by_length(records, args.batch_size)  # noqa: E731
-    batches = [b for b in (batches_of or by_length)(records) if not all(r["id"] in journal.done for r in b)]
+    batches = batches_of(records) if batches_of else generation.batches_by_length(records, args.batch_size)
+    batches = [batch for batch in batches if not all(r["id"] in journal.done for r in batch)]
     for batch in tqdm(batches[process::world], desc=verb, disable=process != 0):
         predictions = compute(batch, device)  # of the whole batch: padding changes the last digits
         journal.write({"id": r["id"]} | p for r, p in zip(batch, predictions, strict=True))
@@ -56,32 +49,37 @@ def predict(args, verb, records, compute, batches_of=None):
 def generate_answers(args, records, device):
     """-> an answer (text, num_tokens, finished, logprob) to each record's prompt, greedily or with --num_beams."""
     model, tokenizer = generation.load_generator(args.model, device, args.bf16)
-    options = generation.options_of(args)
-    answers = generation.generate(model, tokenizer, [r["prompt"] for r in records], **options)
+    answers = generation.generate(model, tokenizer, [r["prompt"] for r in records], **generation.options_of(args))
     return [a | {"text": a["text"].strip()} for [a] in answers]
 
 
 def answer(args, verb, records):
     """predict, where a prediction is the record and its answer."""
-    return predict(
-        args, verb, records, lambda some, device: [r | a for r, a in zip(some, generate_answers(args, some, device))]
-    )
+
+    def compute(records, device):
+        return [r | a for r, a in zip(records, generate_answers(args, records, device))]
+
+    return predict(args, verb, records, compute)
 
 
 def draw_per_subset(rows, limit, seed):
     """At most `limit` rows of each subset (of all where they have none), drawn by `seed`, in their order."""
+    if not limit:
+        return rows
     kept = set()
-    for subset in {r.get("subset") for r in rows} if limit else ():
+    for subset in {r.get("subset") for r in rows}:
         ids = [r["id"] for r in rows if r.get("subset") == subset]
         kept |= set(random.Random(f"{seed}-{subset}").sample(ids, min(limit, len(ids))))
-    return [r for r in rows if r["id"] in kept] if limit else rows
+    return [r for r in rows if r["id"] in kept]
 
 
 def by_subset(rows, metrics):
-    """Rows of subsets -> {"SUBSET FIGURE": value} for the figures of metrics(a subset's rows)."""
-    subsets = sorted({row["subset"] for row in rows if row.get("subset")})
-    figures = {s: metrics([row for row in rows if row.get("subset") == s]) for s in subsets}
-    return {f"{s} {k}": v for s, values in figures.items() for k, v in values.items()}
+    """The figures of metrics(rows), and as "SUBSET FIGURE" those of each subset's rows."""
+    figures = metrics(rows)
+    for subset in sorted({row["subset"] for row in rows if row.get("subset")}):
+        some = metrics([row for row in rows if row.get("subset") == subset])
+        figures |= {f"{subset} {name}": value for name, value in some.items()}
+    return figures
 
 
 def mean(values):
@@ -89,9 +87,13 @@ def mean(values):
     return sum(values) / len(values)
 
 
+def num_words(row):
+    return len(row["text"].split())
+
+
 def length_figures(rows):
-    words, unfinished = (len(r["text"].split()) for r in rows), (not r["finished"] for r in rows)
-    return {"mean_words": mean(words), "unfinished": mean(unfinished), "prompts": len(rows)}
+    unfinished = mean(not r["finished"] for r in rows)
+    return {"mean_words": mean(map(num_words, rows)), "unfinished": unfinished, "prompts": len(rows)}
 
 
 def write_metrics(args, verb, metrics, items=None):

@@ -69,7 +69,7 @@ def test_lmentry_score_by_hand():
                     score = int(index == 0)
                 elif task == "word_after":
                     score = int(template < 2)
-                row = {"task": task, "template": template, "answer_index": index, "score": score}
+                row = {"task": task, "template_id": template, "answer_index": index, "score": score}
                 rows.append(row | {"core": "more_letters" if task.startswith("more") else task})
     got = lmentry.lmentry_metrics(rows, complete=True)
     assert got["accuracy"] == pytest.approx((23 * 100 + 50 + 200 / 3) / 25)
@@ -77,7 +77,7 @@ def test_lmentry_score_by_hand():
     assert got["argument_content"] == pytest.approx(50)
     assert got["template"] == pytest.approx((24 * 100 + 0) / 25)
     assert got["adjacent_tasks"] == pytest.approx((15 * 100 + 50 + 200 / 3) / 17)
-    more = [{"task": "word_after", "core": "word_after", "score": 0, "template": 0, "answer_index": 0}] * 3
+    more = [{"task": "word_after", "core": "word_after", "score": 0, "template_id": 0, "answer_index": 0}] * 3
     uneven = [r | {"id": str(i)} for i, r in enumerate(rows + more)]  # a task of nine examples counts as one of six
     items = lmentry.lmentry_items(uneven)["accuracy"].values()
     assert sum(items) / len(items) == pytest.approx(lmentry.lmentry_metrics(uneven, complete=False)["accuracy"])

@@ -88,7 +88,12 @@ def test_score_of_five_systems_is_six_minus_place(cli, two_systems):
     assert table["a"]["prompts"] == 4
 
 
-WRONG = [([[2]] * 6, "not 0, 1 or tie"), (["x"] * 6, "not a ranking"), ([[0]], "another sheet"), ([[]] * 6, "nothing")]
+WRONG = [
+    ([[2]] * 6, "no judgement of 2"),
+    (["x"] * 6, "no judgement of 2"),
+    ([[0]], "another sheet"),
+    ([[]] * 6, "nothing"),
+]
 
 
 def test_people_against_a_stored_ranking(cli, two_systems):
@@ -271,4 +276,4 @@ def test_normal_interval():
     assert (low, high) == pytest.approx((2 - 1.959964 / 3**0.5, 2 + 1.959964 / 3**0.5))
     assert intervals.normal_interval([4.0]) == (4.0, 4.0)
     with pytest.raises(UserError):
-        sheet.sheet_points([0, 0, 1], [0, 1, 2], "here")
+        sheet.points_of([0, 0, 1], 3, "here")
