@@ -1,7 +1,5 @@
 """collecting/flip.py: both halves' provenance, one budget, what is unusable."""
 
-import json
-
 import pytest
 from api_server import Server, chat
 from conftest import call, nli, read_jsonl, write_jsonl
@@ -12,35 +10,25 @@ from common import UserError
 
 def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path, monkeypatch, capsys):
     """Every model response, as RESCUE Sec. 5.1; the human one stays as it is."""
-    records = [
-        nli(
-            0,
-            "Nobody flips me. #### Neutral",
-            "The man sleeps. #### Neutral",
-            "no mark in it",
-            "He dozes. #### Entailment",
-        ),
-        nli(1, "h #### Neutral", "Stubborn one. #### Neutral", "No label comes. #### Neutral", " #### Neutral"),
-        nli(2, "h #### Neutral", "Bad mark. #### yes"),
-        {k: v for k, v in nli(3, "x").items() if k != "candidates"},
+    first = [
+        "Nobody flips me. #### Neutral",
+        "The man sleeps. #### Neutral",
+        "no mark in it",
+        "He dozes. #### Entailment",
     ]
-    answers = {
-        "The man sleeps.": '"The man is awake."',
-        "He dozes.": "He is awake.",
-        "Stubborn one.": "Stubborn one.",
-        "No label comes.": "A label comes.",
-    }
+    second = ["h #### Neutral", "Stubborn one. #### Neutral", "No label comes. #### Neutral", " #### Neutral"]
+    records = [nli(0, *first), nli(1, *second), nli(2, "h #### Neutral", "Bad mark. #### yes")]
+    records.append({k: v for k, v in nli(3, "x").items() if k != "candidates"})
+    answers = {"The man sleeps.": '"The man is awake."', "He dozes.": "He is awake.", "Stubborn one.": "Stubborn one."}
+    answers["No label comes."] = "A label comes."
+    contexts = ("prompt 0\nThe man is awake. ####", "prompt 0\nHe is", "prompt 1\nA label comes. ####")
 
     def rewrite(prompt, nth, body):
-        text = next(v for k, v in answers.items() if prompt.endswith(f"Sentence: {k}"))
-        return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+        return chat(next(v for k, v in answers.items() if prompt.endswith(f"Sentence: {k}")))
 
     def label(prompt, nth, body):
-        assert prompt.startswith(
-            ("prompt 0\nThe man is awake. ####", "prompt 0\nHe is", "prompt 1\nA label comes. ####")
-        )
-        text = " Contradiction." if "awake" in prompt else "entailment or neutral"
-        return json.dumps({"choices": [{"message": {"content": text}, "finish_reason": "stop"}]}).encode()
+        assert prompt.startswith(contexts)
+        return chat(" Contradiction." if "awake" in prompt else "entailment or neutral")
 
     source = write_jsonl(tmp_path / "in.jsonl", records)
     with Server(rewrite) as one, Server(label) as two:
@@ -49,14 +37,9 @@ def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path,
                 "--base_url", one.url, "--model", "org/writer", "--label_base_url", two.url,
                 "--label_model", "judge", *more)  # fmt: skip
             out = capsys.readouterr().out
-            for words in (
-                "3 malformed response",
-                "1 unusable rewriting",
-                "1 unusable label",
-                "2 label differs",
-                "2 labelled",
-            ):
+            for words in ("3 malformed response", "1 unusable rewriting", "1 unusable label", "2 label differs"):
                 assert words in out
+            assert "2 labelled" in out
     rows = read_jsonl(tmp_path / "o.jsonl")
     assert [len(r.get("candidates", [])) for r in rows] == [6, 4, 2, 0]
     assert rows[0]["candidates"][:4] == records[0]["candidates"]

@@ -15,7 +15,7 @@ from conftest import refused
 from collecting import asking, generation
 from collecting.answers import Refusal
 from collecting.flags import api_flags
-from collecting.server import open_client
+from collecting.server import open_client, read_reply
 from common import UserError
 
 
@@ -229,25 +229,26 @@ def test_a_charset_that_is_none(status):
     assert responses[0]["text"] == "hé" if status == 200 else error == "HTTP 400 (oné)"
 
 
-@pytest.mark.parametrize(
-    "finish, cut, counted",
-    [
-        *[(finish, False, "") for finish in ("stop", "eos_token", "eos", "end", "STOP", None)],
-        ("tool_calls", False, "1 of finish_reason tool_calls"),
-        *[(finish, True, "1 cut at --max_new_tokens") for finish in ("length", "model_length")],  # Mistral's
-        *[(f, True, "1 cut by a content filter") for f in ("content_filter", "PROHIBITED_CONTENT")],  # Gemini's
-        *[(finish, True, "1 cut by an error") for finish in ("error", "insufficient_system_resource")],  # DeepSeek's
-    ],
-)
-def test_a_response_is_whole_unless_it_is_known_to_be_cut(finish, cut, counted, capsys):
-    assert ask_one(replies(said_by("hi", finish)))[0] == [{"text": "hi", "finished": not cut}]
-    assert capsys.readouterr().out == "m: 1 requests, 1 responses" + f", {counted}" * bool(counted) + "\n"
+CUTS = {
+    "cut at --max_new_tokens": ["length", "model_length"],  # Mistral's
+    "cut by a content filter": ["content_filter", "PROHIBITED_CONTENT"],  # Gemini's
+    "cut by an error": ["error", "insufficient_system_resource"],  # DeepSeek's
+}
+WHOLE = {"": ["stop", "eos_token", "eos", "end", "STOP", None], "of finish_reason tool_calls": ["tool_calls"]}
 
 
-def test_empty_responses_are_counted(capsys):
+@pytest.mark.parametrize("finish, kind", [(finish, kind) for kind, some in (CUTS | WHOLE).items() for finish in some])
+def test_a_response_is_whole_unless_it_is_known_to_be_cut(finish, kind):
+    [response], count = read_reply(replies(said_by("hi", finish)))
+    assert response == {"text": "hi", "finished": kind not in CUTS}
+    assert +count == Counter(["responses", kind] if kind else ["responses"])
+
+
+def test_empty_and_cut_responses_are_counted(capsys):
     """They are kept, as `sample` keeps and counts them."""
-    found = ask_one(replies(said_by("a"), said_by(""), said_by(None)), num_samples=3)[0]
-    assert [r["text"] for r in found] == ["a", "", ""] and "3 responses, 2 empty" in capsys.readouterr().out
+    found = ask_one(replies(said_by("a", "length"), said_by(""), said_by(None)), num_samples=3)[0]
+    assert [r["text"] for r in found] == ["a", "", ""]
+    assert "m: 1 requests, 3 responses, 2 empty, 1 cut at --max_new_tokens" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -284,10 +285,10 @@ def test_a_refused_sample_costs_one_more_request_and_not_the_others():
     ],
 )
 def test_thinking_is_no_part_of_a_response(choice, text, kept):
-    choice |= {"logprobs": {"content": [{"token": "thought and text", "logprob": -9.0}]}}
-    [response], _, _ = ask_one(replies(choice))
+    reply = replies(choice | {"logprobs": {"content": [{"token": "thought and text", "logprob": -9.0}]}})
+    [response], _ = read_reply(reply)
     assert response == {"text": text, "finished": True}  # what is known of the thinking's tokens is not said of it
-    assert ask_one(replies(choice), "--keep_thinking")[0][0]["text"] == kept
+    assert ask_one(reply, "--keep_thinking")[0][0]["text"] == kept
 
 
 def test_a_local_models_thinking(tiny, monkeypatch):
@@ -301,7 +302,7 @@ def test_a_local_models_thinking(tiny, monkeypatch):
 
 def test_content_in_parts():
     parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "4 "}]
-    [response], _, _ = ask_one(replies(said_by([*parts, {"type": "text", "text": "apples"}])))
+    [response], _ = read_reply(replies(said_by([*parts, {"type": "text", "text": "apples"}])))
     assert response["text"] == "4 apples"
 
 
@@ -317,15 +318,10 @@ def test_after_a_first_success_a_refusal_concerns_one_prompt():
         ask(lambda prompt, nth, body: 500 if prompt != "0" else None, prompts, *flags)
 
 
-OPENAIS = (
-    "Unsupported value: 'temperature' does not support 0.0 with this model. Only the default (1) value is supported."
-)
-
-
 @pytest.mark.parametrize(
     "field, status, said",
     [
-        ("temperature", 400, OPENAIS),
+        ("temperature", 400, "'temperature' does not support 0.0 with this model. Only the default (1) is supported."),
         ("temperature", 422, "`temperature` must be strictly positive"),
         ("n", 400, "Only one completion choice is allowed"),
         ("n", 400, "'n' : number must be at most 1"),
@@ -346,13 +342,13 @@ def test_a_field_that_the_server_refuses_is_left_out(field, status, said, capsys
     [
         ({"error": {"message": "context is full", "code": 400}}, "the server replies: context is full", 1),
         ({"error": "Unexpected endpoint or method. (POST /chat/completions)"}, "Unexpected endpoint or method", 1),
-        ({"detail": "Method Not Allowed"}, "no completion: Method Not Allowed", 4),
-        ({"error": {"message": "upstream is busy", "code": 502}}, "no completion: upstream is busy", 4),
+        ({"detail": "Method Not Allowed"}, "no completion: Method Not Allowed", 2),
+        ({"error": {"message": "upstream is busy", "code": 502}}, "no completion: upstream is busy", 2),
     ],
 )
 def test_an_error_in_a_good_reply_is_shown(reply, said, requests):
     """It is repeated where another try may help, and never called a KeyError."""
-    _, error, server = ask_one(json.dumps(reply).encode())
+    _, error, server = ask_one(json.dumps(reply).encode(), "--retries", 1)
     assert said in error and "Error" not in error and server.asked == {"a": requests}
 
 
