@@ -95,9 +95,10 @@ def draw(model, tokenizer, ids, ends, *, num_samples, max_new_tokens, min_new_to
             drawn[row].append((token, logprob))
         sequences, mask = torch.cat([sequences, unread], 1), F.pad(mask, (0, 1), value=1)
         ended = ended | torch.isin(unread[:, 0], ends) | stops(sequences, None)
-        if ended.all():
+        number = ended.sum().item()
+        if number == len(ended):
             break
-        if keeps_all and 2 * ended.sum() >= len(ended):
+        if keeps_all and 2 * number >= len(ended):
             on = (~ended).nonzero()[:, 0]
             cache.batch_select_indices(on)
             left, ended, sequences, mask, unread = (x[on] for x in (left, ended, sequences, mask, unread))
