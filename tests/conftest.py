@@ -6,6 +6,7 @@ import contextlib
 import functools
 import gzip
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -194,43 +195,37 @@ def train(cli, tiny, data, tmp_path):
 
 
 @contextlib.contextmanager
+def at_step(step, do):
+    """Within it a run calls do() in the gradient of this step; 0: before the first."""
+    calls = itertools.count()
+
+    def then(function):
+        def call(*args):
+            result = function(*args)
+            if next(calls) == step:
+                do()
+            return result
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("on_stop", "clip_grad_norm"):  # on_stop is called once
+            patch.setattr(common, name, then(getattr(common, name)))
+        yield
+
+
 def stopped_after(steps):
     """Within it a run gets SIGTERM when it has taken so many steps: it stops in its next row."""
-    with pytest.MonkeyPatch.context() as patch:
-        taken, on_stop, clip = [], common.on_stop, common.clip_grad_norm
-
-        def signal_if_due():
-            if len(taken) == steps:
-                signal.raise_signal(signal.SIGTERM)
-
-        def on_stop_then(save):
-            on_stop(save)
-            signal_if_due()
-
-        def clip_then(*args):
-            taken.append(1)
-            signal_if_due()
-            return clip(*args)
-
-        patch.setattr(common, "on_stop", on_stop_then)
-        patch.setattr(common, "clip_grad_norm", clip_then)
-        yield
+    return at_step(steps, lambda: signal.raise_signal(signal.SIGTERM))
 
 
-@contextlib.contextmanager
 def killed_in_step(step):
     """Within it a run ends, as if killed, in this step's gradient: its process saves nothing more."""
-    with pytest.MonkeyPatch.context() as patch:
-        begun, clip = [], common.clip_grad_norm
 
-        def clip_or_die(*args):
-            begun.append(1)
-            if len(begun) == step:
-                raise ConnectionError("the machine went away")
-            return clip(*args)
+    def die():
+        raise ConnectionError("the machine went away")
 
-        patch.setattr(common, "clip_grad_norm", clip_or_die)
-        yield
+    return at_step(step, die)
 
 
 def weights(output, name="model"):

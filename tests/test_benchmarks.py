@@ -7,7 +7,7 @@ import types
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, refused
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,38 +66,24 @@ def test_flops_by_hand():
     body = sum(p.numel() for p in model.parameters()) - 400 * 32
     pairs = 10 * 10 / 2 + 2 * (3 * 10 + 3 * 3 / 2)
     assert bench.step_flops(model, (10, 2, 3), prompts=1) == 6 * body * 16 + 6 * 400 * 32 * 6 + 12 * 2 * 32 * pairs
-
-
-def test_ratios_are_taken_turn_by_turn():
     row = {"contenders": {"ours": {"seconds": [1.0, 2.0, 10.0]}, "padded": {"seconds": [4.0, 8.0, 10.0]}}}
-    assert bench.ratio(row, "padded") == 4.0
+    assert bench.ratio(row, "padded") == 4.0  # turn by turn
 
 
-def test_command(tiny, tmp_path, monkeypatch, capsys):
+def test_command(cli, tiny, tmp_path, monkeypatch):
     """Two workloads, table and plots, then the same table from the file."""
     monkeypatch.setitem(bench.WORKLOADS, "Alpaca", [(6, 2, 3)])
     monkeypatch.setitem(bench.WORKLOADS, "HH", [(8, 2, 3)])
-    output = tmp_path / "r.json"
-
-    def run(*more):
-        monkeypatch.setattr(sys, "argv", ["bench.py", "--model", str(tiny), "--output", str(output), *more])
-        try:
-            bench.main()
-        finally:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-        return capsys.readouterr().out
-
-    specs = ["ours", "ours+checkpoint", *HERE[1:]]
-    shown = run("--workloads", "Alpaca", "HH", "--repeats", "2", "--contenders", *specs)
+    output, specs = tmp_path / "r.json", ["ours", "ours+checkpoint", *HERE[1:]]
+    run = lambda *more: cli("bench", "--model", tiny, "--output", output, *more)  # noqa: E731
+    shown = run("--workloads", "Alpaca", "HH", "--repeats", "2", "--contenders", *specs).out
     report = json.loads(output.read_text())
     assert [r["workload"] for r in report["rows"]] == ["Alpaca", "HH"] and "torch" in report["versions"]
     assert all([*r["contenders"]] == specs and len(r["product_flops"]) == 2 for r in report["rows"])
     assert all(len(c["seconds"]) == 2 for r in report["rows"] for c in r["contenders"].values())
-    assert shown.endswith(run("--show")) and shown.count("| ours+checkpoint |") == 4
+    assert shown.endswith(run("--show").out) and shown.count("| ours+checkpoint |") == 4
     assert (tmp_path / "r.seconds.png").stat().st_size > 10_000
-    with pytest.raises(common.UserError, match="nobody"):
-        run("--contenders", "nobody")
+    refused(run("--contenders", "nobody"), "nobody")
 
 
 def test_a_contender_that_fails_on_a_gpu_leaves_the_others(monkeypatch):
@@ -125,9 +111,8 @@ def test_a_contender_that_fails_on_a_gpu_leaves_the_others(monkeypatch):
     assert result["ours"]["seconds"] == [0.5, 0.5] and len(made) == 3
     report = {"rows": [row | {"workload": "HH", "flops": 1e12}], "peak_flops": 1e14, "versions": {}}
     table = bench.table(report).splitlines()
-    assert (
-        "| padded | out of memory |" in table[2] and "| ours+compile | ValueError: a / b does not compile |" in table[3]
-    )
+    assert "| padded | out of memory |" in table[2]
+    assert "| ours+compile | ValueError: a / b does not compile |" in table[3]
     assert "| 24 | 2% | 200% |" in table[4]  # 12 tokens and 1e12 FLOPs in half a second, of 1e14, and of 1e12
     device = "cpu"
     with pytest.raises(torch.OutOfMemoryError):

@@ -31,7 +31,6 @@ STEPS = "--epochs 4 --batch_size 8 --lr 4e-3 --schedule constant --warmup 0 --ch
 SFT = "rescue --ordering none"
 METHODS = {  # name -> script and flags; of the model responses the preference levels, lambda
     "label": ("rescue --ordering label --alpha 1", (1, 0, 0, 0), 0.85),
-    "hybrid": ("rescue --ordering hybrid --alpha 1", (1, 0, 0, 0), 0.85),
     "pro": ("pro", (2, 1, 1, 0), 1.0),
     "contextual": ("tuna --stage contextual", (2, 1, 1, 0), 1.0),
     "probabilistic": ("tuna --stage probabilistic", (2, 1, 1, 0), 1.0),

@@ -134,9 +134,10 @@ def test_the_first_loss_is_that_of_the_records(cli, tiny, tmp_path, command, exp
         ]
     data = write_jsonl(tmp_path / "d.jsonl", records)
     script, *flags = command.split()
-    flags += ["--model", tiny, "--data", data, "--epochs", 1, "--batch_size", 12, "--output", tmp_path / "run"]
-    assert cli(script, *flags).code == 0
+    flags += ["--model", tiny, "--data", data, "--eval_data", data, "--epochs", 1, "--batch_size", 12]
+    assert cli(script, *flags, "--output", tmp_path / "run").code == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
     want = [expected(r, *zip(*score_alone(model, tokenizer, r))) for r in records]
-    [line] = read_jsonl(tmp_path / "run/log.jsonl")
-    assert line["loss"] == pytest.approx(sum(want) / 3, rel=1e-4)
+    before, step, _ = read_jsonl(tmp_path / "run/log.jsonl")
+    assert before["eval_loss"] == pytest.approx(sum(want) / 3, rel=1e-4)  # before the first step
+    assert step["loss"] == pytest.approx(sum(want) / 3, rel=1e-4)

@@ -49,61 +49,44 @@ def inputs(n, k, prompt, lengths):
     return logits, ((3 * j * j + 5 * j + k) % VOCABULARY).reshape(n, length)
 
 
-def check(row, loss_of):
-    """loss_of(log-probabilities [n], lengths [n], values, padded length) must have the released value and gradient."""
+def pro_loss(logprobs, lengths, rewards, padded):
+    beta = 0.05 * (len(lengths) - 1) ** 2
+    return pro.pro_loss(logprobs / lengths, rewards) + beta * pro.sft_loss(logprobs, lengths, "sum")
+
+
+def tuna_loss(logprobs, lengths, values, padded):
+    """With the released code's two choices, --pair_reduction mean_by_distance and --mle_on all."""
+    ranking = tuna.ranking_loss(logprobs / lengths, 0.1, pair_reduction="mean_by_distance")
+    return ranking + tuna.mle_loss(logprobs, lengths, torch.ones(len(lengths), dtype=torch.bool))
+
+
+def rescue_loss(logprobs, lengths, levels, padded, lambdas=None, alpha=0.1):
+    lambdas = torch.tensor([1.0] + [0.85] * (len(levels) - 1)) if lambdas is None else lambdas
+    best = torch.arange(len(levels)) == levels.argmax()
+    ranking = rescue.ranking_loss(logprobs / lengths**lambdas, levels)
+    return rescue.sft_loss(logprobs, lengths, best) + alpha * ranking
+
+
+def rrhf_loss(logprobs, lengths, rewards, padded):
+    """The official code scores by the sum (lambda 0) and divides both terms by the row's padded length L. With lambda 0
+    and alpha 1 / |y*| ours is that loss times L / |y*|."""
+    target = lengths[rewards.argmax()]
+    return rescue_loss(logprobs, lengths, rewards, padded, lambdas=0.0, alpha=1 / target) * target / padded
+
+
+ALL = {pro_loss: PRO, tuna_loss: TUNA, rescue_loss: RESCUE, rrhf_loss: RRHF}
+
+
+@pytest.mark.parametrize("loss, row", [(loss, row) for loss, rows in ALL.items() for row in rows])
+def test_ours_is_the_released_loss(loss, row):
+    """loss(log-probabilities [n], lengths [n], values, padded length): value and gradient."""
     n, k, prompt, lengths, values, released, gradients = row
     logits, tokens = inputs(n, k, prompt, lengths)
     logits.requires_grad_()
     place = torch.arange(logits.shape[1] - 1)  # the token after it is the response's
     mask = (place >= prompt - 1) & (place < prompt - 1 + torch.tensor(lengths)[:, None])  # [n, L - 1]
     logprobs = F.log_softmax(logits, -1)[:, :-1].gather(2, tokens[:, 1:, None])[..., 0]
-    loss = loss_of((logprobs * mask).sum(1), torch.tensor(lengths), values and torch.tensor(values), logits.shape[1])
-    loss.backward()
-    assert loss.item() == pytest.approx(released, rel=2e-6, abs=1e-5)
+    value = loss((logprobs * mask).sum(1), torch.tensor(lengths), values and torch.tensor(values), logits.shape[1])
+    value.backward()
+    assert value.item() == pytest.approx(released, rel=2e-6, abs=1e-5)
     assert logits.grad.flatten(1).norm(dim=1).tolist() == pytest.approx(gradients, abs=1e-5)
-
-
-@pytest.mark.parametrize("row", PRO)
-def test_pro(row):
-    def loss(logprobs, lengths, rewards, _):
-        beta = 0.05 * (len(lengths) - 1) ** 2
-        return pro.pro_loss(logprobs / lengths, rewards) + beta * pro.sft_loss(logprobs, lengths, "sum")
-
-    check(row, loss)
-
-
-@pytest.mark.parametrize("row", TUNA)
-def test_tuna(row):
-    """With the released code's two choices, --pair_reduction mean_by_distance and --mle_on all."""
-
-    def loss(logprobs, lengths, *_):
-        ranking = tuna.ranking_loss(logprobs / lengths, 0.1, pair_reduction="mean_by_distance")
-        return ranking + tuna.mle_loss(logprobs, lengths, torch.ones(len(lengths), dtype=torch.bool))
-
-    check(row, loss)
-
-
-def rescue_loss(logprobs, lengths, levels, lambdas, alpha):
-    best = torch.arange(len(levels)) == levels.argmax()
-    ranking = rescue.ranking_loss(logprobs / lengths**lambdas, levels)
-    return rescue.sft_loss(logprobs, lengths, best) + alpha * ranking
-
-
-@pytest.mark.parametrize("row", RESCUE)
-def test_rescue(row):
-    def loss(logprobs, lengths, levels, _):
-        return rescue_loss(logprobs, lengths, levels, torch.tensor([1.0] + [0.85] * (len(levels) - 1)), alpha=0.1)
-
-    check(row, loss)
-
-
-@pytest.mark.parametrize("row", RRHF)
-def test_rrhf_divides_by_the_padded_length(row):
-    """The official code scores by the sum (lambda 0) and divides both terms by the row's padded length L. With lambda 0
-    and alpha 1 / |y*| ours is that loss times L / |y*|."""
-
-    def loss(logprobs, lengths, rewards, padded):
-        target = lengths[rewards.argmax()]
-        return rescue_loss(logprobs, lengths, rewards, 0.0, alpha=1 / target) * target / padded
-
-    check(row, loss)

@@ -33,7 +33,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from api_server import Server  # noqa: E402
-from conftest import make_model, make_records, make_tokenizer, read_jsonl, write_jsonl  # noqa: E402
+from conftest import make_model, make_records, ranked_records, read_jsonl, saved, write_jsonl  # noqa: E402
 from faults.malformed import corpus  # noqa: E402
 from test_evaluating_lmentry import make_lmentry  # noqa: E402
 from test_evaluating_superni import make_superni  # noqa: E402
@@ -176,22 +176,14 @@ def interrupted(script, args, folder, world, numbers, times, rng, damage=lambda:
     return lost, f"{runs} runs" + f", {saved} times it saved and said how to continue" * (saved > 0)
 
 
-def with_ranks(record):
-    candidates = [c | {"rank": k, "reward": -float(k)} for k, c in enumerate(record["candidates"])]
-    return record | {"candidates": candidates}
-
-
 class Rig:
     def __init__(self, folder, seed=0, piece=(1, 1)):
         self.folder, self.seed, self.piece, self.rows = folder, seed, piece, []
-        make_model().save_pretrained(folder / "tiny")
-        make_tokenizer().save_pretrained(folder / "tiny")
+        saved(folder / "tiny", make_model())
+        self.reward = saved(folder / "reward", make_reward_model(3))
         self.data = write_jsonl(folder / "data.jsonl", make_records(24))
         prompts = [r | {"candidates": r["candidates"][:1]} for r in make_records(24)]
         self.prompts = write_jsonl(folder / "prompts.jsonl", prompts)
-        self.reward = folder / "reward"
-        make_reward_model(3).save_pretrained(self.reward)
-        make_tokenizer().save_pretrained(self.reward)
         self.stopped = folder / "stopped"
         children = start("rescue", self.training(self.stopped), folder)
         while not common.checkpoints(self.stopped):
@@ -208,7 +200,7 @@ class Rig:
         return [*cases][self.piece[0] - 1 :: self.piece[1]]
 
     def training(self, output):
-        flags = "--ordering label --lr 1e-3 --batch_size 4 --epochs 4 --checkpoint_every 2 --resume"
+        flags = "--ordering label --lr 1e-3 --batch_size 4 --epochs 2 --checkpoint_every 2 --resume"
         return [*flags.split(), "--data", self.data, "--model", self.folder / "tiny", "--output", output]
 
     def kill_training(self, world, times):
@@ -222,10 +214,11 @@ class Rig:
         """A signal while PRO trains, evaluates (its answers are scored) and bootstraps: also the best model and the
         answers are those of an undisturbed run."""
         (folder := self.folder / f"stop{world}").mkdir()
-        ranked = write_jsonl(folder / "ranked.jsonl", [with_ranks(r) for r in make_records(24)])
+        ranked = write_jsonl(folder / "ranked.jsonl", ranked_records(24))
+        held_out = write_jsonl(folder / "held-out.jsonl", ranked_records(8))
         flags = "--lr 1e-3 --batch_size 8 --epochs 1 --checkpoint_every 2 --resume --bootstrap_splits 2 --eval_every 1"
-        flags = [*flags.split(), "--max_new_tokens", "24", "--model", self.folder / "tiny"]
-        flags += ["--reward_model", self.reward, "--data", ranked, "--eval_data", ranked, "--output"]
+        flags = [*flags.split(), "--max_new_tokens", "16", "--model", self.folder / "tiny"]
+        flags += ["--reward_model", self.reward, "--data", ranked, "--eval_data", held_out, "--output"]
         rng, numbers = random.Random(self.seed + world), [signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         found = interrupted("pro", lambda place: [*flags, place], folder, world, numbers, times, rng)
         self.report(f"SIGTERM, SIGINT, SIGHUP of PRO, {world} process(es)", times, *found)
@@ -252,7 +245,7 @@ class Rig:
         tiny, prompts, data, reward = self.folder / "tiny", self.prompts, self.data, self.reward
         train = ["--model", tiny, "--lr", "1e-3", "--batch_size", "8", "--checkpoint_every", "1", "--resume"]
         answers = ["--model", tiny, "--max_new_tokens", "4", "--batch_size", "4"]
-        ranked = write_jsonl(folder / "ranked.jsonl", [with_ranks(r) for r in make_records(12)])
+        ranked = write_jsonl(folder / "ranked.jsonl", ranked_records(12))
         pairs = write_jsonl(folder / "pairs.jsonl", [{"instruction": f"Say {k}.", "output": f"{k}"} for k in range(8)])
         bootstrap = ["--bootstrap_splits", "2", "--reward_model", reward, "--max_new_tokens", "6", "--epochs", "1"]
         documents = [{"title": "t", "text": f"The cat sat {k} times.", "gold": k == 1} for k in range(3)]

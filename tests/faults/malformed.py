@@ -5,14 +5,9 @@ import json
 import random
 import shutil
 
-from conftest import make_records
+from conftest import ranked_records
 
-PAIR = {
-    "premise": "A man sits.",
-    "hypothesis": "He rests.",
-    "label": "neutral",
-    "explanation_1": "Sitting need not be resting.",
-}
+PAIR = {"premise": "A man sits.", "hypothesis": "He rests.", "label": "neutral", "explanation_1": "One may stand."}
 REFUSED, EITHER = {2}, {0, 2}
 TRAINING = ("rescue", "pro", "tuna", "reward_model")
 # what training takes: it reads its own fields alone, and a file of any name
@@ -28,10 +23,9 @@ def readers(rig):
     these) of each verb that reads a file."""
     model = ["--model", str(rig.folder / "tiny")]
     generation = [*model, "--max_new_tokens", "2"]
-    record, other = make_records(2)
-    for r in (record, other):
-        for i, c in enumerate(r["candidates"]):
-            c |= {"rank": i, "logprob": -5.0 - i, "num_tokens": 4, "reward": 1.0 - i, "similarity": 0.5}
+    record, other = ranked_records(2)
+    for c in record["candidates"] + other["candidates"]:
+        c |= {"logprob": -5.0, "num_tokens": 4, "similarity": 0.5}
     passage = {"title": "t", "text": "The cat sat.", "hasanswer": True, "isgold": True}
     asked = {"question": "who sat", "answers": ["cat"], "ctxs": [passage]}
     asked2 = {"question": "who ran", "answers": ["dog"], "ctxs": [passage | {"text": "The dog ran.", "title": "u"}]}
@@ -158,26 +152,11 @@ def folders(rig, rng):
 
         return write
 
-    rescue = ("rescue", lambda s, p: [*flags, "--model", s, "--output", p / "out"])
-    sample = (
-        "collect_candidates",
-        lambda s, p: [
-            "sample",
-            "--model",
-            s,
-            "--input",
-            rig.prompts,
-            "--max_new_tokens",
-            "2",
-            "--output",
-            p / "o.jsonl",
-        ],
-    )
+    train = ("rescue", lambda s, p: [*flags, "--model", s, "--output", p / "out"])
     resume = ("rescue", lambda s, p: rig.training(s))
     for how in wrong:
         for file in files:
-            for script, args in (rescue, sample):
-                yield f"model folder for {script}: {file} {how!r}", changed(tiny, file, how), script, args
+            yield f"model folder: {file} {how!r}", changed(tiny, file, how), *train
         for file in ("args.json", "log.jsonl", "*.safetensors"):
             yield f"checkpoint: {file} {how!r}", changed(rig.stopped, file, how), *resume
     figures = json.dumps({"name": "x", "verb": "nli", "metrics": {"accuracy": 0.5, "f1": {"a": 1}}}).encode()
