@@ -18,14 +18,11 @@ NAME is --name, else the model's folder (runs/rescue-label/model is rescue-label
 over processes.
 
     python evaluate.py nli --model runs/rescue-label/model --input data/esnli/test.jsonl
-    python evaluate.py ranking --model runs/rescue-label/model --input data/esnli/test_ranked.jsonl --by label
-    python evaluate.py vicuna --model runs/tuna/model --input question.jsonl
-    python evaluate.py hh --model runs/pro-full/model --input data/hh/test.jsonl
+    python evaluate.py report rescue-none rescue-label
     python evaluate.py judge --answers runs/eval/tuna/vicuna.jsonl runs/eval/tuna-sft/vicuna.jsonl --model gpt-4 \\
         --base_url https://api.openai.com/v1
-    python evaluate.py report model rescue-none rescue-label
-    python evaluate.py sheet --systems runs/eval/a/nli.jsonl runs/eval/b/nli.jsonl --input data/esnli/test.jsonl
-    python evaluate.py sheet --score results-1.json results-2.json
+
+recipes/README.md has a command of every verb.
 """
 
 import common

@@ -1,7 +1,7 @@
 """Evidence: what the papers say, held against kept results item by item and seed by seed -> results/README.md."""
 
 import pathlib
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -96,16 +96,6 @@ def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=No
     return [study, claim, figures, f"{p:.2g}", paper, f"{text}; {note}" if note else text]
 
 
-class Difference(NamedTuple):
-    """How much higher a figure is under one system than under another, on the items that both have."""
-
-    middle: float  # the mean over items of the mean over seeds
-    intervals: list  # over items by a paired bootstrap; where there are several, over seeds by Student's t
-    values: list  # of each seed
-    p: float  # two-sided, the larger one of both
-    items: int
-
-
 def side(interval):
     """1 or -1 for an interval above or below 0, else 0."""
     return (interval[0] > 0) - (interval[1] < 0)
@@ -116,11 +106,14 @@ def shown(intervals, scale=1):
 
 
 def compare(systems, higher, lower, figure, at_equal=None):
-    """-> the Difference of `figure` between two systems, named without their -seedN, or None where one has not run.
+    """How much higher a figure is under one system than under another, on the items that both have; None where one of
+    them, named without its -seedN, has not run.
 
     higher: the one that should have the higher figure. Several, "label@500 & label@1500", are one: the mean over them.
     at_equal: the items' differences are regressed on those of log(1 + at_equal); the difference is the intercept, where
     both are equal, and over seeds the mean of each seed's own.
+    -> middle, the mean over items of the mean over seeds; intervals, over items by a paired bootstrap and, where there
+    are several, over seeds by Student's t; values, of each seed; p, the larger one of both; items, their number.
     """
     difference = subtract(runs_of(systems, higher, figure), runs_of(systems, lower, figure))
     seeds = list(difference)
@@ -144,7 +137,7 @@ def compare(systems, higher, lower, figure, at_equal=None):
         intervals.append((over_seeds - half, over_seeds + half))
         p = max(p, p_of_seeds)
     middle = round(middle, 9)  # or a difference of nothing has a float's last bits
-    return Difference(middle, intervals, values, p, len(difference))
+    return SimpleNamespace(middle=middle, intervals=intervals, values=values, p=p, items=len(difference))
 
 
 def runs_of(systems, name, figure):

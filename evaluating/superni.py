@@ -5,6 +5,8 @@ import json
 import pathlib
 import string
 
+import numpy
+import pandas
 import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -13,7 +15,7 @@ from collecting.flags import alpaca_flags, generation_flags, group
 from collecting.prompts import alpaca_prompt, read_template
 from collecting.sample import rouge_scorer
 from common import UserError, in_range
-from evaluating.shared import answer, mean, model_flags, write_metrics
+from evaluating.shared import answer, mean, model_flags, num_words, write_metrics
 
 SCORES = ("rouge_l", "exact_match", "bertscore")
 
@@ -39,8 +41,6 @@ def superni(args):
     args.max_prompt_length = args.max_prompt_length or 1024
     root = pathlib.Path(args.superni_dir)
     args.input = str(root / "splits/default/test_tasks.txt")
-    if not pathlib.Path(args.input).is_file():
-        raise UserError(f"--superni_dir {root}: no clone of the benchmark, it has no splits/default/test_tasks.txt")
     listed = pathlib.Path(args.input).read_text().split()
     if unknown := set(args.tasks or ()) - set(listed):
         raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
@@ -108,21 +108,16 @@ def exact_form(text):
 
 def superni_metrics(rows, bertscore=None, layer=-1):
     """Mean over instances x 100 of the maximum over references; the same by task."""
-    import pandas
-
     score = rouge_scorer(use_stemmer=True).score
     for row in rows:
         row["rouge_l"] = 100 * max(score(a, row["text"])["rougeL"].fmeasure for a in row["answers"])
         row["exact_match"] = 100.0 * any(exact_form(a) == exact_form(row["text"]) for a in row["answers"])
-    names = ["rouge_l", "exact_match"]
-    if bertscore:
-        names.append("bertscore")
-        texts, answers = [r["text"] for r in rows], [r["answers"] for r in rows]
-        for row, f1 in zip(rows, bert_f1(texts, answers, bertscore, layer)):
-            row["bertscore"] = 100 * f1
     frame = pandas.DataFrame(rows)
+    if bertscore:
+        frame["bertscore"] = 100 * numpy.array(bert_f1(frame["text"], frame["answers"], bertscore, layer))
+    names = [name for name in SCORES if name in frame]
     by_task = frame.groupby("task", sort=False)[names].mean().to_dict("index")
-    figures = frame[names].mean().to_dict() | {"mean_words": mean(len(row["text"].split()) for row in rows)}
+    figures = frame[names].mean().to_dict() | {"mean_words": mean(map(num_words, rows))}
     return figures | {"tasks": len(by_task), "prompts": len(rows), "by_task": by_task}
 
 

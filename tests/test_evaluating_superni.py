@@ -99,4 +99,4 @@ def test_superni(cli, tiny, here):
     assert items[0] == "rouge_l_2shot" and sum(items[1].values()) / 6 == pytest.approx(got["rouge_l_2shot"])
     refused(cli("evaluate", "superni", *flags, "--tasks", "task9"), "--tasks task9", "not among the test tasks")
     flags[flags.index("ni")] = "."
-    refused(cli("evaluate", "superni", *flags), "no splits/default/test_tasks.txt")
+    refused(cli("evaluate", "superni", *flags), "splits/default/test_tasks.txt")
