@@ -62,7 +62,7 @@ def key(monkeypatch):
 
 def test_every_fault_once_then_an_answer():
     faults = [429, 500, b"<html>", replies(), b"[1]", "half", "silence", "flood", (503, {"Retry-After": "0"})]
-    faults += [replies(said_by("\ud800")), replies(said_by(3)), "drip"]
+    faults += [replies(said_by("\ud800")), replies(said_by(3))]
     prompts = NUMBERS[: len(faults)]
     found, server = ask(lambda prompt, nth, body: faults[int(prompt)] if nth == 1 else None, prompts)
     assert found == {i: ([{"text": f"echo {i}", "finished": True}], None) for i in range(len(faults))}

@@ -352,7 +352,7 @@ class Rig:
         in another way, and SIGKILLs meanwhile: every prompt once and in order, the refused ones apart and not asked
         again, and the key in no file and no output."""
         (folder := self.folder / "hostile").mkdir()
-        faults = [429, 500, b"<html>", b"[1]", b'{"choices": []}', b'{"choices": [{}]}', "half", "silence", "drip"]
+        faults = [429, 500, b"<html>", b"[1]", b'{"choices": []}', b'{"choices": [{}]}', "half", "silence"]
         faults += ["flood", (503, {"Retry-After": "1"}), b'{"choices": [{"message": {"content": "\\ud800"}}]}']
         refusals = [403, (400, {}, b'{"error": {"message": "filtered"}}'), b'{"error": {"message": "too long"}}']
         refusals += [b'{"choices": [{"message": {"content": null, "refusal": "no"}, "finish_reason": "stop"}]}']
