@@ -27,14 +27,15 @@ SOURCES = {  # a pattern in a path: where such a file or clone comes from
     r"lima": "GAIR/lima, train.jsonl; BETAS= does without",
     r"prm-3B-39K": "recipes/tuna_prm.sh makes it: run that first, or leave mix-104K out of SYSTEMS",
 }
+RULES = {"vader": "vaderSentiment", "afinn": "afinn"}  # rewards without a model: the package of each
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     verbs = parser.add_subparsers(dest="verb", required=True)
     add = verbs.add_parser("need").add_argument
-    add("--files", nargs="*", default=[], help="files and folders; SOURCES knows where some come from")
-    add("--models", nargs="+", default=[], help="folders, or hub ids")
+    add("--files", nargs="*", default=[], help="files and folders")
+    add("--models", nargs="+", default=[], help="folders, hub ids, or rules")
     add("--packages", nargs="+", default=[])
     add("--urls", nargs="+", default=[], help="of servers: OpenAI's wants a key")
     add("--absent", action="append", default=[], help="what the recipe itself found missing: a sentence")
@@ -55,18 +56,20 @@ def missing(args):
     """Yield a sentence for everything that is not there."""
     yield from args.absent
     for file in args.files:
-        source = next((source for name, source in SOURCES.items() if re.search(name, file)), "named by you")
         if not os.path.exists(file):
+            source = next((source for name, source in SOURCES.items() if re.search(name, file)), "named by you")
             yield f"{file} ({source})"
-    packages = [p for p in ("torch", "transformers", "datasets", *args.packages) if not importlib.util.find_spec(p)]
-    yield from (f"package {package} (pip install {package})" for package in packages)
+    rules = [RULES[model] for model in args.models if model in RULES]
+    for package in ("torch", "transformers", "datasets", *args.packages, *rules):
+        if not importlib.util.find_spec(package):
+            yield f"package {package} (pip install {package})"
     for model in args.models:
-        if not os.path.exists(f"{model}/config.json") and (reason := refused(model)):
+        if model not in RULES and not os.path.exists(f"{model}/config.json") and (reason := refused(model)):
             yield f"{model}: {reason} (a folder, or a hub id; a gated one: accept its terms there, then hf auth login)"
     if any("api.openai.com" in url for url in args.urls) and not os.environ.get("OPENAI_API_KEY"):
         yield "OPENAI_API_KEY (the key of api.openai.com)"
-    nvidia = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    if (gpus := len((nvidia or "").splitlines())) < args.gpus:
+    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+    if (gpus := len((listed or "").splitlines())) < args.gpus:
         yield f"{args.gpus} GPUs, of 80 GB each: here are {gpus} (GPUS=N takes fewer)"
     if (free := shutil.disk_usage(args.at).free >> 30) < args.gb:
         yield f"{args.gb} GB in {args.at}: {free} are free (OUT=FOLDER is for another disk)"
@@ -74,23 +77,21 @@ def missing(args):
 
 def refused(model):
     """Why the hub does not give a model's config.json, or "": it is fetched."""
-    if not (os.path.sep in model and importlib.util.find_spec("huggingface_hub")):
-        return "no such folder"
-    fetch = f"from huggingface_hub import hf_hub_download as get; get({model!r}, 'config.json')"
+    from huggingface_hub import hf_hub_download
+
     try:
-        done = subprocess.run([sys.executable, "-c", fetch], capture_output=True, text=True, timeout=60)
-    except subprocess.TimeoutExpired:
-        return "the hub does not answer"
-    error = (done.stderr.strip().splitlines() or [""])[-1].partition(":")[0].rpartition(".")[2]
-    return f"the hub says {error}" if done.returncode else ""
+        hf_hub_download(model, "config.json", etag_timeout=60)
+    except (OSError, ValueError) as error:  # huggingface_hub's own errors are such
+        return f"the hub says {type(error).__name__}"
+    return ""
 
 
 def keep(figures, kept, run=None):
     """An absolute path is of this machine: of each its last part is kept."""
     part = fresh(kept)
     part.mkdir(parents=True)
-    files = [f for pattern in ("*.metrics.json", "*.items.json") for f in sorted(figures.rglob(pattern))]
-    for file in [*files, *filter(os.path.exists, [run / "args.json"] if run else [])]:
+    files = [*figures.rglob("*.metrics.json"), *figures.rglob("*.items.json"), *(run.glob("args.json") if run else ())]
+    for file in files:
         text = file.read_text()
         if not file.name.endswith(".items.json"):
             text = re.sub(r"([\"= ])/(?:[^\" ]*/)?([^/\" ]+)", r"\1\2", text)

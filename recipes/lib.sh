@@ -1,6 +1,5 @@
-# Sourced by every recipe, after it has set NAME and PAPER_GPUS: where things go, `run`, and the figures that are kept.
-# What can be set before every recipe:
-#   SCALE=paper | cpu | tiny   the paper's values (default); two cores, hours; seconds
+# Sourced by every recipe, after it has set NAME and PAPER_GPUS. What can be set before every recipe:
+#   SCALE=paper | cpu | tiny   the paper's values (default); demo/model on two cores, hours; random models, seconds
 #   GPUS=N                     processes of a torchrun, one a GPU (default: as many as the paper used); 1 is plain python
 #   OUT=FOLDER                 for everything (default: here)
 #   DRY=1                      print every command; run none
@@ -8,19 +7,33 @@
 #   MAX_REQUESTS=N             send so many requests to the next model that is asked, then stop; the next start goes on
 set -euo pipefail
 cd "$(dirname "$0")/.."
-SCALE=${SCALE:-paper} DRY=${DRY:-} MAX_REQUESTS=${MAX_REQUESTS:-}
-case $SCALE in
-paper) : "${GPUS:=$PAPER_GPUS}" "${KEEP_MODELS=}" ;;
-cpu | tiny) : "${GPUS:=1}" "${KEEP_MODELS=1}" && export HF_HUB_OFFLINE=1 ;;
-*) echo "SCALE=$SCALE: it is paper, cpu or tiny" >&2 && exit 2 ;;
-esac
-DATA=${OUT:-.}/data/$NAME-$SCALE RUNS=${OUT:-.}/runs/$NAME-$SCALE RESULTS=${RESULTS:-${OUT:-.}/results/$NAME-$SCALE}
+SCALE=${SCALE:-paper}
+[[ $SCALE = @(paper|cpu|tiny) ]] || { echo "SCALE=$SCALE: it is paper, cpu or tiny" >&2 && exit 2; }
+
+value() { # value NAME PAPER [CPU [TINY]]: a setting at each scale; - or none: the paper's. The environment goes before
+  local column=2
+  [ "$SCALE" != cpu ] || column=3
+  [ "$SCALE" != tiny ] || column=4
+  local chosen=${!column--}
+  [ "$chosen" != - ] || chosen=$2
+  [ -n "${!1+set}" ] || printf -v "$1" %s "$chosen"
+}
+value DRY ''
+value MAX_REQUESTS ''
+value GPUS "$PAPER_GPUS" 1 1
+value KEEP_MODELS '' 1 1
+value BF16 '' --bf16           # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
+value SAVE '' "--checkpoint_every 20" # a busy machine may end a run for want of memory
+value OUT .
+DATA=$OUT/data/$NAME-$SCALE RUNS=$OUT/runs/$NAME-$SCALE RESULTS=${RESULTS:-$OUT/results/$NAME-$SCALE} TINY=$DATA/tiny
+names=() setting=() shown=() rest_on="" seed=""
+[ "$GPUS" = 1 ] && TORCHRUN=python || TORCHRUN="torchrun --nproc_per_node $GPUS"
 [ -n "$DRY" ] || mkdir -p "$DATA" "$RUNS" "$RESULTS"
+[ "$SCALE" = paper ] || export HF_HUB_OFFLINE=1
 # glibc gives large blocks back to Linux, which zeroes them anew: of five steps of e-SNLI, 68 s, 28 were spent so; now of
 # 55 s 16. A process keeps what it once held.
 [ "$SCALE" != cpu ] ||
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=16000000000}
-[ "$GPUS" = 1 ] && TORCHRUN=python || TORCHRUN="torchrun --nproc_per_node $GPUS"
 
 run() { # run COMMAND...
   echo "+$(printf ' %q' "$@")" >&2
@@ -31,10 +44,16 @@ into() { # into FILE COMMAND...: what it prints goes to FILE
   [ -n "$DRY" ] || { "${@:2}" > "$1.part" && mv "$1.part" "$1"; }
 }
 collect() { run python collect_candidates.py "$@"; }
-ask() { # ask FILE COMMAND...: a model that may cost money writes FILE. Requests that fail are left out of it; once it is
+records() { into "$DATA/$1.jsonl" python recipes/records.py "${@:2}"; } # records TO VERB ARGUMENTS...
+safetensors() { # safetensors NAME: the hub has some models as .bin alone; NAME then names a folder of safetensors
+  [[ ${!1} = @(OpenAssistant/oasst|stabilityai/stablelm-base)* ]] || return 0
+  collect convert --model "${!1}" --output "$DATA/${!1##*/}"
+  printf -v "$1" %s "$DATA/${!1##*/}"
+}
+ask() { # ask FILE VERB FLAGS...: a model that may cost money writes FILE. Requests that fail are left out of it; once it is
   # there it is not asked for again, so that what is trained on it stays as it is. To ask again: delete FILE.asked
   [ -n "$DRY" ] || [ ! -e "$1" ] || [ ! -e "$1.asked" ] || return 0
-  run "${@:2}" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
+  collect "${@:2}" --output "$1" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
   if [ -n "$MAX_REQUESTS" ]; then
     echo "stopped by MAX_REQUESTS: $1 is begun. Start again to go on, and without MAX_REQUESTS for all the rest"
     exit 0
@@ -42,30 +61,53 @@ ask() { # ask FILE COMMAND...: a model that may cost money writes FILE. Requests
   [ -n "$DRY" ] || touch "$1.asked"
 }
 need() { # need GB FLAGS...: what recipes/helper.py looks for before the first hour and the first paid call
-  [ "$SCALE" != paper ] || set -- "$@" --gpus "$GPUS" --gb "$1" --at "${OUT:-.}"
+  [ "$SCALE" != paper ] || set -- "$@" --gpus "$GPUS" --gb "$1" --at "$OUT"
   [ "$SCALE" = tiny ] || run python recipes/helper.py need "${@:2}"
 }
 
 kept() { # kept NAME: whether its figures are there, from this machine or another; delete the folder to make them anew
   [ -z "$DRY" ] && [ -d "$RESULTS/$1" ] && echo "kept: $RESULTS/$1" >&2
 }
-keep() { # keep NAME [RUN]: keep its figures, and the settings of its training; then the model goes
-  run python recipes/helper.py keep "$RUNS/eval/$1" "$RESULTS/$1" ${2:+"$2"}
-  [ -z "${2:-}" ] || [ -n "$KEEP_MODELS" ] || run rm -rf "$2/model" "$2/best"
+needed() { [[ " $rest_on " = *" ${1%%@*} "* ]]; } # needed NAME: whether other systems rest on its model
+train() { # train NAME SCRIPT MODEL DATA FLAGS...: the model $RUNS/NAME/model, unless its figures are kept
+  needed "$1" || ! kept "$1" || return 0
+  run $TORCHRUN "$2" --model "$3" --data "$4" --output "$RUNS/$1" ${LR:+--lr "$LR"} --batch_size "$BATCH" --epochs "$EPOCHS" \
+    ${seed:+--seed "$seed"} --resume $SAVE $BF16 "${setting[@]}" "${@:5}"
+}
+evaluate() { # evaluate VERB[-MORE] NAME MODEL FLAGS...: one of its figures
+  run $TORCHRUN evaluate.py "${1%%_*}" ${3:+--model "$3"} --name "$2" --output "$RUNS/eval/$2/${1/_/-}.jsonl" "${@:4}"
+}
+measure() { # measure NAME MODEL FLAGS...: what the recipe's `figures` says of a system, once; then its model goes
+  names+=("$1")
+  kept "$1" || { figures "$@" && keep "$1" "$2"; }
+}
+keep() { # keep NAME [MODEL]: keep its figures, and the settings of its training, where it has one
+  local trained=
+  [[ ${2:-} != "$RUNS"/* ]] || trained=${2%/*}
+  run python recipes/helper.py keep "$RUNS/eval/$1" "$RESULTS/$1" $trained
+  [ -z "$trained" ] || [ -n "$KEEP_MODELS" ] || needed "$1" || run rm -rf "$trained/model" "$trained/best"
 }
 same() { # same NAME OTHER: the figures of NAME under another name too
+  names+=("$2")
   [ -d "$RESULTS/$2" ] || run python recipes/helper.py same "$RESULTS/$1" "$RESULTS/$2"
 }
-
+report() { # report TABLE NAMES...: those that are there, beside the paper's TABLE if it has one, with the flags in `shown`
+  local name systems=() paper=recipes/paper/${NAME%%_*}_$1.json
+  [ -e "$paper" ] || paper=
+  for name in "${@:2}"; do
+    [ ! -d "$RESULTS/$name" ] && [[ " ${names[*]} " != *" $name "* ]] || systems+=("$RESULTS/$name")
+  done
+  run python evaluate.py report "${systems[@]}" ${paper:+--paper "$paper"} --output "$RESULTS/$1.md" "${shown[@]}"
+}
 tiny() { # the models and data of SCALE=tiny, once
-  [ -d "$DATA/tiny/model" ] || run python recipes/tiny.py "$DATA/tiny"
+  [ "$SCALE" != tiny ] || [ -d "$TINY/model" ] || run python recipes/tiny.py "$TINY"
 }
 tiny_server() { # a stand-in for every model behind an API: sets BASE_URL
   BASE_URL=http://127.0.0.1/v1
   [ -z "$DRY" ] || return 0
-  mkdir -p "$DATA/tiny" && rm -f "$DATA/tiny/url"
-  python recipes/tiny.py --serve "$DATA/tiny/url" > /dev/null 2>&1 & # ends when the file is gone
-  trap 'rm -f "$DATA/tiny/url"' EXIT
-  until [ -s "$DATA/tiny/url" ]; do sleep 0.1; done
-  BASE_URL=$(cat "$DATA/tiny/url")
+  mkdir -p "$TINY" && rm -f "$TINY/url"
+  python recipes/tiny.py --serve "$TINY/url" > /dev/null 2>&1 & # ends when the file is gone
+  trap 'rm -f "$TINY/url"' EXIT
+  until [ -s "$TINY/url" ]; do sleep 0.1; done
+  BASE_URL=$(cat "$TINY/url")
 }

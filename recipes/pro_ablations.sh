@@ -3,13 +3,10 @@
 # of L_PRO alone, on Table 2's blocks. Prints Table 5, ours and the paper's; the row PRO is pro_hh.sh's run.
 # Every value, at the top of pro_common.sh, can be set from the environment.
 . "$(dirname "$0")/pro_common.sh"
+value ABLATIONS_RAW "no_sft no_temperature no_temperature-no_sft" - no_temperature-no_sft # of two, k = 1 is the only term
+value ABLATIONS "first_only no_sft no_temperature no_temperature-no_sft" - "no_temperature first_only"
 
-[ "$SCALE" = tiny ] && : "${ABLATIONS:=no_temperature first_only}" "${ABLATIONS_RAW:=no_temperature-no_sft}"
-ABLATIONS_RAW=${ABLATIONS_RAW:-no_sft no_temperature no_temperature-no_sft} # of two responses k = 1 is the only term
-ABLATIONS=${ABLATIONS:-first_only no_sft no_temperature no_temperature-no_sft}
-
-needs "$BLOCKS"
-start
+start "$BLOCKS"
 for block in $BLOCKS; do block "$block"; done
 for seed in $SEEDS; do
   for block in $BLOCKS; do

@@ -5,12 +5,11 @@
 # RLHF is not ours (`export --format trl`), nor are its rows of Curie and ChatGLM, which answer zero-shot; Table 4 wants
 # people (`evaluate.py sheet`). Every value, at the top of pro_common.sh, can be set from the environment.
 . "$(dirname "$0")/pro_common.sh"
-
-[ "$SCALE" = tiny ] && : "${METHODS:=sft rrhf pro pro_s}" "${METHODS_3:=bon coh}"
-METHODS=${METHODS:-sft coh rrhf pro pro_s} METHODS_3=${METHODS_3:-bon coh rrhf pro pro_s} # raw; with more responses
-RRHF=${RRHF:---alpha 1 --length_scaling 1 --human_length_scaling 1} # its official code scores by the sum: see PAPERS.md
-JUDGE=${JUDGE:-}        # gpt-4, Sec. 4.6
-JUDGED=${JUDGED:-20}    # questions a subset: Table 3's shares are multiples of 2.5, so 20 in two orders
+value METHODS   "sft coh rrhf pro pro_s" - "sft rrhf pro pro_s"                # raw
+value METHODS_3 "bon coh rrhf pro pro_s" "bon rrhf pro" "bon coh"              # with more responses
+value RRHF "--alpha 1 --length_scaling 1 --human_length_scaling 1"             # its code scores by the sum: see PAPERS.md
+value JUDGE ''                                                                 # gpt-4, Sec. 4.6
+value JUDGED 20 # questions a subset: Table 3's shares are multiples of 2.5, so 20 in two orders
 
 method() { # method METHOD BLOCK. RRHF and CoH at their last step: their released codes choose none
   local name=$1-$2-seed$seed data=$DATA/$2.jsonl
@@ -20,28 +19,27 @@ method() { # method METHOD BLOCK. RRHF and CoH at their last step: their release
   bon) pro "bon-$2" "$2" --no_ranking ;;
   sft) pro "sft-$2" train --no_ranking ;; # the response that people chose
   rrhf)
-    kept "$name" || train "$name" rescue.py --ordering reward $RRHF --schedule constant --warmup 0 --data "$data"
-    measure "$name" --model "$RUNS/$name/model" ;;
+    train "$name" rescue.py "$MODEL" "$data" --ordering reward $RRHF
+    measure "$name" "$RUNS/$name/model" ;;
   coh)
     collect hindsight --input "$data" --output "$DATA/$2-hindsight.jsonl"
-    kept "$name" || train "$name" pro.py --no_ranking --data "$DATA/$2-hindsight.jsonl"
-    measure "$name" --model "$RUNS/$name/model" --cue " A good answer:" --stop "A bad answer:" Human: human: \
-      Assistant: assistant: ;;
+    train "$name" pro.py "$MODEL" "$DATA/$2-hindsight.jsonl" --no_ranking
+    measure "$name" "$RUNS/$name/model" --cue " A good answer:" --stop "A bad answer:" Human: human: Assistant: assistant: ;;
   esac
 }
 
-needs "$BLOCKS" ${JUDGE:+--urls "$BASE_URL"}
-start
-measure base --model "$MODEL"
-measure gold --source chosen
-measure rejected --source rejected # against gold: what RM_eval knows of people's choice
-[[ $BLOCKS != *alpaca3* ]] || measure alpaca --model "$ALPACA"
+start "$BLOCKS" ${JUDGE:+--urls "$BASE_URL"}
+measure base "$MODEL"
+measure gold '' --source chosen
+measure rejected '' --source rejected # against gold: what RM_eval knows of people's choice
 for block in $BLOCKS; do
   block "$block"
-  if [ "$block" = chatgpt3 ]; then
+  case $block in
+  alpaca3) measure alpaca "$ALPACA" ;;
+  chatgpt3)
     add test test-chatgpt gpt-3.5-turbo 1
-    measure chatgpt --source gpt-3.5-turbo --input "$DATA/test-chatgpt.jsonl"
-  fi
+    measure chatgpt '' --source gpt-3.5-turbo --input "$DATA/test-chatgpt.jsonl" ;;
+  esac
 done
 for seed in $SEEDS; do
   for block in $BLOCKS; do
@@ -49,19 +47,16 @@ for seed in $SEEDS; do
   done
 done
 
-bootstrapped=()
-for name in "${names[@]}"; do [[ ${name##*/} != pro* ]] || bootstrapped+=("$name"); done
-[ ${#bootstrapped[@]} = 0 ] || report table6 "${bootstrapped[@]}"
-if [ -n "$JUDGE" ]; then
-  judged=()
-  for pair in gold:gold rrhf:rrhf-raw-seed0; do
-    name=pro-vs-${pair%%:*}
-    run python evaluate.py judge --answers "$RUNS/eval/pro-raw-seed0/hh.jsonl" "$RUNS/eval/${pair##*:}/hh.jsonl" \
-      --name "$name" --output "$RUNS/eval/$name/judge.jsonl" --verdicts average --limit "$JUDGED" \
-      --model "$JUDGE" "${server[@]}"
-    keep "$name"
-    judged+=("$RESULTS/$name")
-  done
-  COLUMNS_SHOWN='' report table3 "${judged[@]}"
-fi
+bootstrapped=$(printf '%s\n' "${names[@]}" | grep '^pro')
+report table6 $bootstrapped
 report table2 "${names[@]}"
+[ -n "$JUDGE" ] || exit 0
+shown=()
+for pair in gold:gold rrhf:rrhf-raw-seed0; do
+  name=pro-vs-${pair%%:*}
+  run python evaluate.py judge --answers "$RUNS/eval/pro-raw-seed0/hh.jsonl" "$RUNS/eval/${pair##*:}/hh.jsonl" \
+    --name "$name" --output "$RUNS/eval/$name/judge.jsonl" --verdicts average --limit "$JUDGED" --model "$JUDGE" "${server[@]}"
+  keep "$name"
+done
+names+=(pro-vs-gold pro-vs-rrhf)
+report table3 pro-vs-gold pro-vs-rrhf

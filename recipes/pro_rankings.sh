@@ -4,40 +4,39 @@
 # length. The figure has no printed numbers; lengths 2 and 3 of Alpaca and ChatGPT stand in Table 2. Table 6 is pro_hh.sh's.
 # Every value, at the top of pro_common.sh, can be set from the environment.
 . "$(dirname "$0")/pro_common.sh"
+value EXPANSIONS "alpacas chatgpt ascending descending random" subset "alpacas random" # subset: of own5, drawn by the seed
+value LENGTHS "3 4 5" "2 3" "3 5"
 
-[ "$SCALE" = tiny ] && : "${EXPANSIONS:=alpacas random}" "${LENGTHS:=3 5}"
-[ "$SCALE" = paper ] || : "${EXPANSIONS:=own}" # several answers of the model itself: there is no other on the machine
-EXPANSIONS=${EXPANSIONS:-alpacas chatgpt ascending descending random} LENGTHS=${LENGTHS:-3 4 5}
-
-of="alpaca3 chatgpt3" retired=()
-[ "$EXPANSIONS" != own ] || of=
+if [ "$EXPANSIONS" = subset ]; then
+  start own5
+  block own5
+  for seed in $SEEDS; do
+    for length in $LENGTHS; do pro "subset@$length" own5 --ranking_length "$length"; done
+    pro pro-own5 own5 # pro_hh.sh's run, which has all five
+  done
+  report figure3 "${names[@]}"
+  exit
+fi
+retired=()
 [[ $CURIE$EXPANSIONS != text-curie-001*@(ascending|descending|random)* ]] ||
   retired=(--absent "CURIE, a weak model at BASE_URL: text-curie-001 is retired. CURIE=another, or EXPANSIONS='alpacas chatgpt'")
-needs "$of" "${retired[@]}"
-start
-if [ "$EXPANSIONS" = own ]; then
-  add train longer own 3
-else
-  add train longer-alpaca alpaca-7b 3
-  add longer-alpaca longer-curie text-curie-001 1
-  add longer-curie longer gpt-3.5-turbo 3
-fi
+start "alpaca3 chatgpt3" "${retired[@]}"
+add train longer-alpaca alpaca-7b 3
+add longer-alpaca longer-curie text-curie-001 1
+add longer-curie longer gpt-3.5-turbo 3
 block raw
 for seed in $SEEDS; do
   pro pro-raw raw # pro_hh.sh's run, which has two responses
+  unset "names[-1]"
   same "pro-raw-seed$seed" "raw@2-seed$seed"
-  names[-1]=$RESULTS/raw@2-seed$seed
-  for expansion in $EXPANSIONS; do
+  for way in $EXPANSIONS; do
     for length in $LENGTHS; do
-      if [[ $expansion@$length = @(descending|random)@5 && " $EXPANSIONS " = *" ascending "* ]]; then
-        same "ascending@5-seed$seed" "$expansion@5-seed$seed" # all three sources: the same candidates
-        names+=("$RESULTS/$expansion@5-seed$seed")
+      if [[ $way@$length = @(descending|random)@5 && " $EXPANSIONS " = *" ascending "* ]]; then
+        same "ascending@5-seed$seed" "$way@5-seed$seed" # all three sources: the same candidates
         continue
       fi
-      way=(--expand "$expansion")
-      [ "$expansion" != own ] || way=(--expand alpacas --expand_sources own)
-      rank longer "$expansion-$length" "${way[@]}" --ranking_length "$length"
-      pro "$expansion@$length" "$expansion-$length"
+      rank longer "$way-$length" --expand "$way" --ranking_length "$length"
+      pro "$way@$length" "$way-$length"
     done
   done
 done

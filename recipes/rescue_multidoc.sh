@@ -4,75 +4,81 @@
 # and answers test questions from 5 and from 10 documents, the gold one at three places.
 # Prints Table 2, ours and the paper's. Every value can be set from the environment: LR=1e-5 recipes/rescue_multidoc.sh
 #
-# TRAIN, TEST: nelson-liu/lost-in-the-middle, qa_data/10_total_documents/nq-open-10_total_documents_gold_at_0.jsonl.gz
+# QUESTIONS: nelson-liu/lost-in-the-middle, qa_data/10_total_documents/nq-open-10_total_documents_gold_at_0.jsonl.gz
 # holds 2,655 questions. The paper says 1k for training and 665 for the test, not which: here a seeded draw, apart.
+# At SCALE=cpu (results/DESIGNS.md) UNSEEN=1 tests the same models on questions with 56 to 65 words, which are left out else.
 NAME=rescue_multidoc PAPER_GPUS=4 # Sec. 6: 4 A100
 . "$(dirname "$0")/lib.sh"
+tiny
 
-case $SCALE in
-tiny) # random model, seconds
-  tiny
-  : "${QUESTIONS:=$DATA/tiny/nq.jsonl.gz}" "${MODEL:=$DATA/tiny/model}" "${TRAIN:=4}" "${TEST:=2}" "${TRAIN_DOCUMENTS:=5}"
-  : "${PLACES:=5:1,5}" "${BEAMS:=2}" "${TOKENS:=4}" "${BATCH:=2}" "${LR:=1e-3}" "${EVAL_BATCH:=16}" ;;
-cpu) # demo/model on 2 cores: short passages, 5 documents, greedy
-  : "${MODEL:=demo/model}" "${TRAIN:=340}" "${TEST:=150}" "${TRAIN_DOCUMENTS:=5}" "${MAX_WORDS:=55}"
-  : "${PLACES:=5:1,3,5}" "${BEAMS:=1}" "${TOKENS:=16}" "${BATCH:=8}" "${LR:=1e-4}" "${SEEDS:=0 1 2}" "${EVAL_BATCH:=16}" ;;
-esac
-QUESTIONS=${QUESTIONS:-nq-open-10_total_documents_gold_at_0.jsonl.gz}
-MODEL=${MODEL:-meta-llama/Llama-2-7b-hf}
-TRAIN=${TRAIN:-1000} TEST=${TEST:-665}      # Sec. 6.3
-TRAIN_DOCUMENTS=${TRAIN_DOCUMENTS:-10}      # Sec. 5.2; the gold one at a random place (the paper is silent)
-DISTRACTORS=${DISTRACTORS:-4}               # answers from distractors, Sec. 5.2
-ORDERINGS=${ORDERINGS:-label}               # Table 2; hybrid: Sec. 5.2
-PLACES=${PLACES:-"5:1,3,5 10:1,5,10"}       # documents:places of the gold one, Table 2
-BEAMS=${BEAMS:-4}                           # "beam search" (Sec. 5.2); how wide, the paper does not say
-TOKENS=${TOKENS:-128} STOP=${STOP-"\n"}     # 128: the released test; the stop: ours, a base model runs on
-LR=${LR:-2e-5} BATCH=${BATCH:-64} EPOCHS=${EPOCHS:-1} # Sec. 6
-LENGTH_SCALING=${LENGTH_SCALING:-1}         # as released; Sec. 7's 0.85 is about NLI
-EVAL_BATCH=${EVAL_BATCH:-}                  # 40 / documents: with 4 beams a cache of 14 GB at 7B, 0.5 MB a token
-MAX_LENGTH=${MAX_LENGTH:-2048} MAX_WORDS=${MAX_WORDS:-} SEEDS=${SEEDS:-0}
+#     NAME            paper                                          cpu                  tiny
+value QUESTIONS       nq-open-10_total_documents_gold_at_0.jsonl.gz  nq_open_gold.jsonl   "$TINY/nq.jsonl.gz"
+value MODEL           meta-llama/Llama-2-7b-hf                       demo/model           "$TINY/model"
+value TRAIN           1000                                           340                  4 # Sec. 6.3
+value TEST            665                                            150                  2
+value TRAIN_DOCUMENTS 10                                             5                    5 # Sec. 5.2; the gold one anywhere
+value MAX_WORDS       ''                                             55
+value DISTRACTORS     4                                              # answers from distractors, Sec. 5.2
+value ORDERINGS       label                                          # Table 2; hybrid: Sec. 5.2
+value PLACES          "5:1,3,5 10:1,5,10"                            5:1,3,5              5:1,5 # documents:places, Table 2
+value BEAMS           4                                              1                    2 # Sec. 5.2 does not say how many
+value TOKENS          128                                            16                   4 # as released
+value MIN_TOKENS      0                                              1                    # EOS cannot be the first
+value DROP_EMPTY      ''                                             1                    # candidates
+value STOP            "\n"                                           # ours: a base model runs on
+value LR              2e-5                                           1e-4                 1e-3 # Sec. 6, as the next two
+value BATCH           64                                             8                    2
+value EPOCHS          1
+value LENGTH_SCALING  1                                              # as released; Sec. 7's 0.85 is about NLI
+value MAX_LENGTH      2048
+value EVAL_BATCH      ''                     16 16 # 40 / documents: with 4 beams a cache of 14 GB at 7B, 0.5 MB a token
+value SEEDS           0                                              "0 1 2"
+value UNSEEN          ''
 
-prepare() {
-  collect prepare --task multidoc_qa --input "$QUESTIONS" --shuffle 0 \
-    ${MAX_WORDS:+--max_words "$MAX_WORDS"} "$@"
+answers=(--max_new_tokens "$TOKENS" --min_new_tokens "$MIN_TOKENS" ${STOP:+--stop "$STOP"} $BF16)
+setting=(--length_scaling "$LENGTH_SCALING" --max_length "$MAX_LENGTH")
+prepare() { # prepare INPUT FLAGS...
+  collect prepare --task multidoc_qa --input "$1" --shuffle 0 "${@:2}"
 }
-answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"})
+figures() { # figures NAME MODEL DOCUMENTS
+  evaluate multidoc-qa "$1" "$2" --input "$DATA/$test-$3.jsonl" --num_beams "$BEAMS" "${answers[@]}" \
+    --batch_size "${EVAL_BATCH:-$((40 / $3))}"
+}
+at_all_places() { # at_all_places SYSTEM MODEL SUFFIX: at every number of documents; after the last the model goes
+  for place in $PLACES; do
+    local documents=${place%%:*} keep=1
+    [ "$place" != "$last" ] || keep=$KEEP_MODELS
+    KEEP_MODELS=$keep measure "${UNSEEN:+unseen-}$1-$documents$3" "$2" "$documents"
+  done
+}
 
 need 250 --models "$MODEL" --files "$QUESTIONS"
-prepare --num_documents "$TRAIN_DOCUMENTS" --limit "$TRAIN" --output "$DATA/train.jsonl"
+short=(${MAX_WORDS:+--max_words "$MAX_WORDS"})
+prepare "$QUESTIONS" "${short[@]}" --num_documents "$TRAIN_DOCUMENTS" --limit "$TRAIN" --output "$DATA/train.jsonl"
 run $TORCHRUN collect_candidates.py anchor --model "$MODEL" --input "$DATA/train.jsonl" --output "$DATA/anchored.jsonl" \
   --num_distractors "$DISTRACTORS" "${answers[@]}"
-collect rank --by label --task multidoc_qa --input "$DATA/anchored.jsonl" --output "$DATA/ranked.jsonl"
-
-names=()
-measure() { # measure NAME MODEL SEED-SUFFIX [RUN]: at every number of documents; after the last the model goes
-  for setting in $PLACES; do
-    local documents=${setting%%:*} keep=1
-    local name=$1-$documents$3
-    [ "$setting" != "$last" ] || keep=$KEEP_MODELS
-    names+=("$RESULTS/$name")
-    ! kept "$name" || continue
-    run $TORCHRUN evaluate.py multidoc-qa --model "$2" --name "$name" --input "$DATA/test-$documents.jsonl" \
-      --output "$RUNS/eval/$name/multidoc-qa.jsonl" --num_beams "$BEAMS" "${answers[@]}" --batch_size "${EVAL_BATCH:-$((40 / documents))}"
-    KEEP_MODELS=$keep keep "$name" "${4:-}"
-  done
-}
-
-for setting in $PLACES; do
-  places=${setting##*:}
-  prepare --num_documents "${setting%%:*}" --gold_position ${places//,/ } --skip "$TRAIN" --limit "$TEST" \
-    --output "$DATA/test-${setting%%:*}.jsonl"
+from=anchored test=test tested=("$QUESTIONS" "${short[@]}" --skip "$TRAIN" --limit "$TEST")
+if [ -n "$DROP_EMPTY" ]; then
+  from=answered
+  records answered answered "$DATA/anchored.jsonl"
+fi
+collect rank --by label --task multidoc_qa --input "$DATA/$from.jsonl" --output "$DATA/ranked.jsonl"
+if [ -n "$UNSEEN" ]; then
+  records unseen_rows passages 56 65 "$QUESTIONS"
+  test=unseen tested=("$DATA/unseen_rows.jsonl" --limit 190)
+fi
+for place in $PLACES; do
+  positions=${place##*:}
+  prepare "${tested[@]}" --num_documents "${place%%:*}" --gold_position ${positions//,/ } --output "$DATA/$test-${place%%:*}.jsonl"
 done
 last=${PLACES##* }
-measure base "$MODEL" ""
+at_all_places base "$MODEL" ""
 for seed in $SEEDS; do
   for ordering in $ORDERINGS; do
-    output=$RUNS/$ordering-seed$seed
     kept "$ordering-${last%%:*}-seed$seed" ||
-      run $TORCHRUN rescue.py --ordering "$ordering" --no_sft --data "$DATA/ranked.jsonl" --model "$MODEL" \
-        --output "$output" --length_scaling "$LENGTH_SCALING" --lr "$LR" --batch_size "$BATCH" --epochs "$EPOCHS" \
-        --max_length "$MAX_LENGTH" --seed "$seed" --resume
-    measure "$ordering" "$output/model" "-seed$seed" "$output"
+      train "$ordering-seed$seed" rescue.py "$MODEL" "$DATA/ranked.jsonl" --ordering "$ordering" --no_sft
+    at_all_places "$ordering" "$RUNS/$ordering-seed$seed/model" "-seed$seed"
   done
 done
-run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_table2.json --plot gold_position --output "$RESULTS/table2.md"
+shown=(--paper recipes/paper/rescue_table2.json --plot gold_position)
+report "${UNSEEN:+unseen-}table2" "${names[@]}"

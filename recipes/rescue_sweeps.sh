@@ -5,26 +5,26 @@
 # "between 0.01 to 0.1" and that 3-4 responses suffice.
 FLIP_SIZES=
 . "$(dirname "$0")/rescue_common.sh"
-ORDERING=${ORDERING:-label} SIZE=${SIZE:-${SIZES%% *}} # the paper does not say of which ordering and size Fig. 4 is
-ALPHAS=${ALPHAS:-0.001 0.01 0.1 1}        # around Sec. 7's 0.01 to 0.1
-CANDIDATES=${CANDIDATES:-$(seq -s " " 2 $((1 + SAMPLES + (${#TEACHER} > 0))))} # 2 to all, in print 5
-annotation=label
-case $ORDERING in similarity | gpt) annotation=$ORDERING ;; esac
+value ORDERING label        # of which ordering and size Fig. 4 is, the paper does not say
+value SIZE "${SIZES%% *}"
+value ALPHAS "0.001 0.01 0.1 1" # around Sec. 7's 0.01 to 0.1
+value CANDIDATES "$(seq -s " " 2 $((1 + SAMPLES + (${#TEACHER} > 0 || TEACHER_PROMPTS > 0))))" # 2 to all, in print 5
 
 sweep() { # sweep FLAG VALUES: what rescue_esnli.sh trained with such a value is not trained again
-  names=()
+  names=() shown=(--plot "$1" --paper recipes/paper/rescue_figure4.json)
   for seed in $SEEDS; do
     for value in $2; do
       local twin=$ORDERING@$SIZE-seed$seed name=$1@$value-seed$seed
-      ! grep -q "\"$1\": $value," "$RESULTS/$twin/args.json" 2> /dev/null || same "$twin" "$name"
-      local output=$RUNS/$ORDERING-$1-$value@$SIZE-seed$seed
-      kept "$name" || train "$output" "$mix-$annotation.jsonl" "$ORDERING" "$SIZE" "$seed" "--$1" "$value"
-      measure "$name" "$output/model"
+      if grep -qs "\"$1\": $value," "$RESULTS/$twin/args.json"; then
+        same "$twin" "$name"
+      else
+        order "$name" "$DATA/mixed" "$ORDERING" "$SIZE" "--$1" "$value"
+        measure "$name" "$RUNS/$name/model"
+      fi
     done
   done
-  run python evaluate.py report "${names[@]}" --paper recipes/paper/rescue_figure4.json --plot "$1" --output "$RESULTS/$1.md"
+  report "$1" "${names[@]}"
 }
-needs
-candidates
+start
 sweep alpha "$ALPHAS"
 sweep num_candidates "$CANDIDATES"

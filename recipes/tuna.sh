@@ -5,43 +5,40 @@
 # mix-Tuna-104K and the rows with a PRM rest on tuna_prm.sh: run that first. Prints Tables 1, 3 and 8, ours and the paper's,
 # and HELD_OUT's figures. The page for Table 2, which wants people, is $RESULTS/sheet.html.
 . "$(dirname "$0")/tuna_common.sh"
-
-[ "$SCALE" = tiny ] && : "${SYSTEMS:=llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K}"
-[ "$SCALE" = cpu ] && : "${SYSTEMS:=llama alpaca_mul tuna_p tuna_c tuna}"
-SYSTEMS=${SYSTEMS:-llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K mix-104K}
+value SYSTEMS "llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K mix-104K" \
+  "llama alpaca_mul tuna_p tuna_c tuna" "llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K"
 
 needs_teacher
 needs $DAVINCI $GPT4 $([[ $SYSTEMS != *mix-104K* ]] || echo "$DATA/prm-3B-39K.jsonl")
 instructions
-alpaca
 teacher
-measure alpaca
+system alpaca
 for system in $SYSTEMS; do
-  of_tuna_c=$RUNS/tuna_c/model
   case $system in
-  alpaca_mul) kept alpaca_mul || sft alpaca_mul teacher --all_candidates ;;
-  tuna_p) tuna_p ;;
+  llama) measure llama "$BASE" && continue ;;
+  alpaca_mul) sft alpaca_mul teacher --all_candidates ;;
+  tuna_p) probabilistic tuna_p "$of_alpaca" teacher ;;
   tuna_c) tuna_c ;;
   tuna)
     if [ -n "$GPT4" ]; then
-      collect prepare --task alpaca --from_release --input "$GPT4" --references "$ALPACA" "${template[@]}" --output "$DATA/ranked-tuna_p.jsonl"
+      prepare --from_release --input "$GPT4" --references "$ALPACA" --output "$DATA/ranked-tuna_p.jsonl"
     else
       sample tuna_p "$FIRST"
       contextual sampled-tuna_p ranked-tuna_p "$FIRST"
     fi
-    kept tuna || by_rank tuna "$RUNS/tuna_p/model" ranked-tuna_p --lr "$LR_SECOND" ;;
-  tuna_cp-13K) kept "$system" || by_rank "$system" "$of_tuna_c" teacher-ranked-first --lr "$LR_SECOND" ;;
-  tuna_cp-39K) kept "$system" || by_rank "$system" "$of_tuna_c" teacher-ranked-rest --lr "$LR_SECOND" ;;
-  tuna_cp-52K) kept "$system" || by_rank "$system" "$of_tuna_c" teacher-ranked --lr "$LR_SECOND" ;;
+    LR=$LR_SECOND by_rank tuna "$RUNS/tuna_p/model" ranked-tuna_p ;;
+  tuna_cp-13K) LR=$LR_SECOND by_rank "$system" "$of_tuna_c" teacher-ranked-first ;;
+  tuna_cp-39K) LR=$LR_SECOND by_rank "$system" "$of_tuna_c" teacher-ranked-rest ;;
+  tuna_cp-52K) LR=$LR_SECOND by_rank "$system" "$of_tuna_c" teacher-ranked ;;
   mix-52K)
     join mix-52K ranked-alpaca teacher-ranked-rest
-    kept "$system" || by_rank mix-52K "$of_alpaca" mix-52K --lr "$LR" ;;
+    by_rank mix-52K "$of_alpaca" mix-52K ;;
   mix-104K) # the two halves share ids: those of one are changed
     into "$DATA/p-ranked.jsonl" sed 's/^{"id": "/{"id": "p-/' "$DATA/teacher-ranked.jsonl"
     join mix-104K prm-3B-39K p-ranked
-    kept "$system" || by_rank mix-104K "$of_alpaca" mix-104K --lr "$LR_104K" ;;
+    LR=$LR_104K by_rank mix-104K "$of_alpaca" mix-104K ;;
   esac
-  measure "$system"
+  system "$system"
 done
 
 if [ -n "$VICUNA" ]; then
@@ -57,5 +54,4 @@ if [ -n "$SUPERNI$LMENTRY$VICUNA" ]; then
   report table3 alpaca alpaca_mul tuna_p tuna tuna_c tuna_cp-{13K,39K,52K} mix-52K mix-104K
   report table8 alpaca tuna_p tuna_c tuna_c-prm-{3B,7B}-{39K,52K} tuna
 fi
-there "${main[@]}"
-[ "$HELD_OUT" = 0 ] || run python evaluate.py report "${systems[@]}" --output "$RESULTS/held-out.md"
+[ "$HELD_OUT" = 0 ] || report held-out "${main[@]}"

@@ -176,6 +176,25 @@ def test_tuna_sweeps(env, tuna_folder):
     assert "(2.14)" in line and len(re.findall(r"\d \(", line)) == 2  # ours at two of six betas
 
 
+def test_tuna_multidoc(env, tmp_path):
+    """The teacher reads the gold passage alone; its responses stand under the student's prompt."""
+    recipe("tuna_multidoc", env, tmp_path, SYSTEMS="shuffled tuna_c")
+    folder = tmp_path / "data/tuna_multidoc-tiny"
+    student, teacher = (read_jsonl(folder / f"train{x}.jsonl")[0]["prompt"] for x in ("", "-gold"))
+    assert (student.count("Document "), teacher.count("Document ")) == (3, 1)
+    for name in ("train-teacher", "shuffled", "ranked-alpaca-seed0"):
+        for record in read_jsonl(folder / f"{name}.jsonl"):
+            first, *others = record["candidates"]
+            assert first["source"] == "reference" and "rank" not in first and len(others) == 4
+            assert all("logprob" in c for c in others) and record["prompt"].count("Document ") == 3
+            if name.startswith("ranked"):
+                right = [c["correct"] for c in sorted(others, key=lambda c: c["rank"])]
+                assert right == sorted(right, reverse=True)
+    assert {p.name for p in (tmp_path / "results/tuna_multidoc-tiny").iterdir() if p.is_dir()} == {
+        *("base", "teacher"), *(f"{x}-seed0" for x in ("alpaca", "shuffled", "tuna_c"))
+    }  # fmt: skip
+
+
 def test_max_requests_stops_and_the_next_start_goes_on(env, tmp_path):
     """What was asked and sampled stays. Once a ranking is there it is not asked for again."""
     want = {"SUPERNI": "", "N": "4", "FIRST": "3", "RESPONSES": "2"}

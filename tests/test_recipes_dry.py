@@ -30,8 +30,11 @@ RECIPES = [  # in the order in which a paper's recipes are run, with what a user
     ("tuna_prm", {}),
     ("tuna", {"DAVINCI": "davinci.json"}),
     ("tuna_sweeps", {"DAVINCI": "davinci.json"}),
+    ("tuna_multidoc", {}),
     ("ultrafeedback", {}),
 ]
+NO_PAPERS = {"tuna_multidoc", "ultrafeedback"}
+DESIGNS = [name for name, _ in RECIPES if name.startswith(("rescue", "pro"))] + ["tuna_multidoc"]  # results/DESIGNS.md
 SERVED = {"gpt-3.5-turbo", "gpt-4", "babbage-002", "openbmb/UltraFeedback"}  # names at a server or the hub
 
 
@@ -59,6 +62,8 @@ def parse(words, monkeypatch):
     monkeypatch.setattr(sys, "argv", words)
     if script in METHODS:
         return script, importlib.import_module(script).parse_args()
+    if script == "records":
+        return script, words[2:]
     if script == "helper":
         args = helper.parse_args()
         return args.verb, args
@@ -110,7 +115,7 @@ class Files:
         elif kind == "rm":
             gone = {x for x in args if x != "-rf"}
             self.made, self.gone = self.made - gone, self.gone | gone
-        elif kind in SHELL:
+        elif kind in SHELL or kind == "records":
             for path in args:
                 if path in self.needed or os.path.isabs(path):
                     self.check(path, words)
@@ -158,13 +163,39 @@ def test_every_recipe_is_here():
     assert scripts == {name for name, _ in RECIPES}
 
 
-def test_every_command_is_parsed_and_its_inputs_are_made(commands, monkeypatch):
+def follow(commands, monkeypatch):
     papers = {}
-    for name, _ in RECIPES:
+    for name, found in commands.items():
         files = papers.setdefault(name.partition("_")[0], Files())
-        for words in commands[name]:
+        for words in found:
             files.follow(words, monkeypatch)
-    assert sum(map(len, commands.values())) > 700
+    return sum(map(len, commands.values()))
+
+
+def test_every_command_is_parsed_and_its_inputs_are_made(commands, monkeypatch):
+    assert follow(commands, monkeypatch) > 700
+
+
+def test_the_designs_commands(monkeypatch, tmp_path):
+    """SCALE=cpu, as results/DESIGNS.md runs it; the figures that it names."""
+    out = str(tmp_path / "out")
+    found = {name: dry(name, out, SCALE="cpu", TRAIN_FILES="hh.jsonl", TEST_FILES="hh.jsonl") for name in DESIGNS}
+    found |= {"rescue_multidoc unseen": dry("rescue_multidoc", out, SCALE="cpu", UNSEEN="1")}
+    assert follow(found, monkeypatch) > 400
+    for name, data, system, flags in (
+        ("pro_hh", "own5", "rrhf-own5-seed4", {"schedule": "cosine", "warmup": "0.1", "max_train_samples": "320"}),
+        ("pro_rankings", "own5", "subset@2-seed0", {"ranking_length": "2", "lr": "5e-5"}),
+        ("rescue_esnli", "mixed-label", "label@3000-seed4", {"alpha": "0.1", "lr": "3e-4", "model": "demo/model"}),
+        ("rescue_multidoc", "ranked", "label-seed2", {"lr": "1e-4"}),
+        ("tuna_multidoc", "shuffled", "shuffled-seed2", {"stage": "contextual", "lr": "5e-5"}),
+        ("tuna_multidoc", "ranked-tuna_p-seed0", "tuna-seed0", {"lr": "2e-5"}),
+    ):
+        [run] = [c for c in of(found, name, "--resume") if flag(c, "output").endswith(f"/{system}")]
+        assert flag(run, "data").endswith(f"/{data}.jsonl") and "--bf16" in run, system
+        assert {key: flag(run, key) for key in flags} == flags, system
+    assert {flag(c, "reward_model") for c in of(found, "pro_hh", "evaluate.py", "hh")} == {"afinn"}
+    assert {flag(c, "min_new_tokens") for c in of(found, "rescue_multidoc", "multidoc-qa")} == {"1"}
+    assert of(found, "rescue_multidoc unseen", "passages", "56", "65")
 
 
 def test_what_nothing_makes_is_found(monkeypatch):
@@ -198,7 +229,7 @@ def test_the_papers_values(commands):
     """RESCUE on 4 GPUs, the others on 8; sizes, batches, prompts, lengths as printed."""
     for name, found in commands.items():
         gpus = {c[2] for c in found if c[0] == "torchrun"}
-        assert gpus == ({"4" if name.startswith("rescue") else "8"} if name != "ultrafeedback" else set()), name
+        assert gpus == ({"4" if name.startswith("rescue") else "8"} if name not in NO_PAPERS else set()), name
     [drawn] = of(commands, "rescue_esnli", "sample", "--num_samples", "6")
     assert drawn and flag(of(commands, "rescue_esnli", "prepare", "--shuffle")[0], "limit") == "30000"
     [whole] = of(commands, "rescue_esnli", "rank", "--per_source")  # flipped ones have one source, all four
@@ -224,7 +255,7 @@ def test_models_go_and_what_is_the_same_is_trained_once(commands):
     for name, runs in trained.items():
         gone = {word.removesuffix("/model") for c in of(commands, name, "rm") for word in c if word.endswith("/model")}
         kept = {pathlib.Path(run).name for run in runs - gone}
-        assert kept <= {"alpaca", "tuna_p", "tuna_c", "prm-3B", "prm-7B"} or name == "ultrafeedback", name
+        assert kept <= {"alpaca", "tuna_p", "tuna_c", "prm-3B", "prm-7B"} or name in NO_PAPERS, name
     assert len(of(commands, "pro_rankings", "same")) == 3  # pro-raw, and two of three ways at length 5
     assert len(trained["pro_rankings"]) == 1 + 5 * 3 - 2
     assert [flag(c, "model") for c in of(commands, "pro_hh", "convert")] == [

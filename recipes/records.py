@@ -1,0 +1,110 @@
+"""What recipes do to records beyond the verbs of collect_candidates.py. Prints JSONL; `mixed` and `best`: a number.
+
+python recipes/records.py only SOURCE RECORDS           the candidates of one source
+python recipes/records.py answered RECORDS              the candidates that are not empty
+python recipes/records.py passages FROM TO ROWS         questions whose longest passage has FROM to TO words
+python recipes/records.py under CANDIDATES PROMPTS      the candidates of one file under the prompts of another, by id
+python recipes/records.py original RECORDS              the first candidate becomes the original response: not ranked
+python recipes/records.py with_original FROM RECORDS    the original responses of FROM in front
+python recipes/records.py key RECORDS                   rank by the answer key, ties by `logprob` a token
+python recipes/records.py shuffled RECORDS              rank by chance, seeded by the id
+python recipes/records.py length RECORDS                rank by words, the longer one first
+python recipes/records.py mixed RECORDS                 how many have both a right and a wrong candidate
+python recipes/records.py best FIGURE METRICS...        X of the NAME@X-seedN/... with the largest figure
+"""
+
+import json
+import pathlib
+import random
+import re
+import sys
+
+
+def read(path):
+    return [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+
+
+def candidates_of(path):
+    return {record["id"]: record["candidates"] for record in read(path)}
+
+
+def keep(path, wanted):
+    return [r | {"candidates": [c for c in r["candidates"] if wanted(c)]} for r in read(path)]
+
+
+def ranked(path, by, worth):
+    """Rank what is not the original response by worth(record)(candidate), the larger the better; equals share one."""
+    for record in read(path):
+        value = worth(record)
+        values = {i: value(c) for i, c in enumerate(record["candidates"]) if c["source"] != "reference"}
+        for i, own in values.items():
+            record["candidates"][i]["rank"] = sum(other > own for other in values.values())
+        yield record | {"ranked_by": by}
+
+
+def by_chance(record):
+    draw = random.Random(record["id"])
+    return lambda candidate: draw.random()
+
+
+def only(source, path):
+    return keep(path, lambda c: c["source"] == source)
+
+
+def answered(path):
+    return keep(path, lambda c: c["text"].strip())
+
+
+def passages(low, high, path):
+    return [r for r in read(path) if int(low) <= max(len(c["text"].split()) for c in r["ctxs"]) <= int(high)]
+
+
+def under(candidates, path):
+    found = candidates_of(candidates)
+    return [r | {"candidates": found[r["id"]]} for r in read(path)]
+
+
+def original(path):
+    for record in read(path):
+        first, *others = record["candidates"]
+        first = {"text": first["text"], "source": "reference", "finished": first["finished"]}
+        yield record | {"candidates": [first, *others]}
+
+
+def with_original(originals, path):
+    found = candidates_of(originals)
+    for r in read(path):
+        yield r | {"candidates": [found[r["id"]][0], *r["candidates"]], "ranked_by": "the answer key"}
+
+
+def key(path):
+    return ranked(path, "key", lambda record: lambda c: (c["correct"], c["logprob"] / c["num_tokens"]))
+
+
+def shuffled(path):
+    return ranked(path, "shuffled", by_chance)
+
+
+def length(path):
+    return ranked(path, "length", lambda record: lambda c: len(c["text"].split()))
+
+
+def mixed(path):
+    return [sum(len({c["correct"] for c in r["candidates"]}) > 1 for r in read(path))]
+
+
+def best(figure, *paths):
+    first = max(paths, key=lambda path: json.loads(pathlib.Path(path).read_text())["metrics"][figure])
+    return [float(re.search(r"@(.+)-seed", first)[1])]
+
+
+VERBS = (only, answered, passages, under, original, with_original, key, shuffled, length, mixed, best)
+
+
+if __name__ == "__main__":
+    verbs = {verb.__name__: verb for verb in VERBS}
+    if sys.argv[1:2] and sys.argv[1] in verbs:
+        for line in verbs[sys.argv[1]](*sys.argv[2:]):
+            print(json.dumps(line, ensure_ascii=False))
+    else:
+        sys.exit(__doc__)
