@@ -42,12 +42,8 @@ class TestMetrics:
 
         e, n, c = "entailment", "neutral", "contradiction"
         got = questions.nli_metrics([row(e, e), row(e, n), row(n, n), row(c, None, "x y z w")])
-        assert (
-            got["accuracy"] == 0.5
-            and got["unparsed"] == 0.25
-            and got["well_formed"] == 0.75
-            and got["mean_words"] == 2.5
-        )
+        wanted = {"accuracy": 0.5, "unparsed": 0.25, "well_formed": 0.75, "mean_words": 2.5}
+        assert {k: got[k] for k in wanted} == wanted
         assert got["precision"] == {e: 1.0, n: 0.5, c: 0.0} and got["recall"] == {e: 0.5, n: 1.0, c: 0.0}
         assert got["confusion"][c] == {e: 0, n: 0, c: 0, "unparsed": 1}
 
@@ -61,12 +57,11 @@ def here(tmp_path, monkeypatch):
 
 def test_verbs_and_report(cli, tiny, here):
     for name in ("a", "b"):
-        result = cli("evaluate", "nli", "--model", tiny, "--name", name, "--input", "d.jsonl", "--max_new_tokens", 4)
+        flags = ["--model", tiny, "--name", name, "--input", "d.jsonl"]
+        result = cli("evaluate", "nli", *flags, "--max_new_tokens", 4)
         assert result.code == 0, result.err
         assert (here / f"runs/eval/{name}/nli.png").stat().st_size > 10_000
-        assert (
-            cli("evaluate", "ranking", "--model", tiny, "--name", name, "--input", "d.jsonl", "--by", "label").code == 0
-        )
+        assert cli("evaluate", "ranking", *flags, "--by", "label").code == 0
     predictions = read_jsonl(here / "runs/eval/a/nli.jsonl")
     assert [p["id"] for p in predictions] == [f"r{i}" for i in range(5)]
     metrics = json.loads((here / "runs/eval/a/nli.metrics.json").read_text())
@@ -137,10 +132,8 @@ def test_report_beside_a_paper(cli, here):
     more = {"reward 95% low": 38.5, "reward 95% high": 41.5, "hard win": 0.5, "win": 0.6}
     system("a", "hh", reward=40.0, questions=4000, **more, **{"hard questions": 1000})
     out = cli("evaluate", "report", "a", "--paper", "paper.json", "--columns", "reward", "hard win").out.splitlines()
-    assert (
-        out[2] == "|  | reward | hard win |"
-        and out[4] == "| a | 40.00 [38.5, 41.5] (51.5) | 50.00 [46.9, 53.1] (60.0) |"
-    )
+    assert out[2] == "|  | reward | hard win |"
+    assert out[4] == "| a | 40.00 [38.5, 41.5] (51.5) | 50.00 [46.9, 53.1] (60.0) |"
 
 
 def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
@@ -154,20 +147,8 @@ def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
 def test_ranking_scores_equal_a_plain_forward(cli, tiny, here):
     import torch
 
-    cli(
-        "evaluate",
-        "ranking",
-        "--model",
-        tiny,
-        "--name",
-        "a",
-        "--input",
-        "d.jsonl",
-        "--by",
-        "label",
-        "--length_scaling",
-        0.85,
-    )
+    flags = ["--model", tiny, "--name", "a", "--input", "d.jsonl", "--by", "label", "--length_scaling", 0.85]
+    assert cli("evaluate", "ranking", *flags).code == 0
     tokenizer = common.load_tokenizer(str(tiny))
     model = AutoModelForCausalLM.from_pretrained(tiny)
     for record, row in zip(make_records(5), read_jsonl(here / "runs/eval/a/ranking.jsonl")):
@@ -185,10 +166,9 @@ def test_refusals(cli, tiny, here):
     bad = make_records(1)
     del bad[0]["candidates"][1]["correct"]
     write_jsonl(here / "bad.jsonl", bad)
-    refused(
-        cli("evaluate", "ranking", "--model", tiny, "--input", "bad.jsonl", "--by", "label"), "candidates[1]", "correct"
-    )
-    refused(cli("evaluate", "ranking", "--model", tiny, "--input", "none.jsonl", "--by", "label"), "none.jsonl")
+    ranking = ["evaluate", "ranking", "--model", tiny, "--by", "label", "--input"]
+    refused(cli(*ranking, "bad.jsonl"), "candidates[1]", "correct")
+    refused(cli(*ranking, "none.jsonl"), "none.jsonl")
 
 
 def test_ranking_measures_with_what_the_run_was_trained_with(cli, tiny, here):

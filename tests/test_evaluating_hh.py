@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import read_jsonl, refused, write_jsonl
 
-from collecting import reward_models
+from collecting import generation, reward_models
 from evaluating import hh
 
 
@@ -65,9 +65,8 @@ def test_hh(cli, tiny, reward_folder, tmp_path):
     metrics = json.loads((tmp_path / "out" / "hh.metrics.json").read_text())["metrics"]
     assert metrics["reward"] == pytest.approx(100 * sum(r["reward"] for r in rows) / 5)
     assert metrics["harmless-base prompts"] == 3 and metrics["helpful-base prompts"] == 2
-    assert 3 * metrics["harmless-base reward"] + 2 * metrics["helpful-base reward"] == pytest.approx(
-        5 * metrics["reward"]
-    )
+    by_subset = 3 * metrics["harmless-base reward"] + 2 * metrics["helpful-base reward"]
+    assert by_subset == pytest.approx(5 * metrics["reward"])
 
 
 def test_responses_that_are_there_already(cli, reward_folder, tmp_path):
@@ -85,8 +84,6 @@ def test_responses_that_are_there_already(cli, reward_folder, tmp_path):
 
 
 def test_a_cue_is_for_the_model_alone(cli, tiny, reward_folder, tmp_path, monkeypatch):
-    from collecting import generation
-
     asked, generate = [], generation.generate
     monkeypatch.setattr(generation, "generate", lambda m, t, p, **o: asked.extend(p) or generate(m, t, p, **o))
     data, output = dialogues(tmp_path / "d.jsonl", 2), tmp_path / "out" / "hh.jsonl"
@@ -100,19 +97,15 @@ def test_a_cue_is_for_the_model_alone(cli, tiny, reward_folder, tmp_path, monkey
 
 def test_a_batch_begun_is_computed_whole(cli, tiny, tmp_path, monkeypatch):
     """Killed inside a batch: the rest is padded as it would have been, so that its digits are the same."""
-    from evaluating import shared
-
     sizes, data = [], dialogues(tmp_path / "d.jsonl", 4)
     argv = ["hh", "--model", tiny, "--input", data, "--reward_model", "none", "--max_new_tokens", 2]
     assert cli("evaluate", *argv, "--output", tmp_path / "a.jsonl").code == 0
+    assert "reward" not in json.loads((tmp_path / "a.metrics.json").read_text())["metrics"]
     lines = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "b.jsonl.part0").write_text("".join(lines[:1]))
-    settings = json.loads((tmp_path / "a.jsonl.args.json").read_text())
-    (tmp_path / "b.jsonl.args.json").write_text(json.dumps(settings))
-    generate = shared.generation.generate
-    monkeypatch.setattr(
-        shared.generation, "generate", lambda m, t, p, **o: sizes.append(len(p)) or generate(m, t, p, **o)
-    )
+    (tmp_path / "b.jsonl.args.json").write_text((tmp_path / "a.jsonl.args.json").read_text())
+    generate = generation.generate
+    monkeypatch.setattr(generation, "generate", lambda m, t, p, **o: sizes.append(len(p)) or generate(m, t, p, **o))
     assert cli("evaluate", *argv, "--output", tmp_path / "b.jsonl").code == 0
     assert sizes == [4] and read_jsonl(tmp_path / "b.jsonl") == read_jsonl(tmp_path / "a.jsonl")
 
@@ -129,10 +122,3 @@ def test_one_reward_model_for_both_is_said(cli, tiny, reward_folder, tmp_path):
     assert result.code == 0 and "its rewards flatter this model" in result.out
     result = cli("evaluate", *argv, "--model", tiny, "--output", tmp_path / "b" / "hh.jsonl")
     assert result.code == 0 and "flatter" not in result.out
-
-
-def test_without_a_reward_model(cli, tiny, tmp_path):
-    data, output = dialogues(tmp_path / "d.jsonl", 2), tmp_path / "out" / "hh.jsonl"
-    argv = ["--model", tiny, "--input", data, "--reward_model", "none", "--max_new_tokens", 2, "--output", output]
-    assert cli("evaluate", "hh", *argv).code == 0
-    assert "reward" not in json.loads((tmp_path / "out" / "hh.metrics.json").read_text())["metrics"]

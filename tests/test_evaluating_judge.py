@@ -10,18 +10,9 @@ from conftest import metrics_of, read_jsonl, refused, write_jsonl
 from evaluating import judge
 
 
-@pytest.mark.parametrize(
-    "text, expected",
-    [
-        ("A is right. [[A]]", "A"),
-        ("[[C]] both. So: [[C]]", "C"),
-        ("A is better.", None),
-        ("[[A]] or [[B]]", None),
-        ("[[D]] [A]", None),
-    ],
-)
-def test_verdict(text, expected):
-    assert judge.verdict(text) == expected
+def test_verdict():
+    texts = ("A is right. [[A]]", "[[C]] both. So: [[C]]", "A is better.", "[[A]] or [[B]]", "[[D]] [A]")
+    assert [judge.verdict(text) for text in texts] == ["A", "C", None, None, None]
 
 
 def test_judge_metrics_by_hand():
@@ -41,25 +32,7 @@ def test_judge_metrics_by_hand():
     assert got["first_place_preferred"] == pytest.approx(6 / 12)  # A: 1, 1, 2, 0, 0, 1, 1, 0
     mean = judge.judge_metrics(pairs, "average")  # system 1 wins 2, 0, 1, 1, 0, 1, 2, 1 of 16 verdicts
     assert (mean["win"], mean["lose"], mean["tie"], mean["unparsed"]) == (8 / 16, 4 / 16, 3 / 16, 1 / 16)
-    assert {k: mean[k] for k in ("flip_rate", "first_place_preferred")} == {
-        k: got[k] for k in ("flip_rate", "first_place_preferred")
-    }
-
-
-@pytest.mark.parametrize(
-    "pairs, average, agree",  # verdicts with system 1 as A, then as B; win, tie, lose
-    [
-        ([("A", "B"), ("A", "A"), ("B", "B"), ("C", "A")], (4 / 8, 1 / 8, 3 / 8), (1 / 4, 3 / 4, 0)),
-        ([("A", "B")] * 2, (1, 0, 0), (1, 0, 0)),
-        ([("A", "A")] * 2, (1 / 2, 0, 1 / 2), (0, 1, 0)),  # always the first place
-        ([("C", "C"), ("B", "A")], (0, 1 / 2, 1 / 2), (0, 1 / 2, 1 / 2)),
-        ([("A", None), ("B", "A")], (1 / 4, 0, 2 / 4), (0, 0, 1 / 2)),  # one order unparsed
-    ],
-)
-def test_both_readings_of_two_orders(pairs, average, agree):
-    for name, want in (("average", average), ("agree", agree)):
-        got = judge.judge_metrics(pairs, name)
-        assert (got["win"], got["tie"], got["lose"]) == want
+    assert all(mean[k] == got[k] for k in ("flip_rate", "first_place_preferred"))
 
 
 def test_a_win_by_the_mean_of_both_orders():
@@ -70,11 +43,7 @@ def test_a_win_by_the_mean_of_both_orders():
 
 
 QUESTIONS = [{"question_id": k, "category": "generic", "turns": [f"What {{is}} {k}?"]} for k in range(3)]
-QUESTIONS[2] = {
-    "question_id": 2,
-    "category": "generic",
-    "text": QUESTIONS[2]["turns"][0],
-}  # as in FastChat's first files
+QUESTIONS[2]["text"] = QUESTIONS[2].pop("turns")[0]  # as in FastChat's first files
 
 
 def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
@@ -115,9 +84,8 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
     assert cli("evaluate", "judge", *answers, "--model", "x").code == 0
     assert len(asked) == 7  # only the one that failed was asked again
     got = metrics_of(here, "judge", "long-vs-short")
-    lengths = [
-        [len(r["text"]) for r in read_jsonl(here / f"runs/eval/{name}/vicuna.jsonl")] for name in ("long", "short")
-    ]
+    files = (here / f"runs/eval/{name}/vicuna.jsonl" for name in ("long", "short"))
+    lengths = [[len(r["text"]) for r in read_jsonl(file)] for file in files]
     wins = sum(a > b for a, b in zip(*lengths))
     items = json.loads((here / "runs/eval/long-vs-short/judge.items.json").read_text())
     assert sum(items["win"].values()) == wins and {*items} == {"win", "lose"} and len(items["lose"]) == 3
