@@ -67,10 +67,10 @@ def judge(args):
     if journal.finish() < len(journal.ids):
         return
     verdicts = {row["id"]: row["verdict"] for _, row in read_rows(args.output)}
-    pairs = [
-        row | {"pair": [verdicts.get(f"{row['id']}/{order}", "refused") for order in ("12", "21")]} for row in asked
-    ]
-    rows = [row for row in pairs if "refused" not in row["pair"]]
+    rows = []
+    for row in asked:
+        keys = [f"{row['id']}/12", f"{row['id']}/21"]
+        rows += [row | {"pair": [verdicts[k] for k in keys]}] if {*keys} <= verdicts.keys() else []
     if not rows:
         raise UserError(f"--output {args.output}: no question has a verdict in both orders")
     metrics = by_subset(rows, lambda some: judge_metrics([row["pair"] for row in some], args.verdicts))
@@ -79,9 +79,9 @@ def judge(args):
         metrics[f"mean_words_{k}"] = mean(num_words(system[row["id"]]) for row in rows)
     items = {row["id"]: outcome(row["pair"], args.verdicts) for row in rows}
     write_metrics(args, "judge", metrics, {k: {i: x[k] for i, x in items.items()} for k in ("win", "lose")})
-    if metrics["unparsed"] > 0.5:
-        say(f"WARNING: of {metrics['unparsed']:.0%} of the questions no verdict can be read. Look at the texts in")
-        say(f"         {args.output}; ask another --model, with another --prompt_file or more --max_new_tokens")
+    if (unread := mean(v is None for row in rows for v in row["pair"])) > 0.5:
+        say(f"WARNING: {unread:.0%} of the verdicts cannot be read. Look at the texts in {args.output};")
+        say("         ask another --model, with another --prompt_file or more --max_new_tokens")
 
 
 def read_answers(path):

@@ -58,7 +58,7 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
     answers = ["--answers", "runs/eval/long/vicuna.jsonl", "runs/eval/short/vicuna.jsonl", "--max_new_tokens", 8]
     noise = cli("evaluate", "judge", *answers, "--model", tiny, "--name", "noise", "--limit", 2)
     assert noise.code == 0
-    assert "WARNING: of 100% of the questions no verdict can be read" in noise.out
+    assert "WARNING: 100% of the verdicts cannot be read" in noise.out
     got = metrics_of(here, "judge", "noise")  # a random model gives no verdicts: counted, and kept for a look
     assert got["unparsed"] == 1 and got["questions"] == 2 and got["win"] + got["lose"] + got["tie"] == 0
     assert all(r["verdict"] is None and "text" in r for r in read_jsonl(here / "runs/eval/noise/judge.jsonl"))
