@@ -4,6 +4,7 @@ import re
 import string
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
+KNOWN = "known"  # count[model, KNOWN] > 0: it has answered a prompt, so a refusal concerns one prompt alone
 
 
 class Refusal(str):

@@ -9,12 +9,11 @@ import torch
 from tqdm import tqdm
 
 from collecting import generation
-from collecting.answers import Refusal, without_thinking
+from collecting.answers import KNOWN, Refusal, without_thinking
 from collecting.files import read_rows, write_atomically
 from collecting.prompts import render_chat
 from common import say
 
-KNOWN = "known"  # count[model, KNOWN] > 0: it has answered a prompt, so a refusal concerns one prompt alone
 RE_ASKS = 2  # after an answer that could not be used
 
 

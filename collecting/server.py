@@ -11,8 +11,7 @@ from collections import Counter
 import httpx2  # openai speaks HTTP with it, and repeats a request after one of its errors
 import openai
 
-from collecting.answers import Refusal, without_thinking
-from collecting.asking import KNOWN
+from collecting.answers import KNOWN, Refusal, without_thinking
 from collecting.files import as_dict
 from common import UserError, printable, say
 
