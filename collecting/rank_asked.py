@@ -105,8 +105,8 @@ def rank_by_contextual(records, args, journal):
         record, shown = asked[number]
         verdict = read(number, replies[0]["text"])[0]
         if verdict:
-            count.update(["parsed", verdict["type"] or "of no type"] + ["repeated"] * len(verdict["repeated"]))
-            yield record | {"candidates": contextual_candidates(record["candidates"], shown, verdict)} | by
+            count["parsed"] += 1
+            yield record | {"candidates": contextual_candidates(record["candidates"], shown, *verdict)} | by
         else:
             count["unparsed"] += 1
             unranked = [c | {"rank": None} for c in record["candidates"]]
@@ -128,8 +128,8 @@ def contextual_prompt(template, record, shown, where):
 
 
 def parse_contextual(reply, n):
-    """A ranker's reply about responses 0..n-1, its own being n -> {type, repeated, scores {number: total}, ratings
-    {number: [3]}, ranking [numbers], best first: by score, ties as stated}.
+    """A ranker's reply about responses 0..n-1, its own being n -> (their numbers, best first, by score, ties as stated;
+    {number: (total, its three ratings or None)}).
 
     Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`.
     Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. What is not ranked
@@ -140,28 +140,20 @@ def parse_contextual(reply, n):
     lines = [re.sub(r"[*`#\"'‘’“”]+|^\s*[-•]\s+", "", line).strip() for line in reply.splitlines()]
     end, ranking = read_ranking(lines)
     lines = lines[:end]
-    found = {}  # number -> total, ratings: the last line that gives them, below the heading if there is one
+    scores = {}  # the last line that gives a number's, below the heading if there is one
     heading = [i for i, line in enumerate(lines) if re.fullmatch(r"(?i)(scores|ratings)\s*:?", line)]
     for line in lines[heading[-1] if heading else 0 :]:
         if (m := SCORE_LINE.match(line)) and (score := read_score(m[2])):
-            found[int(m[1])] = score
+            scores[int(m[1])] = score
     if len(set(ranking)) < len(ranking) or not set(ranking) <= set(range(n + 1)):
         raise ValueError("the ranking names a response twice, or one that is not there")
-    if found and (unscored := sorted(set(ranking) - found.keys())):
+    if scores and (unscored := sorted(set(ranking) - scores.keys())):
         raise ValueError(f"response {unscored[0]} has no score (three numbers from 0 to 5, or their sum)")
     repeated, duplicates = set(range(n)) - set(ranking), [m[1] for m in map(DUPLICATES.match, lines) if m]
     named = {int(k) for k in re.findall(r"\d+", duplicates[-1])} if duplicates else repeated
     if not repeated <= named or bool(repeated) != bool(named):
         raise ValueError("the ranking leaves out a response, or holds one that repeats another")
-    kind = re.search(r"(?im)^type\s*[:=]\s*(open|close)", "\n".join(lines))
-    kind = kind or re.search(r"(?i)\b(open|close)d?.?ended", reply)
-    return {
-        "type": kind and {"o": "open", "c": "closed"}[kind[1][0].lower()],
-        "repeated": sorted(repeated),
-        "scores": {k: total for k, (total, _) in found.items()},
-        "ratings": {k: ratings for k, (_, ratings) in found.items()},
-        "ranking": sorted(ranking, key=lambda k: -found[k][0]) if found else ranking,
-    }
+    return sorted(ranking, key=lambda k: -scores[k][0]) if scores else ranking, scores
 
 
 SCORE_LINE = re.compile(r"(?i)\|?\s*(?:response\s+)?(\d+)\s*(?:overall|total)?\s*(?:score|rating)?\s*[:.)|=-]\s*(.*)$")
@@ -199,14 +191,15 @@ def read_score(text):
     return (values[0], None) if len(values) == 1 and values[0] <= 15 else None
 
 
-def contextual_candidates(candidates, shown, verdict):
-    """The candidates with the verdict's ranks and scores. Response k of the verdict is candidate shown[k], the last is
-    the ranker's own and no candidate. Of the same text twice only the better placed is ranked."""
+def contextual_candidates(candidates, shown, ranking, scores):
+    """The candidates with their ranks and scores. Response k of the ranker is candidate shown[k], the last is its own
+    and no candidate. Of the same text twice only the better placed is ranked."""
     candidates, texts = [c | {"rank": None} for c in candidates], set()
-    for k in verdict["ranking"]:
+    for k in ranking:
         c = candidates[shown[k]] if k < len(shown) else None
         if c and c["text"].strip() not in texts:
-            given = {"score": verdict["scores"].get(k), "ratings": verdict["ratings"].get(k)}
-            c |= {"rank": len(texts)} | {name: value for name, value in given.items() if value is not None}
+            total, ratings = scores.get(k, (None, None))
+            given = {"rank": len(texts), "score": total, "ratings": ratings}
+            c |= {name: value for name, value in given.items() if value is not None}
             texts.add(c["text"].strip())
     return candidates

@@ -150,8 +150,7 @@ def test_a_local_model_is_asked_the_same_after_a_kill(cli, tiny, tmp_path, monke
         if not (ranking := some(text, n)):
             raise ValueError("by chance")
         ranking = [k - 1 for k in ranking]
-        rest = {"type": "open", "repeated": set(), "ratings": dict.fromkeys(ranking)}
-        return rest | {"ranking": ranking, "scores": {k: n - i for i, k in enumerate(ranking)}}
+        return ranking, {k: (n - i, None) for i, k in enumerate(ranking)}
 
     monkeypatch.setattr("collecting.flip.one_label", some)
     monkeypatch.setattr("collecting.rank_asked.parse_ranking", some)

@@ -97,16 +97,15 @@ RANKED = {name: (reply, ORDER) for name, reply in READ.items()} | {  # name -> (
 
 @pytest.mark.parametrize("reply, ranking", RANKED.values(), ids=RANKED)
 def test_replies_that_parse(reply, ranking):
-    verdict = parse_contextual(reply, 3)
-    assert verdict["ranking"] == ranking and verdict["repeated"] == sorted({0, 1, 2} - {*ranking})
-    assert verdict["type"] == "closed" and verdict["scores"].get(0, 5) == 5
+    found, scores = parse_contextual(reply, 3)
+    assert found == ranking and scores.get(0, [5])[0] == 5
 
 
 def test_half_points_and_fifths_are_summed():
-    verdict = parse_contextual(READ["half points"], 3)
-    assert verdict["scores"][2] == 2.5 and verdict["ratings"][2] == [1.5, 0, 1]
-    assert parse_contextual(READ["scores of 5"], 3)["scores"] == {0: 5, 1: 15, 2: 2, 3: 14}
-    assert parse_contextual(READ["no scores at all"], 3)["scores"] == {}
+    assert parse_contextual(READ["half points"], 3)[1][2] == (2.5, [1.5, 0, 1])
+    _, scores = parse_contextual(READ["scores of 5"], 3)
+    assert {k: total for k, (total, _) in scores.items()} == {0: 5, 1: 15, 2: 2, 3: 14}
+    assert parse_contextual(READ["no scores at all"], 3)[1] == {}
 
 
 def released_ranking(reply):
@@ -121,7 +120,7 @@ def test_what_the_released_code_reads_ours_reads():
         if re.search("rank:|ranking:", reply.lower()):
             theirs = released_ranking(reply)
             if len(set(theirs)) == len(theirs) and set(theirs) <= {0, 1, 2, 3}:
-                assert set(parse_contextual(reply, 3)["ranking"]) == set(theirs), name
+                assert set(parse_contextual(reply, 3)[0]) == set(theirs), name
                 both += 1
     assert both >= 30
 
@@ -185,7 +184,7 @@ def test_rank_by_contextual(tmp_path, monkeypatch, capsys):
     [prompt] = fake_complete.prompts
     assert "name the capital {city}" in prompt and "The original" not in prompt and "and 4 responses to it" in prompt
     out = capsys.readouterr().out
-    assert "1 all the same, 1 open, 1 parsed" in out and "mean words: 0: 1.0, 1: 1.0, 2: 1.0, unranked: 1.4" in out
+    assert "1 all the same, 1 parsed" in out and "mean words: 0: 1.0, 1: 1.0, 2: 1.0, unranked: 1.4" in out
     assert fake_complete.asked_again == []
 
     [record] = rank(monkeypatch, tmp_path, [RANKABLE], *flags, "--rank_original", output="all.jsonl")
@@ -221,7 +220,7 @@ def test_unparsed_replies_are_kept_and_failures_asked_again(tmp_path, monkeypatc
     monkeypatch.setattr("collecting.asking.complete", fake_complete(first))
     unparsed, done = rank(monkeypatch, tmp_path, records, *flags)  # what is done is a usable file
     out = capsys.readouterr().out
-    assert "q1 failed: it broke" in out and "1 open, 1 parsed, 1 unparsed" in out and "2 of 3 done, 1 missing" in out
+    assert "q1 failed: it broke" in out and "1 parsed, 1 unparsed" in out and "2 of 3 done, 1 missing" in out
     assert done["id"] == "q2" and unparsed["unparsed"] == "2 is best"
     assert {c["rank"] for c in unparsed["candidates"]} == {None}
     [again] = fake_complete.asked_again
