@@ -10,21 +10,17 @@ cd "$(dirname "$0")/.."
 SCALE=${SCALE:-paper}
 [[ $SCALE = @(paper|cpu|tiny) ]] || { echo "SCALE=$SCALE: it is paper, cpu or tiny" >&2 && exit 2; }
 
-value() { # value NAME PAPER [CPU [TINY]]: a setting at each scale; - or none: the paper's. The environment goes before
-  local column=2
-  [ "$SCALE" != cpu ] || column=3
-  [ "$SCALE" != tiny ] || column=4
-  local chosen=${!column--}
-  [ "$chosen" != - ] || chosen=$2
-  [ -n "${!1+set}" ] || printf -v "$1" %s "$chosen"
+values() { # values SECTION: sets what recipes/values.md has there, unless the environment has set it
+  local name paper cpu tiny cell
+  while IFS='|' read -r _ name paper cpu tiny _; do
+    name=${name//[ \`]/}
+    [ -z "${!name+set}" ] || continue
+    read -r cell <<< "${!SCALE}"
+    [ "$cell" != = ] || read -r cell <<< "$paper"
+    eval "$name=\"${cell//\`/}\""
+  done < <(sed -n "/^## $1$/,/^## /p" recipes/values.md | grep '^| `')
 }
-value DRY ''
-value MAX_REQUESTS ''
-value GPUS "$PAPER_GPUS" 1 1
-value KEEP_MODELS '' 1 1
-value BF16 '' --bf16           # on a CPU without avx512_bf16 or amx_bf16 (lscpu) BF16= is faster
-value SAVE '' "--checkpoint_every 20" # a busy machine may end a run for want of memory
-value OUT .
+values all
 DATA=$OUT/data/$NAME-$SCALE RUNS=$OUT/runs/$NAME-$SCALE RESULTS=${RESULTS:-$OUT/results/$NAME-$SCALE} TINY=$DATA/tiny
 names=() setting=() shown=() rest_on="" seed=""
 [ "$GPUS" = 1 ] && TORCHRUN=python || TORCHRUN="torchrun --nproc_per_node $GPUS"

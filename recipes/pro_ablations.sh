@@ -1,10 +1,8 @@
 #!/usr/bin/env bash
 # PRO, Table 5 (arXiv 2306.17492, Sec. 4.7): without L_SFT, without the temperature, without both, and with the first term
 # of L_PRO alone, on Table 2's blocks. Prints Table 5, ours and the paper's; the row PRO is pro_hh.sh's run.
-# Every value, at the top of pro_common.sh, can be set from the environment.
+# Its values: recipes/values.md.
 . "$(dirname "$0")/pro_common.sh"
-value ABLATIONS_RAW "no_sft no_temperature no_temperature-no_sft" - no_temperature-no_sft # of two, k = 1 is the only term
-value ABLATIONS "first_only no_sft no_temperature no_temperature-no_sft" - "no_temperature first_only"
 
 start "$BLOCKS"
 for block in $BLOCKS; do block "$block"; done

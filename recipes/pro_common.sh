@@ -1,39 +1,10 @@
-# What PRO's three recipes share (arXiv 2306.17492): the values of Sec. 4.1 to 4.4, HH-RLHF and its candidates, how a
-# method is trained and measured. They share data/pro-SCALE, runs/pro-SCALE and results/pro-SCALE: nothing is made twice.
-# At SCALE=cpu: results/DESIGNS.md.
+# What PRO's three recipes share (arXiv 2306.17492): HH-RLHF and its candidates, how a method is trained and measured. The
+# values: recipes/values.md. They share data/pro-SCALE, runs/pro-SCALE and results/pro-SCALE: nothing is made twice.
 NAME=pro PAPER_GPUS=8 # Sec. 4.3: 7 train and 1 holds RM_train; here all 8 train, and rewards are made before
 . "$(dirname "$0")/lib.sh"
 tiny
 
-#     NAME     paper               cpu        tiny
-value MODEL    huggyllama/llama-7b demo/model "$TINY/model"                                 # Sec. 4.3
-value RM_TRAIN OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5 vader "$TINY/reward-train"  # footnote 4; cpu: a rule
-value RM_EVAL  OpenAssistant/oasst-rm-2-pythia-6.9b-epoch-1     afinn "$TINY/reward-eval"   # footnote 5
-value SUBSETS  "harmless-base helpful-base helpful-online helpful-rejection-sampled" harmless-base - # Table 1
-value TRAIN_FILES '' - "$(printf "$TINY/hh/%s/train.jsonl.gz " $SUBSETS)" # a file for each subset; without: the hub
-value TEST_FILES  '' - "$(printf "$TINY/hh/%s/test.jsonl.gz " $SUBSETS)"
-value TRAIN_ROWS  '' "--shuffle 0 --limit 600"                            # of them, as `prepare` takes rows
-value TEST_ROWS   '' "--shuffle 0 --skip 600 --limit 500"
-value VALIDATION  280 100 3                                               # Sec. 4.1: of the test data
-value KEEP_VALIDATION --keep_validation ''                                # which keep them, as the paper's
-value ALPACA   alpaca-7b      - "$MODEL"                                  # a folder; names at BASE_URL:
-value CHATGPT  gpt-3.5-turbo  - "$MODEL"
-value CURIE    text-curie-001 - "$MODEL"
-value BASE_URL https://api.openai.com/v1 - ''
-value BLOCKS   "raw alpaca3 chatgpt3" own5 "raw alpaca3"                  # Table 2's; own5: five answers of the model
-value LR         5e-6 5e-5 1e-3                                           # Sec. 4.3; for all methods, Sec. 4.4
-value EPOCHS     2    1    1
-value BATCH      112  8    8
-value PROMPTS    ''   320                                                 # the first so many of a block; all
-value SCHEDULE   "--schedule constant --warmup 0" "--schedule cosine --warmup 0.1" # as released
-value MAX_LENGTH 512  80   160                                            # Sec. 4.3
-value MAX_PROMPT 384  48   96                                             # as released
-value TOKENS     128  24   4                                              # Sec. 4.3
-value EVAL_EVERY 600  0                                                   # as released; 0: a run's last step is tested
-value EVAL_BATCH 16   64
-value EVAL_LIMIT ''   200                                                 # so many of the test, drawn by a seed; all
-value SPLITS     4                                                        # K of Algorithm 1: silent
-value SEEDS      0 "0 1 2 3 4"                                            # silent: one run each, as far as it says
+values pro
 
 server=(${BASE_URL:+--base_url "$BASE_URL"})
 answers=(--max_new_tokens "$TOKENS" --max_prompt_length "$MAX_PROMPT" --stop Human: human: Assistant: assistant: $BF16)

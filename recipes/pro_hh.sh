@@ -3,13 +3,8 @@
 # answers its own prompts, on HH-RLHF as it is (raw) and with one more response a prompt (alpaca3, chatgpt3).
 # Prints Table 1's counts first, at the end Table 6, with a JUDGE Table 3, and Table 2: ours and the paper's. Table 2's
 # RLHF is not ours (`export --format trl`), nor are its rows of Curie and ChatGLM, which answer zero-shot; Table 4 wants
-# people (`evaluate.py sheet`). Every value, at the top of pro_common.sh, can be set from the environment.
+# people (`evaluate.py sheet`). Its values: recipes/values.md.
 . "$(dirname "$0")/pro_common.sh"
-value METHODS   "sft coh rrhf pro pro_s" - "sft rrhf pro pro_s"                # raw
-value METHODS_3 "bon coh rrhf pro pro_s" "bon rrhf pro" "bon coh"              # with more responses
-value RRHF "--alpha 1 --length_scaling 1 --human_length_scaling 1"             # its code scores by the sum: see PAPERS.md
-value JUDGE ''                                                                 # gpt-4, Sec. 4.6
-value JUDGED 20 # questions a subset: Table 3's shares are multiples of 2.5, so 20 in two orders
 
 method() { # method METHOD BLOCK. RRHF and CoH at their last step: their released codes choose none
   local name=$1-$2-seed$seed data=$DATA/$2.jsonl

@@ -2,10 +2,8 @@
 # PRO, Fig. 3 (arXiv 2306.17492, Sec. 4.8.1): rankings of 2 to 5 responses, lengthened in five ways by three models'
 # answers, which are sampled one model after the other into one file. Prints the rewards, a row a way and a column a
 # length. The figure has no printed numbers; lengths 2 and 3 of Alpaca and ChatGPT stand in Table 2. Table 6 is pro_hh.sh's.
-# Every value, at the top of pro_common.sh, can be set from the environment.
+# Its values: recipes/values.md.
 . "$(dirname "$0")/pro_common.sh"
-value EXPANSIONS "alpacas chatgpt ascending descending random" subset "alpacas random" # subset: of own5, drawn by the seed
-value LENGTHS "3 4 5" "2 3" "3 5"
 
 if [ "$EXPANSIONS" = subset ]; then
   start own5

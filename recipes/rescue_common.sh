@@ -1,5 +1,5 @@
-# Sourced by rescue_esnli.sh and rescue_sweeps.sh: the values of RESCUE's experiments on e-SNLI (arXiv 2311.09136), each of
-# which can be set from the environment, and how its prompts and candidates are made. At SCALE=cpu: results/DESIGNS.md.
+# Sourced by rescue_esnli.sh and rescue_sweeps.sh: how prompts and candidates of e-SNLI are made (RESCUE, arXiv 2311.09136).
+# The values: recipes/values.md.
 #
 # ESNLI_TRAIN, ESNLI_TEST: OanaMariaCamburu/e-SNLI, dataset/esnli_{train_1,train_2,test}.csv; or ESNLI, one JSONL for both.
 # The paper's models behind APIs, -0613 of each, are retired: TEACHER, RANKER, FLIPPER name others, all at BASE_URL (their
@@ -10,51 +10,11 @@ NAME=rescue_esnli PAPER_GPUS=4 # Sec. 6: 4 A100
 tiny
 [ "$SCALE" != tiny ] || tiny_server
 
-#     NAME        paper                               cpu                        tiny
-value ESNLI       ''                                  esnli_dev.jsonl            # its last rows are the test's
-value ESNLI_TRAIN "esnli_train_1.csv esnli_train_2.csv" "$DATA/rows.jsonl"       "$TINY/esnli.csv"
-value ESNLI_TEST  esnli_test.csv                      "$DATA/test_rows.jsonl"    "$TINY/esnli.csv"
-value MODEL       meta-llama/Llama-2-7b-hf            demo/model                 "$TINY/model"
-value SIZES       "2000 5000 10000 20000"             3000                       4     # Sec. 6.1; of one seeded draw
-value FLIP_SIZES  "2000 5000"                         ''                         4     # Table 1
-value ORDERINGS   "none similarity gpt human label hybrid" "none label hybrid"
-value FLIP_ORDERINGS "similarity gpt human label hybrid" -                       label
-value SEEDS       0                                   "0 1 2 3 4"                # one run each, as far as the paper says
-value SAMPLES     3                                   -                          2     # Sec. 5.1
-value TEMPERATURE 0.8                                                            # Sec. 5.1
-value SHOTS       3                                   0                          # as released
-value TEACHER     gpt-3.5-turbo                       ''                         # Sec. 5.1, as the next two
-value RANKER      gpt-3.5-turbo                       ''
-value FLIPPER     gpt-4
-value BASE_URL    https://api.openai.com/v1
-value SAMPLER_PROMPTS 0                               2000
-value TEACHER_PROMPTS 0                               4000
-value DRAWN       $((2 * SAMPLES))                    3                          2     # as released: the first with the form
-value DROP        --drop_malformed                    -                          ''
-value MIN_CANDIDATES $((1 + SAMPLES + (${#TEACHER} > 0))) 1                      1     # as released; 3 + 1 + human
-value ENCODER     sentence-transformers/all-MiniLM-L6-v2 demo/encoder            "$TINY/model" # as released
-value ALPHA       0.1                                                            # as released; Sec. 7: 0.01 to 0.1
-value ALPHA_CHOICES ''                                "0.1 0.3 1"                # on HELD_OUT rows, with ALPHA_SIZE prompts
-value ALPHA_SIZE  0                                   1500
-value HELD_OUT    0                                   841
-value LENGTH_SCALING 0.85                                                        # lambda, Sec. 7
-value LR          2e-5                                3e-4                       1e-3  # Sec. 6, as the next two
-value BATCH       64                                  16                         2
-value EPOCHS      1
-value ROW_TOKENS  ''                                  2560                       # a step in one row is a tenth faster
-value PROMPT      ''                                  recipes/prompts/nli_short.txt
-# Trained without examples, evaluated with three, as released; the examples have the form that training teaches
-value EVAL_PROMPT recipes/prompts/nli_three_shots.txt ''
-value BASE_PROMPT "$EVAL_PROMPT"                      recipes/prompts/nli_chat.txt
-value TOKENS      128                                 32                         8
-value STOP        "\n\n"                              ''                         ''
-value TEST        9824                                2000                       3
-value RANKED      1000                                200                        3     # of the test: silent
-value EVAL_BATCH  16                                  64
+values rescue_esnli
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }
-most=$(largest $SIZES)
-value POOL $((MIN_CANDIDATES == 1 ? most : most * 3 / 2)) # prompts that lack a well-formed response are left out
+most=$(largest $SIZES) # prompts that lack a well-formed response are left out:
+POOL=${POOL:-$((MIN_CANDIDATES == 1 ? most : most * 3 / 2))}
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 setting=(--length_scaling "$LENGTH_SCALING" ${ROW_TOKENS:+--max_tokens_per_row "$ROW_TOKENS"})
 rest_on="sampler teacher"

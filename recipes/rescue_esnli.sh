@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # RESCUE, Table 1 (arXiv 2311.09136, Sec. 5.1 and 6.1): accuracy on e-SNLI of models trained on 2k to 20k prompts with
 # SFT, full orderings (similarity, gpt) and partial ones (human, label, hybrid), without and with flipped responses.
-# Prints Table 1, ours and the paper's, and draws it: train_size.png. Its values stand in rescue_common.sh; each can be
-# set from the environment: SIZES=2000 ORDERINGS="none label" bash recipes/rescue_esnli.sh
+# Prints Table 1, ours and the paper's, and draws it: train_size.png. Its values: recipes/values.md.
 . "$(dirname "$0")/rescue_common.sh"
 
 compare() { # compare PREFIX SUFFIX SIZES ORDERINGS: train and measure

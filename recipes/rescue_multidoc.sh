@@ -2,7 +2,7 @@
 # RESCUE, Table 2 (arXiv 2311.09136, Sec. 5.2 and 6.3): multi-document QA. The base model answers each training question
 # from single passages; it learns to rank the answers that hold a gold answer before the others (label, no SFT term),
 # and answers test questions from 5 and from 10 documents, the gold one at three places.
-# Prints Table 2, ours and the paper's. Every value can be set from the environment: LR=1e-5 recipes/rescue_multidoc.sh
+# Prints Table 2, ours and the paper's. Its values: recipes/values.md.
 #
 # QUESTIONS: nelson-liu/lost-in-the-middle, qa_data/10_total_documents/nq-open-10_total_documents_gold_at_0.jsonl.gz
 # holds 2,655 questions. The paper says 1k for training and 665 for the test, not which: here a seeded draw, apart.
@@ -11,29 +11,7 @@ NAME=rescue_multidoc PAPER_GPUS=4 # Sec. 6: 4 A100
 . "$(dirname "$0")/lib.sh"
 tiny
 
-#     NAME            paper                                          cpu                  tiny
-value QUESTIONS       nq-open-10_total_documents_gold_at_0.jsonl.gz  nq_open_gold.jsonl   "$TINY/nq.jsonl.gz"
-value MODEL           meta-llama/Llama-2-7b-hf                       demo/model           "$TINY/model"
-value TRAIN           1000                                           340                  4 # Sec. 6.3
-value TEST            665                                            150                  2
-value TRAIN_DOCUMENTS 10                                             5                    5 # Sec. 5.2; the gold one anywhere
-value MAX_WORDS       ''                                             55
-value DISTRACTORS     4                                              # answers from distractors, Sec. 5.2
-value ORDERINGS       label                                          # Table 2; hybrid: Sec. 5.2
-value PLACES          "5:1,3,5 10:1,5,10"                            5:1,3,5              5:1,5 # documents:places, Table 2
-value BEAMS           4                                              1                    2 # Sec. 5.2 does not say how many
-value TOKENS          128                                            16                   4 # as released
-value MIN_TOKENS      0                                              1                    # EOS cannot be the first
-value DROP_EMPTY      ''                                             1                    # candidates
-value STOP            "\n"                                           # ours: a base model runs on
-value LR              2e-5                                           1e-4                 1e-3 # Sec. 6, as the next two
-value BATCH           64                                             8                    2
-value EPOCHS          1
-value LENGTH_SCALING  1                                              # as released; Sec. 7's 0.85 is about NLI
-value MAX_LENGTH      2048
-value EVAL_BATCH      ''                     16 16 # 40 / documents: with 4 beams a cache of 14 GB at 7B, 0.5 MB a token
-value SEEDS           0                                              "0 1 2"
-value UNSEEN          ''
+values rescue_multidoc
 
 answers=(--max_new_tokens "$TOKENS" --min_new_tokens "$MIN_TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 setting=(--length_scaling "$LENGTH_SCALING" --max_length "$MAX_LENGTH")

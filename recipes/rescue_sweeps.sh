@@ -5,10 +5,6 @@
 # "between 0.01 to 0.1" and that 3-4 responses suffice.
 FLIP_SIZES=
 . "$(dirname "$0")/rescue_common.sh"
-value ORDERING label        # of which ordering and size Fig. 4 is, the paper does not say
-value SIZE "${SIZES%% *}"
-value ALPHAS "0.001 0.01 0.1 1" # around Sec. 7's 0.01 to 0.1
-value CANDIDATES "$(seq -s " " 2 $((1 + SAMPLES + (${#TEACHER} > 0 || TEACHER_PROMPTS > 0))))" # 2 to all, in print 5
 
 sweep() { # sweep FLAG VALUES: what rescue_esnli.sh trained with such a value is not trained again
   names=() shown=(--plot "$1" --paper recipes/paper/rescue_figure4.json)

@@ -5,8 +5,6 @@
 # mix-Tuna-104K and the rows with a PRM rest on tuna_prm.sh: run that first. Prints Tables 1, 3 and 8, ours and the paper's,
 # and HELD_OUT's figures. The page for Table 2, which wants people, is $RESULTS/sheet.html.
 . "$(dirname "$0")/tuna_common.sh"
-value SYSTEMS "llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K tuna_cp-39K tuna_cp-52K mix-52K mix-104K" \
-  "llama alpaca_mul tuna_p tuna_c tuna" "llama alpaca_mul tuna_p tuna_c tuna tuna_cp-13K mix-52K"
 
 needs_teacher
 needs $DAVINCI $GPT4 $([[ $SYSTEMS != *mix-104K* ]] || echo "$DATA/prm-3B-39K.jsonl")

@@ -1,6 +1,5 @@
-# Sourced by Tuna's three recipes (arXiv 2310.13385), which share what they collect and train: the paper's values, each of
-# which can be set from the environment, and how a stage is collected, trained and measured. At the papers' size first
-# tuna_prm.sh, then tuna.sh, then tuna_sweeps.sh.
+# Sourced by Tuna's three recipes (arXiv 2310.13385), which share what they collect and train: how a stage is collected,
+# trained and measured. The values: recipes/values.md. First tuna_prm.sh, then tuna.sh, then tuna_sweeps.sh.
 #
 # ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their log-probabilities,
 # the only way to the paper's teacher, which is retired; without it TEACHER answers, a model at TEACHER_URL or a folder.
@@ -17,46 +16,7 @@ if [ "$SCALE" != paper ] && [ -z "${RANKER_URL:-}" ]; then
   RANKER_URL=$BASE_URL RANKER=${RANKER:-stand-in}
 fi
 
-#     NAME        paper                    cpu        tiny
-value ALPACA      alpaca_data.json         -          "$TINY/alpaca_data.json"
-value DAVINCI     ''
-value GPT4        ''
-value BASE        huggyllama/llama-7b      demo/model "$TINY/model"
-value TEACHER     ''                       "$BASE"    "$BASE"
-value TEACHER_URL ''
-value RANKER      gpt-4
-value RANKER_URL  https://api.openai.com/v1
-value RANK        "--prompt_file recipes/prompts/tuna_rank.txt --max_new_tokens 2048" '' '' # Table 9; 2,048 as released
-value JUDGE       "--prompt_file recipes/prompts/judge_plain.txt --verdicts mean"     '' '' # see PAPERS.md
-value SUPERNI     natural-instructions     ''         "$TINY/superni"
-value LMENTRY     lmentry                  ''         ''
-value LMENTRY_EXAMPLES ''                  15
-value VICUNA      question.jsonl           ''         "$TINY/question.jsonl"
-value LIMA        lima.jsonl               -          "$TINY/lima.jsonl"
-value SHOTS       "0 2"                    -          2
-value N           52002                    125        8     # Alpaca's instructions
-value FIRST       13000                    100        4     # "the first 13K", Sec. 3.1
-value HELD_OUT    0                        50         3     # not the paper's
-value LR_SFT      2e-5                     1e-4             # Sec. 3.1
-value BATCH       128                      8          4     # Table 7
-value SFT_EPOCHS  3                        1          1     # not printed; the recipe it cites: 3, 64 a GPU on 8
-value SFT_BATCH   512                      "$BATCH"   "$BATCH"
-value LR          1e-5                     5e-5             # Table 7, as the next five
-value LR_SECOND   1e-6                     5e-6             # on Tuna_c or Tuna_p
-value LR_104K     5e-6
-value EPOCHS      1
-value WARMUP      2
-value BETA        1.3                                       # Sec. 3.1, as all to TAU
-value MARGIN      0.1
-value LAMBDA      1
-value RESPONSES   4
-value TEMPERATURE 1
-value TAU         0.8
-value TOKENS      512                      64         8     # as released
-value EVAL_TOKENS ''                       64         4     # the benchmarks' own defaults
-value TEMPLATE    own                                       # alpaca: the released prompt, for others' Alpaca weights
-value PRM_3B      stabilityai/stablelm-base-alpha-3b "$BASE" "$BASE" # Sec. 3.1, App. D
-value PRM_7B      "$BASE"
+values tuna
 
 template=(--template "$TEMPLATE") # what the models learn is how the benchmarks ask them
 tokens=(${EVAL_TOKENS:+--max_new_tokens "$EVAL_TOKENS"})

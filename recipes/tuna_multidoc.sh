@@ -7,28 +7,7 @@ NAME=tuna_multidoc PAPER_GPUS=1 SCALE=${SCALE:-cpu} KEEP_MODELS=${KEEP_MODELS-1}
 . "$(dirname "$0")/lib.sh"
 tiny
 
-#     NAME       cpu                 tiny
-value QUESTIONS  nq_open_gold.jsonl  - "$TINY/nq.jsonl.gz"
-value MODEL      demo/model          - "$TINY/model"
-value TRAIN      800                 - 4
-value VALIDATION 78                  - 1
-value TEST       250                 - 1
-value DOCUMENTS  3
-value MAX_WORDS  90                  - ''
-value SYSTEMS    "alpaca_mul tuna_p tuna_c tuna shuffled length tuna_cp" - "alpaca_mul tuna_p shuffled tuna_c tuna"
-value SEEDS      "0 1 2"             - 0
-value LR_SFT     1e-4
-value LR         5e-5
-value LR_SECOND  2e-5
-value BATCH      8                   - 2
-value EPOCHS     1
-value WARMUP     2
-value BETA       1
-value MARGIN     0.1
-value LAMBDA     1
-value TOKENS     16                  - 4
-value STOP       "\n"
-value TEMPERATURES "1 0.7 0.5 0.3"   # of the student's samples: the highest at which enough prompts have both right and wrong
+values tuna_multidoc
 
 answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 setting=(--warmup "$WARMUP")

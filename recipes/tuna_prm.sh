@@ -6,7 +6,7 @@
 # rank, is $RESULTS/table4.txt.
 . "$(dirname "$0")/tuna_common.sh"
 HELD_OUT=0               # its data are the teacher's
-value SIZES "3B 7B" 3B 3B # below paper scale both are BASE
+values tuna_prm
 
 prm=("$PRM_3B" "$PRM_7B")
 needs

@@ -4,9 +4,7 @@
 # gives LIMA's expert responses. Prints the figures of Fig. 2 and 3 (the paper prints no numbers), and Table 5: ours and
 # the paper's. Fig. 2 needs no teacher: SIZES= BETAS= does it alone.
 . "$(dirname "$0")/tuna_common.sh"
-value LAMBDAS "0 0.1 1 5 10" "0 1 10" "0 10"        # Fig. 2
-value SIZES   "13000 24000 52002" "60 125" 4        # Fig. 3
-value BETAS   "0.9 1.0 1.1 1.2 1.3 1.4" '' "0.9 1.3" # Table 5
+values tuna_sweeps
 
 if [ -n "$SIZES$BETAS" ]; then needs_teacher; else HELD_OUT=0; fi
 needs $DAVINCI ${BETAS:+"$LIMA"}

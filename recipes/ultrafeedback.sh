@@ -4,13 +4,7 @@
 # held-out prompts before and after. SCALE=paper alone.
 NAME=ultrafeedback PAPER_GPUS=1 KEEP_MODELS=${KEEP_MODELS-1}
 . "$(dirname "$0")/lib.sh"
-value MODEL Qwen/Qwen2.5-1.5B-Instruct
-value DATASET openbmb/UltraFeedback
-value PROMPTS 10000
-value LR 1e-6
-value EPOCHS 1
-value BATCH 64
-value LENGTH 2048
+values ultrafeedback
 
 [ "$SCALE" = paper ] || { echo "recipes/ultrafeedback.sh has SCALE=paper alone" >&2 && exit 2; }
 need 60 --models "$MODEL"

@@ -228,7 +228,7 @@ def davinci(n):
 
 
 def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
-    """As printed, but for models and sizes: from alpaca_data.json to every variant, beta, people, the benchmarks."""
+    """As printed, but for models and sizes: from alpaca_data.json to Tuna, beta, people, the benchmarks."""
     monkeypatch.chdir(tmp_path)
     stand_in.write_alpaca(tmp_path, 6)
     (tmp_path / "superni").rename("natural-instructions")
@@ -252,12 +252,8 @@ def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
 
     with Server(behave) as server:
         for line in [*shell_lines("Tuna on an instruction set"), *shell_lines("Tuna's benchmarks")]:
-            for printed, ours in (("13000", "2"), ("13001", "3"), ("stabilityai/stablelm-base-alpha-3b", str(tiny))):
-                line = line.replace(printed, ours)
+            line = line.replace("13000", "2")
             line = re.sub(r"https?://[a-z.:0-9]+/v1", server.url, line)
-            if ".py " not in line:
-                subprocess.run(line, shell=True, check=True)
-                continue
             if "--score" in line:
                 key = json.loads(pathlib.Path("runs/eval/within.html.key.json").read_text())
                 answers = {"sheet": key["sheet"], "answers": [[*range(len(order))] for order in key["orders"]]}
@@ -271,13 +267,9 @@ def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
             assert result.code == 0, (line, result.err)
             ran.append(words[1])
     assert "| tuna-vs-tuna-sft - tuna-contextual-vs-tuna-sft, win | 0 |" in result.out
-    assert len(ran) > 30
+    assert len(ran) > 15
     runs = {p.parent.name for p in tmp_path.glob("runs/*/model")}
-    assert runs == {
-        *("tuna-sft", "tuna-probabilistic", "tuna", "tuna-contextual", "tuna-cp-13K", "tuna-cp-39K", "tuna-cp-52K"),
-        *("prm", "tuna-prm-52K", "tuna-prm-39K", "mix-tuna-52K", "mix-tuna-104K", "tuna-beta-1.3"),
-    }
+    assert runs == {"tuna-sft", "tuna-probabilistic", "tuna", "tuna-beta-1.3"}
     settings = {run: json.loads((tmp_path / f"runs/{run}/args.json").read_text())["settings"] for run in runs}
-    second = {run for run in runs if settings[run]["lr"] == 1e-6}
-    assert second == {"tuna", "tuna-cp-13K", "tuna-cp-39K", "tuna-cp-52K"} and settings["mix-tuna-104K"]["lr"] == 5e-6
+    assert [run for run in runs if settings[run]["lr"] == 1e-6] == ["tuna"]
     assert {s["max_length"] for s in settings.values()} == {1024}
