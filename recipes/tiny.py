@@ -66,14 +66,8 @@ def hh_rows(count, start):
 
 def esnli_rows():
     """Rows as e-SNLI's CSVs have them."""
-    for i, row in enumerate(ROWS):
-        names = {
-            "premise": "Sentence1",
-            "hypothesis": "Sentence2",
-            "label": "gold_label",
-            "explanation": "Explanation_1",
-        }
-        yield {"pairID": f"tiny-{i}"} | {new: row[old] for old, new in names.items()}
+    names = {"premise": "Sentence1", "hypothesis": "Sentence2", "label": "gold_label", "explanation": "Explanation_1"}
+    return [{"pairID": f"tiny-{i}"} | {new: row[old] for old, new in names.items()} for i, row in enumerate(ROWS)]
 
 
 def nq_rows(count, documents):
@@ -125,42 +119,40 @@ def serve(file):
         server.handle_request()
 
 
+def write_jsonl(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+
+
 def write_alpaca(folder, rows=12):
     """What Tuna's recipes read, in the layouts of Alpaca, LIMA, Vicuna's questions, and a clone of Super-NI."""
     alpaca = [{"instruction": r["premise"], "input": "", "output": r["explanation"]} for r in ROWS[:rows]]
     (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
     lima = [{"conversations": [r["hypothesis"], r["explanation"]], "source": "tiny"} for r in ROWS[:3]]
+    write_jsonl(folder / "lima.jsonl", lima)
     questions = [{"question_id": i, "category": "tiny", "turns": [r["hypothesis"]]} for i, r in enumerate(ROWS[:2])]
-    for name, some in (("lima", lima), ("question", questions)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
-    for part in ("tasks", "splits/default"):
-        (folder / "superni" / part).mkdir(parents=True)
-    (folder / "superni/splits/default/test_tasks.txt").write_text("task1_say\n")
+    write_jsonl(folder / "question.jsonl", questions)
     examples = [{"input": r["premise"], "output": r["label"]} for r in ROWS[:5]]
     task = {"Definition": ["Say it."], "Positive Examples": examples[:2], "Instances": examples[2:]}
-    (folder / "superni/tasks/task1_say.json").write_text(json.dumps(task))
+    write_jsonl(folder / "superni/tasks/task1_say.json", [task])
+    (folder / "superni/splits/default").mkdir(parents=True)
+    (folder / "superni/splits/default/test_tasks.txt").write_text("task1_say\n")
 
 
 def main():
     if sys.argv[1] == "--serve":
         return serve(sys.argv[2])
     folder = pathlib.Path(sys.argv[1])
-    tokenizer = make_tokenizer()
-    for name, model in (
-        ("model", make_model()),
-        ("reward-train", make_reward_model(1)),
-        ("reward-eval", make_reward_model(2)),
-    ):
+    models = {"model": make_model(), "reward-train": make_reward_model(1), "reward-eval": make_reward_model(2)}
+    for name, model in models.items():
         model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        make_tokenizer().save_pretrained(folder / name)
     for k, subset in enumerate(HH_SUBSETS):
-        (folder / "hh" / subset).mkdir(parents=True, exist_ok=True)
-        for split, count in (("train", 6), ("test", 4)):
-            with gzip.open(folder / "hh" / subset / f"{split}.jsonl.gz", "wt") as f:
-                f.writelines(json.dumps(row) + "\n" for row in hh_rows(count, 100 * k + 10 * (split == "test")))
+        write_jsonl(folder / f"hh/{subset}/train.jsonl.gz", hh_rows(6, 100 * k))
+        write_jsonl(folder / f"hh/{subset}/test.jsonl.gz", hh_rows(4, 100 * k + 10))
     write_alpaca(folder)
-    with gzip.open(folder / "nq.jsonl.gz", "wt") as f:
-        f.writelines(json.dumps(row) + "\n" for row in nq_rows(12, 10))
+    write_jsonl(folder / "nq.jsonl.gz", nq_rows(12, 10))
     with open(folder / "esnli.csv", "w", newline="") as f:
         writer = csv.DictWriter(f, ["pairID", "gold_label", "Sentence1", "Sentence2", "Explanation_1"])
         writer.writeheader()
