@@ -167,7 +167,7 @@ class TestWhatIsTrained:
         assert [len(record["candidates"]) for record, *_ in selected] == [3, 1, 5]  # of two right ones y* alone
         assert [y.tolist() for *_, y in selected] == [[True, False, False], [True], [False] * 4 + [True]]
 
-    @pytest.mark.parametrize("ordering", ["label", "human", "hybrid"])
+    @pytest.mark.parametrize("ordering", ["label", "human", "hybrid", "gpt"])
     def test_an_ordering_without_a_pair_is_refused(self, train, tmp_path, ordering):
         """Every model response dropped as malformed: it would be SFT under another name."""
         data = write_jsonl(tmp_path / "d.jsonl", [nli(i, f"so {i} #### Neutral") for i in range(3)])
@@ -222,13 +222,6 @@ class TestRefusals:
         del records[1]["candidates"][2]["correct"]
         data = write_jsonl(tmp_path / "d.jsonl", records)
         refused(train("out", "--data", data, code=2), "r1", "candidates[2]", "correct", "rank --by label")
-
-    def test_no_pair_and_no_sft_is_refused(self, train, tmp_path):
-        record = nli(0, "a", "b")
-        record["candidates"] = [c | {"rank": None} for c in record["candidates"]]
-        data = write_jsonl(tmp_path / "d.jsonl", [record])
-        done = train("run", "--data", data, "--ordering", "gpt", "--no_sft", code=2)
-        refused(done, "no two candidates of different preference")
 
     def test_changed_arguments(self, train):
         with stopped_after(1):
