@@ -75,7 +75,9 @@ evaluate() { # evaluate VERB[-MORE] NAME MODEL FLAGS...: one of its figures
 }
 measure() { # measure NAME MODEL FLAGS...: what the recipe's `figures` says of a system, once; then its model goes
   names+=("$1")
-  kept "$1" || { figures "$@" && keep "$1" "$2"; }
+  ! kept "$1" || return 0
+  figures "$@" # not before an &&: there bash does not stop at a failure
+  keep "$1" "$2"
 }
 keep() { # keep NAME [MODEL]: keep its figures, and the settings of its training, where it has one
   local trained=

@@ -28,7 +28,9 @@ add() { # add FROM TO SOURCE N: N responses of a source to each prompt, from thi
 }
 block() { # block NAME: $DATA/NAME.jsonl, ranked by RM_train
   case $1 in
-  raw) rank train raw && return ;;
+  raw)
+    rank train raw
+    return ;;
   alpaca3) add train alpaca3-sampled alpaca-7b 1 ;;
   chatgpt3) add train chatgpt3-sampled gpt-3.5-turbo 1 ;;
   own5) # without the data's own pair

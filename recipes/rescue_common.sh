@@ -113,7 +113,9 @@ choose_alpha() { # the one of ALPHA_CHOICES most accurate on the held-out rows; 
     name=choice-alpha@$ALPHA-seed$seed
     files+=("$RESULTS/$name/nli.metrics.json")
     order "$name" "$DATA/mixed" label "$ALPHA_SIZE"
-    kept "$name" || { nli "$name" "$RUNS/$name/model" held-out && keep "$name" "$RUNS/$name/model"; }
+    ! kept "$name" || continue
+    nli "$name" "$RUNS/$name/model" held-out
+    keep "$name" "$RUNS/$name/model"
   done
   [ -n "$DRY" ] && ALPHA=${ALPHA_CHOICES%% *} || ALPHA=$(python recipes/records.py best accuracy "${files[@]}")
 }

@@ -13,7 +13,9 @@ teacher
 system alpaca
 for system in $SYSTEMS; do
   case $system in
-  llama) measure llama "$BASE" && continue ;;
+  llama)
+    measure llama "$BASE"
+    continue ;;
   alpaca_mul) sft alpaca_mul teacher --all_candidates ;;
   tuna_p) probabilistic tuna_p "$of_alpaca" teacher ;;
   tuna_c) tuna_c ;;

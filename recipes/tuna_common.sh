@@ -84,7 +84,10 @@ ranked_alpaca() { # Alpaca's responses to all instructions (the PRM ranks the re
   sample alpaca "$N"
   contextual sampled-alpaca ranked-alpaca "$FIRST"
 }
-tuna_c() { ranked_alpaca && by_rank tuna_c "$of_alpaca" ranked-alpaca; }
+tuna_c() {
+  ranked_alpaca
+  by_rank tuna_c "$of_alpaca" ranked-alpaca
+}
 
 figures() { # figures RUN MODEL: Super-NI, LMentry, held out, Vicuna QA, the last against Alpaca's answers. llama: BASE, which
   # has learnt no template, so in the benchmarks' own form; of what is held out it is the teacher itself, where TEACHER is BASE

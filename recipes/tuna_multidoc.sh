@@ -52,8 +52,12 @@ make() { # make SYSTEM: what it rests on comes before it in SYSTEMS
   alpaca) LR=$LR_SFT stage sft alpaca '' train-teacher ;;
   alpaca_mul) LR=$LR_SFT stage sft alpaca_mul '' train-teacher --all_candidates ;;
   tuna_p) stage probabilistic tuna_p alpaca train-teacher --length_penalty "$BETA" "${ranking[@]}" ;;
-  tuna_c) own alpaca && stage contextual tuna_c alpaca "ranked-alpaca-seed$seed" "${ranking[@]}" ;;
-  tuna) own tuna_p && LR=$LR_SECOND stage contextual tuna tuna_p "ranked-tuna_p-seed$seed" "${ranking[@]}" ;;
+  tuna_c)
+    own alpaca
+    stage contextual tuna_c alpaca "ranked-alpaca-seed$seed" "${ranking[@]}" ;;
+  tuna)
+    own tuna_p
+    LR=$LR_SECOND stage contextual tuna tuna_p "ranked-tuna_p-seed$seed" "${ranking[@]}" ;;
   tuna_cp) LR=$LR_SECOND stage probabilistic tuna_cp tuna_c train-teacher --length_penalty "$BETA" "${ranking[@]}" ;;
   shuffled | length) stage contextual "$1" alpaca "$1" "${ranking[@]}" ;;
   esac
