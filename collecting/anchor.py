@@ -1,6 +1,5 @@
 """The verb anchor: multi-document QA, responses from one passage alone (RESCUE Sec. 5.2)."""
 
-import pathlib
 import random
 
 import common
@@ -15,7 +14,7 @@ from common import UserError, in_range
 def anchor_flags(add):
     collected_flags(add, "train", "anchored", "multidoc_qa")
     add("--model", required=True, help="hub id or folder")
-    add("--source", help="the candidates' source (default: the model's name)")
+    add("--source", help="the candidates' source (default: the model's name; of RUN/model: RUN)")
     add("--num_distractors", type=in_range(int, 0), default=4, help="responses from distractors (Sec. 5.2: 4)")
     add("--prompt_file", help="a template of your own with {documents} and {question}")
     add("--temperature", type=in_range(float, 0), default=0.0, help="0: greedy, one response a passage")
@@ -27,7 +26,7 @@ def anchor_flags(add):
 def anchor(args):
     """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
     process, processes, device = common.init_distributed(LONGEST_WAIT)
-    args.source = args.source or pathlib.Path(args.model).name
+    args.source = args.source or common.run_name(args.model)
     template = read_template(args, QA_TEMPLATE)
     records, journal = open_collected(args, "train", "anchored", with_documents, process, processes)
     batch_size = max(1, args.batch_size // (1 + args.num_distractors))

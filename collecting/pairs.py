@@ -35,15 +35,15 @@ def prepare_pair(row, where, index, template, args):
     if wrong := names.keys() - COLUMNS.keys():
         raise UserError(f"--columns {wrong.pop()}: write NAME=COLUMN, NAME one of {', '.join(COLUMNS)}")
     given, row = row, {ours: column(row, names, ours) for ours in COLUMNS}
-    responses, rewards, ranks, places = row["responses"], row["rewards"], row["ranks"], None
+    responses, rewards, ranks, places = None, row["rewards"], row["ranks"], None
     if row["chosen"] is not None and row["rejected"] is not None:
         chosen, rejected = several(row["chosen"]), several(row["rejected"])
         responses, sources = chosen + rejected, ["chosen"] * len(chosen) + ["rejected"] * len(rejected)
         rewards, ranks = several(row["chosen_reward"]) + several(row["rejected_reward"]), None
         rewards = None if rewards == [None, None] else rewards
         places = [0] * len(chosen) + [1 + i * args.rejected_ordered for i in range(len(rejected))]
-    elif isinstance(responses, list):
-        sources = [None] * len(responses)
+    elif isinstance(row["responses"], list):
+        responses, sources = row["responses"], [None] * len(row["responses"])
         if "responses" in names or given.get("responses") is not None:  # best first; another name does not say that
             places = range(len(responses))
     elif all(names.get(k, k) in given for k in ("chosen", "rejected")):
@@ -51,10 +51,8 @@ def prepare_pair(row, where, index, template, args):
     contexts = [r[:-1] for r in responses or () if isinstance(r, list) and len(r) > 1]  # the prompt is in them
     context = contexts[0] if contexts else row["prompt"] or row["messages"]
     if not context or responses is None:
-        need = "a row needs a prompt (or messages), and chosen and rejected, or responses (README, 'Your own data')"
-        raise ValueError(
-            f"the columns are {', '.join(given)}; {need}: name them by --columns prompt=COLUMN chosen=COLUMN"
-        )
+        need = "a row needs a prompt (or messages), and chosen and rejected, or a list of responses"
+        raise ValueError(f"the columns are {', '.join(given)}; {need}: see --columns and README, 'Your own data'")
     if any(c != context for c in contexts):
         raise ValueError("the responses differ before their last message: no prompt in common")
     if context == given.get("instruction") and isinstance(given.get("input"), str) and given["input"].strip():

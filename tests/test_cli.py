@@ -159,10 +159,8 @@ def readme_commands(section="", page="README.md"):
                 yield line
 
 
-@pytest.mark.parametrize("line", [*readme_commands(), *readme_commands(page="recipes/README.md")])
-def test_readme_commands_parse(line, monkeypatch):
-    """Each command's script exists and takes these flags and their values."""
-    words = shlex.split(line)
+def parse(words, monkeypatch):
+    """Assert that a command's script exists and takes these flags and their values."""
     script = next(w for w in words if w.endswith(".py"))
     assert (ROOT / script).exists()
     if "/" in script:
@@ -173,10 +171,15 @@ def test_readme_commands_parse(line, monkeypatch):
         parse_args(self, *args, **kwargs)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys, "argv", words[words.index(script) :])
-    monkeypatch.setattr(common.Parser, "parse_args", parse_and_stop)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(sys, "argv", words[words.index(script) :])
+        patch.setattr(common.Parser, "parse_args", parse_and_stop)
         importlib.import_module(script[:-3]).main()
+
+
+@pytest.mark.parametrize("line", [*readme_commands(), *readme_commands(page="recipes/README.md")])
+def test_readme_commands_parse(line, monkeypatch):
+    parse(shlex.split(line), monkeypatch)
 
 
 def run_readme(cli, section, small, replaced, after=lambda words: None):

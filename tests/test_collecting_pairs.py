@@ -139,6 +139,7 @@ def test_a_part_of_a_data_set(prepare, preparing, tmp_path):
     "row, flags, words",
     [
         ({"q": "x", "chosen": "a", "rejected": "b"}, [], ["the columns are q, chosen, rejected", "Your own data"]),
+        ({"prompt": "x", "responses": "a text"}, [], ["a list of responses", "--columns"]),
         ({"prompt": "x", "a": "y"}, ["--columns", "chosen=b"], ["no column 'b'", "the columns are prompt, a"]),
         ({"prompt": "x"}, ["--columns", "best=b"], ["--columns best: write NAME=COLUMN", "chosen, rejected"]),
         ({"prompt": USER[0], "chosen": "a", "rejected": "b"}, [], ["--chat_template"]),
