@@ -130,7 +130,8 @@ def compare(systems, higher, lower, figure, at_equal=None):
         return intercept(sizes[some].mean(axis=1), differences) if at_equal else paired_bootstrap(differences)
 
     middle, interval, p = over_items(seeds)
-    values, intervals = [over_items([seed])[0] for seed in seeds], [interval]
+    values = [over_items([seed])[0] if at_equal else float(difference[seed].mean()) for seed in seeds]
+    intervals = [interval]
     if len(seeds) > 1:
         half, p_of_seeds = student(values)
         over_seeds = sum(values) / len(values)
