@@ -109,7 +109,7 @@ def test_rescue_esnli_and_sweeps(env, tmp_path):
     assert {"nli.png", "sources.png"} <= runs
     out = recipe("rescue_sweeps", env, tmp_path, ALPHAS="0.01 1").stdout
     assert "|  | 0.01 | 1 |" in out and "|  | 2 | 3 | 4 |" in out and "prints no value" in out
-    assert "sampled 0 responses" in out  # what the other recipe collected is used
+    assert "responses: 0 drawn" in out  # what the other recipe collected is used
     assert all((tmp_path / f"results/rescue_esnli-tiny/{x}.png").is_file() for x in ("alpha", "num_candidates"))
 
 
