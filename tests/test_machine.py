@@ -169,11 +169,10 @@ def test_compiled_layers_learn_the_same(tmp_path, machine, monkeypatch):
         assert_same_gradients(got_grads, want_grads)
 
 
-def test_compiled_layers_share_their_graphs_under_flex(machine, monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True)
+def test_compiled_layers_share_their_graphs_under_flex(machine):
     """--compile with FlexAttention in rows of three lengths: three layers have two graphs between them (a first length,
     then any), which give what SDPA gives; past its limit Dynamo would leave layers uncompiled."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     torch._dynamo.reset()
     shapes = [((11, [5, 3, 7]), (6, [4, 9])), ((200, [5, 30]),), ((70, [90, 90, 90]),)]
     model = make("llama", num_hidden_layers=3, head_dim=16).eval()
