@@ -86,13 +86,19 @@ def verdicts(root, lines):
     return markdown_table(["claim", "ours, over items, over seeds", "p, corrected", "the paper's", "verdict"], rows)
 
 
-def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=None, percent=False):
-    """One of its lines. ours: compare's; p: corrected; paper: what it printed; percent: a share, shown in points."""
+# fmt: off
+def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=None, percent=False, small=-np.inf):
+    # fmt: on
+    """One of its lines. ours: compare's; p: corrected; paper: what it printed; percent: a share, shown in points.
+    small: where nothing is seen and both intervals end below so many points, the verdict is "not there at this size".
+    """
     if not ours:
         return [study, claim, "not run", "", paper, "**not run**"]
     scale = 100 if percent else 1
     figures = f"{scale * ours.middle:+.3g} {', '.join(shown(ours.intervals, scale))}"
     text = FOUND[side(ours.intervals[0]) if p < 0.05 else 0] + ", in one seed" * (len(ours.values) == 1)
+    if p >= 0.05 and len(ours.values) > 1 and all(scale * high < small for _, high in ours.intervals):
+        text = f"**not there at this size**: below {small} points"
     return [study, claim, figures, f"{p:.2g}", paper, f"{text}; {note}" if note else text]
 
 

@@ -119,6 +119,10 @@ def test_verdicts_at_the_head(page, tmp_path):
     assert "| +0.0833 [" in rows[1] and "| **too small to tell**; here |" in rows[2]
     assert rows[3].endswith("| not run |  | +5 | **not run** |")
     assert out.index(rows[0]) < out.index("## What a reader may conclude")
+    none = line | {"lower": "label"}  # no difference at all, and with so small a bound a smaller one than is asked for
+    out = page(verdicts=[none | {"small": 2}, none | {"small": -1}]).out.splitlines()
+    rows = [x for x in out if x.startswith("| S | Label is better")]
+    assert "| **not there at this size**: below 2 points; here |" in rows[0] and "too small to tell" in rows[1]
     refused(page(verdicts=[{"study": "S"}]), "claims.json: not a page of claims (KeyError: 'folder')")
 
 
