@@ -62,13 +62,15 @@ def ranked_row(record, path):
     """-> {id, prompt, responses best first, rewards or ranks, reference: what a person wrote and nobody ranked}: what
     prepare --task pairs reads."""
     candidates = record["candidates"]
-    unranked = [c for c in candidates if c["source"] in common.HUMAN and not {"reward", "rank"} & c.keys()]
-    candidates = [c for c in candidates if c not in unranked[:1]] or candidates
+    unranked = [c for c in candidates if c.get("reward") is None and c.get("rank") is None]
+    references = [c for c in unranked if c["source"] in common.HUMAN][:1]
+    repeated = [c for c in unranked if "rank" in c]  # null: a ranker calls it a repetition
+    candidates = [c for c in candidates if c not in references + repeated] or candidates
     field, ranked = best_first(record | {"candidates": candidates}, path)
     row = {"id": record["id"], "prompt": record["prompt"]}
     row["responses"] = [{k: c[k] for k in ("text", "source", "finished") if k in c} for c in ranked]
     row[f"{field}s"] = [c[field] for c in ranked]
-    return row | ({"reference": unranked[0]["text"]} if unranked else {})
+    return row | ({"reference": references[0]["text"]} if references else {})
 
 
 def export_flags(add):

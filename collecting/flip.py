@@ -35,7 +35,7 @@ def flip(args):
     The second reads the explanation in its context, after the record's own prompt. A response that has no
     "explanation #### label", or a rewriting or label that stays unusable after re-asking, adds no candidate.
     """
-    args.label_base_url = args.label_base_url if args.label_model else args.base_url
+    args.label_base_url = args.label_base_url or (None if args.label_model else args.base_url)
     args.label_model = args.label_model or args.model
     records, journal = open_collected(args, "sampled", "flipped")
     wanted = {"models": (False,), "human": (True,), "all": (False, True)}[args.of]

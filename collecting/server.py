@@ -149,7 +149,7 @@ def reason_of(error, args):
     if isinstance(error, NoResponse) or isinstance(error.__cause__, httpx2.DecodingError):
         return Refusal(error.__cause__ or error)
     if isinstance(error, openai.OpenAIError):
-        return words(str(error.__cause__ or error))
+        return words(str(error.__cause__ or "") or str(error) or type(error).__name__)  # a timeout has no words
     raise error
 
 

@@ -98,13 +98,15 @@ def ranking(args):
 def annotated(record, args):
     """The record with those of its candidates that carry the annotation; the original response may lack it."""
     field, candidates = LEVELS[args.by][0], record["candidates"]
+    needs = (field, "num_tokens") if args.by == "logprob" else (field,)
     for i, c in enumerate(candidates):
-        if field not in c and c["source"] not in HUMAN:
+        absent = [k for k in needs if k not in c]
+        if absent and c["source"] not in HUMAN:
             by = "label" if field == "correct" else args.by
             where = f"{args.input}: record {record['id']!r}: candidates[{i}]"
-            raise UserError(f"{where} has no {field!r}; add it with: collect_candidates.py rank --by {by}")
+            raise UserError(f"{where} has no {absent[0]!r}; add it with: collect_candidates.py rank --by {by}")
     if args.by != "hybrid":
-        candidates = [c for c in candidates if c.get(field) is not None]  # rank null: not ranked
+        candidates = [c for c in candidates if all(c.get(k) is not None for k in needs)]  # rank null: not ranked
     if args.by == "logprob":
         texts = {}  # as in training a repeated text is no pair
         for c in candidates:

@@ -28,6 +28,7 @@ def new_figure(width=6.4, height=4.0, columns=1):
 def save_figure(figure, path):
     import matplotlib.pyplot as plt
 
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     plt.close(figure)
     say(f"plot: {path}")
@@ -114,7 +115,7 @@ def plot_setting(setting, systems, path):
         model, evaluated = document["settings"]["--model"], document["settings"]
         # kept beside the figures, or where the run is
         trained = common.run_settings(document["folder"] / "model") or common.run_settings(model)
-        if setting not in trained:
+        if trained.get(setting) is None:
             raise UserError(f"--plot {setting}: {name} is no run with --{setting}, as its RUN/args.json says")
         own = {k: str(v) for k, v in (trained | evaluated).items()}
         for k in ("seed", setting, "--model", "--name", f"content of {model}"):

@@ -112,8 +112,12 @@ def test_pairs_for_trl_go_back(cli, prepare, preparing, tmp_path):
 
 
 def test_a_cut_response_goes_back_as_one(cli, prepare, tmp_path):
-    candidates = [{"text": "a", "source": "m", "reward": 2.0, "finished": False}, {"text": "b", "source": "human"}]
-    record = {"id": "x", "prompt": "p ", "candidates": [*candidates, {"text": "c", "source": "n", "reward": 1.0}]}
+    candidates = [
+        {"text": "a", "source": "m", "reward": 2.0, "finished": False},
+        {"text": "b", "source": "human", "rank": None},
+    ]
+    more = [{"text": "c", "source": "n", "reward": 1.0}, {"text": "a", "source": "n", "rank": None}]  # a repetition
+    record = {"id": "x", "prompt": "p ", "candidates": [*candidates, *more]}
     flags = ["--input", write_jsonl(tmp_path / "a.jsonl", [record]), "--output", tmp_path / "out.jsonl"]
     assert cli("collect_candidates", "export", *flags, "--format", "ranked").code == 0
     [row] = read_jsonl(tmp_path / "out.jsonl")

@@ -72,12 +72,12 @@ def test_every_fault_once_then_an_answer():
 
 
 def test_faults_without_end_are_listed_and_harm_no_other_prompt():
-    always = {"a": 500, "b": b"garbage", "c": "half", "d": 400, "e": (429, {"Retry-After": "9999"})}
-    found, server = ask(lambda prompt, nth, body: always.get(prompt), list("abcdef"))
-    assert [found[i][0] for i in range(5)] == [None] * 5 and found[5][0][0]["text"] == "echo f"
-    for i, words in {0: "HTTP 500", 1: "no completion", 3: "HTTP 400", 4: "HTTP 429"}.items():
+    always = {"a": 500, "b": b"garbage", "c": "half", "d": 400, "e": (429, {"Retry-After": "9999"}), "f": "silence"}
+    found, server = ask(lambda prompt, nth, body: always.get(prompt), list("abcdefg"))
+    assert [found[i][0] for i in range(6)] == [None] * 6 and found[6][0][0]["text"] == "echo g"
+    for i, words in {0: "HTTP 500", 1: "no completion", 3: "HTTP 400", 4: "HTTP 429", 5: "timed out"}.items():
         assert words in found[i][1]
-    assert server.asked == {"a": 4, "b": 4, "c": 4, "d": 1, "e": 1, "f": 1}
+    assert server.asked == {"a": 4, "b": 4, "c": 4, "d": 1, "e": 1, "f": 4, "g": 1}
 
 
 def test_retry_after_is_honoured():
