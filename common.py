@@ -810,17 +810,22 @@ def settle_config(model, tokenizer):
             model.generation_config = transformers.GenerationConfig(**tokens)
 
 
+def has_sdpa(model):
+    """Whether SDPA computes the model's attention. It cannot cap scores, which transformers 5.17 overlooks."""
+    return model._supports_sdpa and not getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
+
+
 def set_attention(model, device, asked="auto"):
     """Give the model the attention that reads packed rows: FlexAttention on CUDA, else attend_blocks. FlexAttention
-    needs heads of 16 or more and no dropout. A model without SDPA (soft-capped scores, attention sinks) keeps its own
+    needs heads of 16 or more and no dropout. A model without SDPA (soft-capped scores, attention sinks) has eager
     attention. Raises UserError if the model does not have the attention that was `asked` for."""
     own, config = model.config._attn_implementation, model.config.get_text_config()
-    sdpa = model._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)  # SDPA would ignore the cap
     if asked == "auto":
         flex = device.type == "cuda" and model._supports_flex_attn and not getattr(config, "attention_dropout", 0)
         flex = flex and (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) >= 16
-        asked = "flex" if flex else own if own != "sdpa" else "blocks" if sdpa else "eager"
-    elif not (model._supports_flex_attn if asked == "flex" else sdpa):
+        packed = "blocks" if has_sdpa(model) else "eager"
+        asked = "flex" if flex else packed if own == "sdpa" else own
+    elif not (model._supports_flex_attn if asked == "flex" else has_sdpa(model)):
         raise UserError(f"--attn {asked}: {type(model).__name__} has no such attention: leave --attn out")
     model.set_attn_implementation({"flex": "flex_attention"}.get(asked, asked))
 

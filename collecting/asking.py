@@ -56,9 +56,9 @@ def complete(args, prompts, *, temperature=0.0, top_p=1.0, num_samples=1, logpro
     both), fewer where a server gives no more; or None, with the reason in `error`.
     follow_up(index, text) -> None, or the message to re-ask with when `text` is no use: RE_ASKS times, the dialogue so
     far before it. done: indices not to yield. A local model's batches are formed over all prompts, so its answers do
-    not depend on `done`. count: a Counter that several calls share, so that --max_requests bounds them together and
-    what one learns of the server the next knows; without it, what was counted is said at the end. Raises UserError for
-    what concerns all prompts: a refused key, an unknown model, no server.
+    not depend on `done`. count: a Counter that several calls share. --max_requests then bounds them together, and a
+    later call knows which fields the server refuses. Without it, what was counted is said at the end. Raises UserError
+    for what concerns all prompts: a refused key, an unknown model, no server.
     """
     options = {"temperature": temperature, "top_p": top_p, "num_samples": num_samples}
     options |= {"logprobs": logprobs, "completions": completions}
@@ -96,8 +96,7 @@ def counted(count):
 
 def ask_local(args, count, dialogues, *, completions, logprobs, **options):
     """One batch."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = generation.load_generator(args.model, device, args.bf16)
+    model, tokenizer = generation.load_generator(args.model, generation.local_device(), args.bf16)
     if completions:
         texts = [dialogue[0]["content"] for dialogue in dialogues.values()]
     elif tokenizer.chat_template:

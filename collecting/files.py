@@ -206,7 +206,7 @@ def check_record(record, where):
 
 
 def content_of(path):
-    """A digest of a file; of a model's folder, one of its weights: the last MiB of each file, as training moves all."""
+    """A digest of a file, or of a model folder's weights: of each file the last MiB, because training changes all."""
     if os.path.isfile(path):
         with open(path, "rb") as f:
             return hashlib.file_digest(f, "sha256").hexdigest()

@@ -16,6 +16,10 @@ from common import UserError
 TURNS = ("Human:", "human:", "Assistant:", "assistant:")  # a response to a dialogue ends before these (PRO's code)
 
 
+def local_device():
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 @functools.cache
 def load_generator(name, device, bf16=False):
     """-> (model, tokenizer) for inference on `device`: bf16 on CUDA and with --bf16, else fp32.
@@ -59,8 +63,8 @@ def draw(model, tokenizer, ids, ends, *, num_samples, max_new_tokens, min_new_to
     # fmt: on
     """num_samples responses to each prompt -> for each a list of (token, log-probability), EOS behind its end.
 
-    The prompts' common start is read once, and each prompt once for all its samples: the cache is repeated. A batch
-    waits for its longest response, so each time half of its rows have ended, the others go on without them.
+    The prompts' common start is read once. Each prompt is read once for all its samples: the cache is repeated.
+    Finished rows are removed from the batch whenever half of it has finished.
     """
     device, pad, keeps_all = model.device, tokenizer.eos_token_id, kept_by(model) == "all"
     shared = min(common.shared_start(ids[0], x[:-1]) for x in ids)  # each prompt keeps a token of its own

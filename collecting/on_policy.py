@@ -21,7 +21,7 @@ def gathered(model):
     the cache grows, so SDPA reads it, or eager attention where the model has no SDPA."""
     parts, attention = [m for m in model.modules() if hasattr(m, "unshard")], model.config._attn_implementation
     if attention == "flex_attention":
-        model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+        model.set_attn_implementation("sdpa" if common.has_sdpa(model) else "eager")
     for m in parts:
         m.set_reshard_after_forward(False, recurse=False)
         m.unshard()

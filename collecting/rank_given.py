@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from scipy.stats import spearmanr
 
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
-from common import HUMAN, UserError, say
+from common import HUMAN, UserError, length_normalized, say
 
 OF_SAMPLE = ("logprob", "num_tokens", "teacher", "finished")  # said of the text as it was sampled
 
@@ -79,7 +79,10 @@ def rank_by_probabilistic(records, args):
         if len(teachers) != 1:
             found = f"log-probabilities of {' and '.join(teachers)}: two scales" if teachers else "no logprob"
             raise UserError(f"{args.input}: record {record['id']!r} has {found}; rank --by logprob adds one teacher's")
-        scores = [c["logprob"] / c["num_tokens"] ** args.length_penalty if c in known else None for c in candidates]
+        scores = [
+            length_normalized(c["logprob"], c["num_tokens"], args.length_penalty) if c in known else None
+            for c in candidates
+        ]
         yield record | {"candidates": with_ranks(candidates, scores), "ranked_by": teachers[0]}
 
 

@@ -6,13 +6,10 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import common
-from collecting import generation, reward_models, scoring
+from collecting import reward_models, scoring
+from collecting.generation import load_generator, local_device
 from collecting.rank_given import spearman, with_ranks
 from common import UserError, say
-
-
-def device():
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def log_likelihoods(records, args, eos):
@@ -20,7 +17,7 @@ def log_likelihoods(records, args, eos):
     whole response counts in both if `eos`, or if the response is empty."""
     prompts, responses = 0, 0
     for chunk in scoring.chunks(records):
-        model, tokenizer = generation.load_generator(args.model, device(), args.bf16)
+        model, tokenizer = load_generator(args.model, local_device(), args.bf16)
         encoded = [common.encode(tokenizer, r, args.max_length) for r in chunk]
         prompts += sum(e.prompt_cut > 0 for e in encoded)
         responses += sum(e.responses_cut for e in encoded)
@@ -35,7 +32,8 @@ def rewards(records, args, name, flag):
     """Yield (record, the raw logits [n] of the reward model `name`)."""
     for chunk in scoring.chunks(records):
         pairs = [(r, c) for r in chunk for c in r["candidates"]]
-        logits = iter(reward_models.reward_logits(name, device(), pairs, flag=flag, allow_pickle=args.allow_pickle))
+        options = {"flag": flag, "allow_pickle": args.allow_pickle}
+        logits = iter(reward_models.reward_logits(name, local_device(), pairs, **options))
         yield from ((record, [next(logits) for _ in record["candidates"]]) for record in chunk)
 
 
@@ -99,7 +97,7 @@ def prm_scores(records, args):
 
 def rank_by_similarity(records, args):
     """Set every candidate's `similarity`: the cosine of its sentence embedding to that of the human response."""
-    model = common.load_pretrained(AutoModel, args.encoder, "--encoder").to(device()).eval()
+    model = common.load_pretrained(AutoModel, args.encoder, "--encoder").to(local_device()).eval()
     tokenizer = common.load_pretrained(AutoTokenizer, args.encoder, "--encoder")
     for chunk in scoring.chunks(records):
         texts = [c["text"] for r in chunk for c in r["candidates"]]

@@ -1,6 +1,8 @@
-"""One reading for all that is scored, log-likelihoods and rewards: a prompt and one response are a sequence, and those
-that begin alike stand in one packed row, which reads the start once. So a prompt of any number of candidates takes no
-more memory than a row."""
+"""Scores of responses by packed rows: log-likelihoods and rewards.
+
+A prompt and one response are a sequence. Sequences with a common start share a packed row, which reads the start once.
+So a prompt with many candidates takes no more memory than a row.
+"""
 
 import torch
 
@@ -29,8 +31,8 @@ def chunks(records):
 def score_rows(model, sequences, values_of, check):
     """Score sequences, Encoded with one response each -> [N, ...], what values_of(PackedBatch) gives each of a row.
 
-    A model that reads packed rows otherwise (state-space layers, attention in both directions) reads one sequence at a
-    time: check(two sequences), called once a model, raises UserError.
+    A model that misreads packed rows (state-space layers, attention in both directions) reads one sequence at a time.
+    check(two sequences) raises UserError for such a model; it is called once a model.
     """
     common.set_attention(model, model.device)
     if not hasattr(model, "reads_rows"):

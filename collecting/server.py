@@ -36,8 +36,11 @@ class NoResponse(openai.OpenAIError):
 
 
 def ask_server(args, count, dialogues, **options):
-    """{index: dialogue} -> yields (index, responses, error) as they come, --concurrency requests at once. `count` keeps
-    what is known of the server: (model, KNOWN), and (model, FIELD) for each field that it refuses."""
+    """{index: dialogue} -> yields (index, responses, error) as they come, --concurrency requests at once.
+
+    `count` keeps what is known of the server: (model, KNOWN), the prompts that it answered; (model, FIELD), 1 where it
+    refuses this field.
+    """
     client, results, todo, failures = open_client(args, count), asyncio.Queue(), iter(dialogues), 0
 
     async def work():

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import common
 from collecting.flags import alpaca_flags, generation_flags, group
+from collecting.generation import local_device
 from collecting.prompts import alpaca_prompt, read_template
 from collecting.sample import rouge_scorer
 from common import UserError, in_range
@@ -125,7 +126,7 @@ def superni_metrics(rows, bertscore=None, layer=-1):
 def bert_f1(texts, references, name, layer):
     """BERTScore F1 of each text, the best over its references: every token is matched with the most similar one of the
     other text, by the cosine of their states in `layer`; no idf weights, special tokens left out, no rescaling."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = local_device()
     model = common.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
     tokenizer = common.load_pretrained(AutoTokenizer, name, "--bertscore")
 

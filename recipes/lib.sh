@@ -70,7 +70,7 @@ train() { # train NAME SCRIPT MODEL DATA FLAGS...: the model $RUNS/NAME/model, u
   run $TORCHRUN "$2" --model "$3" --data "$4" --output "$RUNS/$1" ${LR:+--lr "$LR"} --batch_size "$BATCH" --epochs "$EPOCHS" \
     ${seed:+--seed "$seed"} --resume $SAVE $BF16 "${setting[@]}" "${@:5}"
 }
-evaluate() { # evaluate VERB[-MORE] NAME MODEL FLAGS...: one of its figures
+evaluate() { # evaluate VERB[_MORE] NAME MODEL FLAGS...: one of its figures
   run $TORCHRUN evaluate.py "${1%%_*}" ${3:+--model "$3"} --name "$2" --output "$RUNS/eval/$2/${1/_/-}.jsonl" "${@:4}"
 }
 measure() { # measure NAME MODEL FLAGS...: what the recipe's `figures` says of a system, once; then its model goes
