@@ -88,6 +88,8 @@ def draw(model, tokenizer, ids, ends, *, num_samples, max_new_tokens, min_new_to
         logits, cache = read(model, unread, mask, cache)
         if step < min_new_tokens:
             logits[:, ends] = -torch.inf
+        if step == 0 and min_new_tokens:
+            logits[:, stopping_tokens(tokenizer, stop)] = -torch.inf
         logprobs = logits.log_softmax(-1)
         if temperature:  # torch.multinomial's draw; the noise of a row does not depend on which rows are left
             noise = torch.empty(len(drawn), logits.shape[1], device=device).exponential_()[left]
@@ -118,6 +120,7 @@ def draw_by_library(model, tokenizer, ids, ends, *, num_samples, max_new_tokens,
     options = {"num_beams": num_beams, "num_return_sequences": num_samples, "output_logits": num_beams == 1}
     options |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens or None, "eos_token_id": ends}
     options |= {"stop_strings": list(stop) or None, "tokenizer": tokenizer, "pad_token_id": tokenizer.eos_token_id}
+    options |= {"begin_suppress_tokens": stopping_tokens(tokenizer, stop) or None} if min_new_tokens else {}
     options |= {"synced_gpus": False}  # under FSDP the weights are gathered (on_policy.gathered): ranks do not wait
     if temperature and num_beams == 1:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -129,6 +132,13 @@ def draw_by_library(model, tokenizer, ids, ends, *, num_samples, max_new_tokens,
         return [[(token, None) for token in row] for row in tokens.tolist()]
     logprobs = torch.stack(out.logits, 1).log_softmax(-1).gather(2, tokens[..., None])[..., 0]
     return [[*zip(*both)] for both in zip(tokens.tolist(), logprobs.tolist())]
+
+
+@functools.cache
+def stopping_tokens(tokenizer, stop):
+    """The tokens that hold one of the `stop` strings: as the first of a response they would leave it empty."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return [i for i, text in enumerate(texts) if any(s in text for s in stop)]
 
 
 def text_behind(tokenizer, prompt, new):
@@ -147,8 +157,9 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temper
     temperature 0 is greedy (or beam search). logprob is the sum of the model's own log-probabilities, before
     temperature and top_p, of the num_tokens tokens. EOS counts in neither (an empty response is its EOS): servers
     leave it out too, and `rank --by logprob`. finished: it ended by itself within max_new_tokens. EOS cannot be
-    among the first min_new_tokens. The text ends before the first of the `stop` strings, and then without white
-    space. Otherwise it is what was drawn: common.encode gives its tokens.
+    among the first min_new_tokens; where that is not 0, the first token holds no `stop` string either. The text ends
+    before the first of the `stop` strings, and then without white space. Otherwise it is what was drawn:
+    common.encode gives its tokens.
     """
     if 0 < temperature < 1e-3:
         raise UserError(f"--temperature {temperature} is too small to divide by: 0 is greedy")
@@ -156,7 +167,7 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temper
     own = model.generation_config.eos_token_id  # Llama-3 and Qwen list several. Nothing else of it shapes a response
     ends = sorted({tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None})
     options = {"num_samples": num_samples, "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens}
-    options |= {"temperature": temperature, "top_p": top_p, "stop": stop}
+    options |= {"temperature": temperature, "top_p": top_p, "stop": tuple(stop)}
     if num_beams > 1 or kept_by(model) == "state":
         rows = draw_by_library(model, tokenizer, ids, ends, num_beams=num_beams, **options)
     else:

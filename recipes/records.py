@@ -1,7 +1,7 @@
 """What recipes do to records beyond the verbs of collect_candidates.py. Prints JSONL; `mixed` and `best`: a number.
 
 python recipes/records.py only SOURCE RECORDS           the candidates of one source
-python recipes/records.py answered RECORDS              the candidates that are not empty
+python recipes/records.py answered RECORDS              the candidates that are not empty, and the records that have one
 python recipes/records.py passages FROM TO ROWS         questions whose longest passage has FROM to TO words
 python recipes/records.py under CANDIDATES PROMPTS      the candidates of one file under the prompts of another, by id
 python recipes/records.py original RECORDS              the first candidate becomes the original response: not ranked
@@ -52,7 +52,7 @@ def only(source, path):
 
 
 def answered(path):
-    return keep(path, lambda c: c["text"].strip())
+    return [r for r in keep(path, lambda c: c["text"].strip()) if r["candidates"]]
 
 
 def passages(low, high, path):

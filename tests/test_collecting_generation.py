@@ -107,6 +107,11 @@ class TestGenerate:
             assert generation.generate(model, tokenizer, ["A man"], **options)[0][0]["text"] == ""
         [[got], _] = generation.generate(model, tokenizer, ["A man", "Two girls sit"], min_new_tokens=2, **options)
         assert got["num_tokens"] >= 2 and got["text"]
+        monkeypatch.undo()
+        stop = [tokenizer.decode(first)]  # then the whole response was this first token
+        if beams == 1:
+            assert generation.generate(model, tokenizer, ["A man"], stop=stop, **options)[0][0]["text"] == ""
+        assert generation.generate(model, tokenizer, ["A man"], min_new_tokens=1, stop=stop, **options)[0][0]["text"]
 
     @pytest.mark.parametrize("temperature", [0.0, 0.9])
     def test_a_batch_goes_on_without_the_rows_that_have_ended(self, model, tokenizer, monkeypatch, temperature):
