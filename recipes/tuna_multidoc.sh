@@ -9,7 +9,7 @@ tiny
 
 values tuna_multidoc
 
-answers=(--max_new_tokens "$TOKENS" ${STOP:+--stop "$STOP"} $BF16)
+answers=(--max_new_tokens "$TOKENS" --min_new_tokens "$MIN_TOKENS" ${STOP:+--stop "$STOP"} $BF16)
 setting=(--warmup "$WARMUP")
 ranking=(--margin "$MARGIN" --mle_weight "$LAMBDA")
 questions() { # questions NAME SKIP LIMIT: the student's prompts; NAME-gold: the teacher's
