@@ -106,7 +106,7 @@ def multidoc_qa_metrics(rows):
     frame = judged(rows)
     at = frame.groupby("gold_position")[["accuracy", "first_line"]].mean()
     counts = frame["gold_position"].value_counts(sort=False).sort_index().to_dict()
-    metrics = {"prompts": len(rows), "unfinished": 1 - frame["finished"].mean(), "empty": frame["empty"].mean()}
+    metrics = length_figures(rows) | {"empty": frame["empty"].mean()}
     for kind in at:
         metrics |= {kind: at[kind].mean()} | {f"{kind}_at_{p}": x for p, x in at[kind].items()}
     return metrics | {f"prompts_at_{p}": n for p, n in counts.items()} | {"positions": counts}
@@ -115,15 +115,16 @@ def multidoc_qa_metrics(rows):
 def by_question(rows):
     """-> {figure: {question: its share over the gold passage's places}}: one item, not one a place."""
     questions = [r["id"].partition("-gold")[0] for r in rows]
-    return judged(rows).groupby(questions, sort=False)[["accuracy", "empty"]].mean().to_dict()
+    return judged(rows).groupby(questions, sort=False)[["accuracy", "empty", "words"]].mean().to_dict()
 
 
 def judged(rows):
-    """-> DataFrame of the rows with accuracy, first_line, and empty, all True or False."""
+    """-> DataFrame of the rows with accuracy, first_line and empty, all True or False, and words."""
     frame = pandas.DataFrame(rows)
     frame["accuracy"] = [has_answer(r["text"], r["answers"]) for r in rows]
     frame["first_line"] = [has_answer(r["text"].partition("\n")[0], r["answers"]) for r in rows]
-    frame["empty"] = frame["text"].str.strip() == ""
+    frame["words"] = [num_words(r) for r in rows]
+    frame["empty"] = frame["words"] == 0
     return frame
 
 
