@@ -12,8 +12,8 @@ import common
 from collecting.files import content_of, read_lines, read_records, write_atomically
 from common import UserError, say
 
-# Arguments that a second run on the same output may change: how a server is asked, not what; how answers are scored.
-FREE = {"output", "verb", "run", "batch_size", "bertscore", "bertscore_layer"}
+# Arguments that a second run on the same output may change: how a server is asked, not what.
+FREE = {"output", "verb", "run", "batch_size"}
 FREE |= {"base_url", "label_base_url", "concurrency", "max_requests", "retries", "timeout"}
 
 LONGEST_WAIT = 24 * 60  # minutes that a process which has done its share waits for the others

@@ -1,17 +1,14 @@
 """The verb hh: BLEU and reward of answers to HH-RLHF's dialogues (PRO, Table 2)."""
 
-import functools
-import pathlib
 import warnings
 
 import torch
 
-import common
 from collecting import generation, reward_models
-from collecting.files import load_candidates, read_rows
+from collecting.files import load_candidates
 from collecting.flags import generation_flags, group
-from common import UserError, in_range, say
-from evaluating.intervals import normal_interval
+from common import HUMAN, UserError, in_range
+from evaluating.intervals import student
 from evaluating.shared import (
     by_subset,
     draw_per_subset,
@@ -51,18 +48,16 @@ def hh(args):
         raise UserError("hh needs --model, or --source for responses that are there already")
     args.max_prompt_length, args.stop = args.max_prompt_length or 384, args.stop or list(generation.TURNS)
     records = draw_per_subset(load_candidates(args.input), args.limit, args.seed)
-    if args.model and args.reward_model in reward_models_of_training(args.model):
-        say(f"{args.reward_model} also scored the training data of {args.model}: its rewards flatter this model")
 
     def compute(records, device):
         if args.source:
-            answers = [own_response(r, args) for r in records]
+            answers = [response(r, args.source) for r in records]
         else:
             answers = generate_answers(args, [r | {"prompt": r["prompt"] + args.cue} for r in records], device)
-        rows = [
-            {"subset": r.get("subset"), "question": r["prompt"], "reference": chosen_text(r)} | a
-            for r, a in zip(records, answers)
-        ]
+        rows = []
+        for r, a in zip(records, answers):
+            chosen = response(r, "chosen", *HUMAN)["text"]
+            rows.append({"subset": r.get("subset"), "question": r["prompt"], "reference": chosen} | a)
         if args.reward_model != "none":
             pairs = list(zip(records, answers))
             logits = reward_models.reward_logits(args.reward_model, device, pairs, allow_pickle=args.allow_pickle)
@@ -71,33 +66,20 @@ def hh(args):
         return rows
 
     if rows := predict(args, "hh", records, compute):
+        for row in rows:
+            row["char_bleu"] = char_bleu(row["text"], row["reference"])
         items = {"words": {r["id"]: num_words(r) for r in rows}}
-        items["char_bleu"] = {r["id"]: 100 * char_bleu(r["text"], r["reference"]) for r in rows}
-        items["reward"] = {r["id"]: 100 * r["reward"] for r in rows if "reward" in r}
+        for figure in ("char_bleu", "reward"):
+            items[figure] = {r["id"]: 100 * r[figure] for r in rows if figure in r}
         write_metrics(args, "hh", by_subset(rows, hh_metrics), items)
 
 
-def own_response(record, args):
-    """-> {text, finished} of the record's first candidate of --source."""
+def response(record, *sources):
+    """-> {text, finished} of the record's first candidate of one of these sources; UserError where it has none."""
     for c in record["candidates"]:
-        if c["source"] == args.source:
+        if c["source"] in sources:
             return {"text": c["text"], "finished": c.get("finished", True)}
-    raise UserError(f"{args.input}: record {record['id']!r} has no response of {args.source!r}")
-
-
-def chosen_text(record):
-    """The response that people preferred: the chosen one, else a human one, else the best ranked."""
-    candidates = record["candidates"]
-    preferred = [c for source in ("chosen", *common.HUMAN) for c in candidates if c["source"] == source]
-    return (preferred or sorted(candidates, key=lambda c: c.get("rank") or 0))[0]["text"]
-
-
-def reward_models_of_training(model):
-    """The reward models that a run of ours was trained with, from its args.json and its data, where they are there."""
-    settings = common.run_settings(model)
-    data = pathlib.Path(str(settings.get("data")))
-    _, first = next(read_rows(data), ("", {})) if data.is_file() else ("", {})
-    return settings.get("reward_model"), first.get("reward_model")
+    raise UserError(f"record {record['id']!r} has no response of {sources[0]!r}")
 
 
 def hh_metrics(rows):
@@ -107,14 +89,13 @@ def hh_metrics(rows):
 
     texts, references = [r["text"] for r in rows], [r["reference"] for r in rows]
     metrics = {"bleu": sacrebleu.corpus_bleu(texts, [references]).score}
-    metrics["char_bleu"] = 100 * mean(map(char_bleu, texts, references))
+    metrics["char_bleu"] = 100 * mean(r["char_bleu"] for r in rows)
     if rewards := [100 * r["reward"] for r in rows if "reward" in r]:
-        low, high = normal_interval(rewards)
-        metrics |= {"reward": mean(rewards), "reward 95% low": low, "reward 95% high": high}
+        reward, half = mean(rewards), student(rewards)[0]
+        metrics |= {"reward": reward, "reward 95% low": reward - half, "reward 95% high": reward + half}
     return metrics | length_figures(rows)
 
 
-@functools.cache  # of all samples, of each subset and of each item
 def char_bleu(text, reference):
     """What PRO's code calls BLEU: NLTK's sentence BLEU of two raw strings, so over characters; up to 4-grams,
     unsmoothed."""

@@ -1,7 +1,6 @@
 """95% intervals and two-sided p values."""
 
 import math
-import statistics
 
 Z = 1.959964  # of 95%, the normal distribution's
 
@@ -12,15 +11,9 @@ def wilson(share, n):
     return (middle - half) / (1 + Z * Z / n), (middle + half) / (1 + Z * Z / n)
 
 
-def normal_interval(values):
-    """The mean of values +- 1.96 standard errors -> (low, high); the mean alone for one value."""
-    mean = statistics.fmean(values)
-    half = Z * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
-    return mean - half, mean + half
-
-
 def student(values):
-    """n > 1 values -> (half the interval of their mean, p of a mean of 0), by Student's t with n - 1 degrees."""
+    """values [n] -> (half the interval of their mean, p of a mean of 0), by Student's t with n - 1 degrees; no interval
+    where all are equal."""
     from scipy.stats import ttest_1samp
 
     if len(set(values)) == 1:
@@ -37,8 +30,6 @@ def paired_bootstrap(differences, resamples=9999):
     from scipy.stats import bootstrap
 
     middle = sum(differences) / len(differences)
-    if len(set(differences)) == 1:  # nothing to resample
-        return middle, (middle, middle), 1.0
     found = bootstrap((differences,), np.mean, n_resamples=resamples, method="percentile", random_state=0)
     means, (low, high) = found.bootstrap_distribution, found.confidence_interval
     beyond = min((means <= 0).sum(), (means >= 0).sum())

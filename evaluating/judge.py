@@ -8,7 +8,7 @@ from collecting.files import read_rows
 from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
 from collecting.prompts import fill, read_template
-from common import UserError, in_range, say
+from common import UserError, in_range
 from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, num_words, write_metrics
 
 JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
@@ -79,9 +79,6 @@ def judge(args):
         metrics[f"mean_words_{k}"] = mean(num_words(system[row["id"]]) for row in rows)
     items = {row["id"]: outcome(row["pair"], args.verdicts) for row in rows}
     write_metrics(args, "judge", metrics, {k: {i: x[k] for i, x in items.items()} for k in ("win", "lose")})
-    if (unread := mean(v is None for row in rows for v in row["pair"])) > 0.5:
-        say(f"WARNING: {unread:.0%} of the verdicts cannot be read. Look at the texts in {args.output};")
-        say("         ask another --model, with another --prompt_file or more --max_new_tokens")
 
 
 def read_answers(path):

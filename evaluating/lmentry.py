@@ -8,7 +8,6 @@ from collections import Counter
 
 import pandas
 
-from collecting.files import write_atomically
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
 from common import UserError, in_range
@@ -41,8 +40,7 @@ def lmentry_flags(add):
 
 
 def lmentry(args):
-    """Greedy answers to LMentry, written in its layout (predictions/TASK/NAME.json beside the output) and scored by
-    the clone's own scorers."""
+    """Greedy answers to LMentry, scored by the clone's own scorers."""
     root = pathlib.Path(args.lmentry_dir)
     scorers, template, records, examples = lmentry_scorers(root), read_template(args, "{instruction}"), [], {}
     names = args.tasks or sorted(p.stem for p in (root / "data").glob("*.json"))
@@ -61,11 +59,9 @@ def lmentry(args):
     if rows := answer(args, "lmentry", records):
         try:
             for row in rows:
-                scorer = scorers[row["core"]]
-                row["score"], row["certainty"] = scorer.score_prediction(row["text"], examples[row["id"]])
+                row["score"], _ = scorers[row["core"]].score_prediction(row["text"], examples[row["id"]])
         except Exception as e:  # another project's code
             raise UserError(f"--lmentry_dir {root}: its scorer fails on {row['id']} ({e})") from e
-        write_lmentry_layout(rows, pathlib.Path(args.output).parent / "predictions", args.name)
         needed = {task for pair in ADJACENT for task in pair} | ARGUMENT_ORDER  # a clone may have lost files
         metrics = lmentry_metrics(rows, complete=not args.max_examples and needed <= {*names})
         write_metrics(args, "lmentry", metrics, lmentry_items(rows))
@@ -91,16 +87,6 @@ def lmentry_scorers(root):
         raise UserError(f"--lmentry_dir {root}: no scorers ({e}); they need pip install num2words") from e
     finally:
         sys.path.remove(str(root))
-
-
-def write_lmentry_layout(rows, folder, name):
-    tasks = {}
-    for row in rows:
-        fields = {"input": "prompt", "prediction": "text", "score": "score", "certainty": "certainty"}
-        tasks.setdefault(row["task"], {})[row["id"].partition("/")[2]] = {k: row[v] for k, v in fields.items()}
-    for task, predictions in tasks.items():
-        (folder / task).mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / task / f"{name}.json", json.dumps(predictions, indent=1, ensure_ascii=False))
 
 
 def lmentry_items(rows):

@@ -1,12 +1,10 @@
-"""All figures as PNG: what a verb draws of one system, and RESCUE's figures of several."""
+"""Figures as PNG: the ones that a verb draws of one system, and RESCUE's figures of several."""
 
 import functools
-import pathlib
 from statistics import fmean
 
 import pandas
 
-import common
 from collecting.answers import NLI_LABELS
 from collecting.files import read_rows
 from common import UserError, say
@@ -34,39 +32,20 @@ def save_figure(figure, path):
     say(f"plot: {path}")
 
 
-def error_bars(shares, counts):
-    """How far the 95% intervals of shares of so many reach -> [below them, above them]."""
-    spans = [(share, *wilson(share, n)) for share, n in zip(shares, counts)]
-    return [[max(0, share - low) for share, low, _ in spans], [max(0, high - share) for share, _, high in spans]]
-
-
-def plot_shares(axes, x, shares, counts, **style):
-    """A line of shares, each with its 95% interval of so many -> the line."""
-    return axes.errorbar(x, shares, error_bars(shares, counts), capsize=3, **style)[0]
-
-
 def plot_nli(metrics, name, path):
-    """The confusion matrix, and the share of each label among answers and gold: a model that leans to the middle
-    answers 'neutral'."""
-    figure, (left, right) = new_figure(10, 4, 2)
-    columns, n = (*NLI_LABELS, "unparsed"), metrics["prompts"]
+    """Fig. 6, left: the confusion matrix."""
+    figure, [axes] = new_figure(5, 4)
+    columns = (*NLI_LABELS, "unparsed")
     counts = [[metrics["confusion"][g][c] for c in columns] for g in NLI_LABELS]
-    left.imshow(counts, cmap="Blues")
+    axes.imshow(counts, cmap="Blues")
     for y, row in enumerate(counts):
         for x, value in enumerate(row):
             colour = "white" if value > max(map(max, counts)) / 2 else "black"
-            left.text(x, y, value, ha="center", va="center", color=colour)
-    left.set(xlabel="predicted", xticks=range(4), xticklabels=columns)
-    left.set(ylabel="gold", yticks=range(3), yticklabels=NLI_LABELS)
-    low, high = wilson(metrics["accuracy"], n)
-    left.set_title(f"{name}: accuracy {metrics['accuracy']:.3f} [{low:.2f}, {high:.2f}]")
-    gold, predicted = ([metrics[key].get(c, 0) for c in columns] for key in ("gold_share", "predicted_share"))
-    right.bar([x - 0.2 for x in range(4)], gold, 0.4, color="0.75", label="gold")
-    bars = {"yerr": error_bars(predicted, [n] * 4), "capsize": 3}
-    right.bar([x + 0.2 for x in range(4)], predicted, 0.4, color="tab:blue", label="predicted", **bars)
-    right.set(ylabel="share of prompts", ylim=(0, 1), title="central tendency")
-    right.set_xticks(range(4), columns, fontsize=9)
-    right.legend(frameon=False)
+            axes.text(x, y, value, ha="center", va="center", color=colour)
+    axes.set(xlabel="predicted", xticks=range(4), xticklabels=columns)
+    axes.set(ylabel="gold", yticks=range(3), yticklabels=NLI_LABELS)
+    low, high = wilson(metrics["accuracy"], metrics["prompts"])
+    axes.set_title(f"{name}: accuracy {metrics['accuracy']:.3f} [{low:.2f}, {high:.2f}]")
     save_figure(figure, path)
 
 
@@ -78,76 +57,61 @@ def of_verb(systems, verb):
     return [(name, documents[verb]) for name, documents in systems.items()]
 
 
+def plot_line(axes, name, points, number, shift=0.0):
+    """A line of a system. points: {x: (share of each seed, number of prompts)}. At x + shift the mean over seeds, with
+    the 95% interval over prompts: seeds answer the same prompts, so they add none. How far seeds lie apart no interval
+    over prompts says: each has a dot."""
+    colour, places = f"C{number}", [x + shift for x in points]
+    means = [fmean(shares) for shares, _ in points.values()]
+    spans = [wilson(mean, prompts) for mean, (_, prompts) in zip(means, points.values())]
+    below = [max(0, mean - low) for mean, (low, _) in zip(means, spans)]
+    above = [max(0, high - mean) for mean, (_, high) in zip(means, spans)]
+    axes.errorbar(places, means, [below, above], capsize=3, fmt="-o", color=colour, label=name)
+    for place, (shares, _) in zip(places, points.values()):
+        if len(shares) > 1:
+            axes.plot([place] * len(shares), shares, ".", color=colour, alpha=0.5)
+    axes.set_ylabel("accuracy")
+
+
 def plot_positions(systems, path):
-    """The U-shaped curve: accuracy by the gold passage's place, with 95% intervals over prompts; first lines are
-    dashed, where they are not the whole answers. Seeds of a system, which answer the same prompts, are one line, their
-    mean, and a thin one each: how far apart they lie no interval over prompts says."""
+    """The U-shaped curve: accuracy by the gold passage's place."""
     figure, [axes] = new_figure()
     lines = {}
     for name, document in of_verb(systems, "multidoc-qa"):
-        lines.setdefault(without_seed(name), []).append(document["metrics"])
-    for number, (name, runs) in enumerate(lines.items()):
-        counts = {int(p): n for p, n in runs[0]["positions"].items()}
-        whole, first = (
-            [[run[f"{kind}_at_{p}"] for p in counts] for run in runs] for kind in ("accuracy", "first_line")
-        )
-        places = [p + 0.06 * (number - (len(lines) - 1) / 2) for p in counts]  # side by side, or bars hide each other
-        style = {"color": f"C{number}", "counts": counts.values()}
-        if len(runs) > 1:
-            name = f"{name}, {len(runs)} seeds"
-            axes.plot(places, [*zip(*whole)], color=f"C{number}", lw=0.7, alpha=0.5)
-        plot_shares(axes, places, [*map(fmean, zip(*whole))], fmt="-o", label=name, **style)
-        if first != whole:
-            plot_shares(axes, places, [*map(fmean, zip(*first))], fmt="--o", label=f"{name}, first line", **style)
-    axes.set(xlabel="place of the gold passage", ylabel="accuracy", xticks=list(counts), ylim=(0, 1))
+        metrics, points = document["metrics"], lines.setdefault(without_seed(name), {})
+        for place, prompts in metrics["positions"].items():
+            shares, _ = points.setdefault(int(place), ([], prompts))
+            shares.append(metrics[f"accuracy_at_{place}"])
+    for number, (name, points) in enumerate(lines.items()):
+        shift = 0.06 * (number - (len(lines) - 1) / 2)  # side by side, or bars hide each other
+        plot_line(axes, name, points, number, shift)
+    places = sorted({place for points in lines.values() for place in points})
+    axes.set(xlabel="place of the gold passage", xticks=places, ylim=(0, 1))
     axes.legend(frameon=False)
     save_figure(figure, path)
 
 
-def plot_setting(setting, systems, path):
-    """Fig. 4: label accuracy against a training argument (alpha, number of candidates, prompts trained on).
-
-    A line joins runs that differ in nothing else; runs that differ in the seed alone are one point, their mean, and a
-    dot each. What tells the lines apart is in the legend.
-    """
-    runs = []
-    for name, document in of_verb(systems, "nli"):
-        model, evaluated = document["settings"]["--model"], document["settings"]
-        # kept beside the figures, or where the run is
-        trained = common.run_settings(document["folder"] / "model") or common.run_settings(model)
-        if trained.get(setting) is None:
-            raise UserError(f"--plot {setting}: {name} is no run with --{setting}, as its RUN/args.json says")
-        own = {k: str(v) for k, v in (trained | evaluated).items()}
-        for k in ("seed", setting, "--model", "--name", f"content of {model}"):
-            own.pop(k, None)
-        runs.append((own, trained[setting], document["metrics"]))
-    differing = sorted({k for own, *_ in runs for k, v in own.items() if any(o.get(k) != v for o, *_ in runs)})
-    told = [k for k in differing if not k.startswith("content of ")] or differing
-    rows = []
-    for own, x, metrics in runs:
-        shown = [(k, own[k].rpartition("/")[2][:24]) for k in told if k in own]  # of a path the name
-        label = ", ".join(v if k == "ordering" else f"{k} {v}" for k, v in shown)
-        line = tuple(own.get(k, "") for k in differing)
-        rows.append({"label": label or "accuracy", "line": line, "x": x} | metrics)
+def plot_sweep(label, systems, path):
+    """Fig. 4: label accuracy against a number: of systems called NAME@NUMBER, or NAME@NUMBER-seedN; a line a NAME."""
     figure, [axes] = new_figure()
-    frame = pandas.DataFrame(rows)
-    for (label, _), line in frame.groupby(["label", "line"]):
-        points = line.groupby("x")  # seeds answer the same prompts: they add none
-        means, prompts = points["accuracy"].mean(), points["prompts"].first()
-        drawn = plot_shares(axes, means.index, means, prompts, fmt="-o", label=label)
-        seeds = line[points["x"].transform("size") > 1]
-        axes.plot(seeds["x"], seeds["accuracy"], ".", color=drawn.get_color(), alpha=0.5)
-    axes.set(xlabel="training prompts" if setting == TRAIN_SIZE else setting.replace("_", " "), ylabel="accuracy")
-    values = sorted(set(frame["x"]))
-    if setting != "num_candidates" and values[0] > 0:
+    lines = {}
+    for name, document in of_verb(systems, "nli"):
+        line, _, number = without_seed(name).partition("@")
+        try:
+            shares, _ = lines.setdefault(line, {}).setdefault(float(number), ([], document["metrics"]["prompts"]))
+        except ValueError:
+            raise UserError(f"--plot {path.stem}: {name} is not called NAME@NUMBER") from None
+        shares.append(document["metrics"]["accuracy"])
+    for number, (name, points) in enumerate(lines.items()):
+        plot_line(axes, name, dict(sorted(points.items())), number)
+    values = sorted({value for points in lines.values() for value in points})
+    if values[0] > 0 and label != "candidates":
         axes.set_xscale("log")
     axes.set_xticks(values, [f"{x:g}" for x in values])
     axes.minorticks_off()
-    figure.legend(frameon=False, loc="outside right upper")
+    axes.set_xlabel(label)
+    axes.legend(frameon=False)
     save_figure(figure, path)
-
-
-TRAIN_SIZE = "max_train_samples"
 
 
 def plot_sources(systems, path):
@@ -171,36 +135,10 @@ def plot_sources(systems, path):
         save_figure(figure, predictions.with_name(path.name))
 
 
-def plot_training(systems, path):
-    """A run's log: loss, pair accuracy and, where it has them, held-out figures and reward, a column each."""
-    for name, documents in systems.items():
-        models = [d["settings"].get("--model") for d in documents.values()]
-        logs = [pathlib.Path(model).parent / "log.jsonl" for model in models if model]
-        log = next((file for file in logs if file.is_file()), None)
-        if log is None:
-            raise UserError(f"--plot training: {name} is no run of ours (no log.jsonl beside its model)")
-        frame = pandas.DataFrame([row for _, row in read_rows(log)]).set_index("step")
-        keys = [k for k in ("loss", "pair_accuracy", "reward") if {k, f"eval_{k}"} & {*frame}]
-        figure, axes = new_figure(4.4 * len(keys), 3.4, len(keys))
-        for ax, key in zip(axes, keys):
-            training, held_out = (frame.get(k, pandas.Series()).dropna() for k in (key, f"eval_{key}"))
-            if len(training) >= 40:  # batches leap about: the mean over a tenth of the run
-                ax.plot(training, color="C0", alpha=0.25)
-                training = training.rolling(2 * (len(training) // 20) + 1, center=True).mean().dropna()
-            if len(training):
-                ax.plot(training, "-", label="training")
-            if len(held_out):
-                ax.plot(held_out, "o--", label="held out")
-            ax.set(xlabel="step", ylabel=key.replace("_", " "), title=name)
-            ax.legend(frameon=False)
-        save_figure(figure, path.with_name(f"{path.stem}-{name}.png"))
-
-
 PLOTS = {
-    "alpha": functools.partial(plot_setting, "alpha"),
-    "num_candidates": functools.partial(plot_setting, "num_candidates"),
-    "train_size": functools.partial(plot_setting, TRAIN_SIZE),
+    "alpha": functools.partial(plot_sweep, "alpha"),
+    "num_candidates": functools.partial(plot_sweep, "candidates"),
+    "train_size": functools.partial(plot_sweep, "training prompts"),
     "gold_position": plot_positions,
     "sources": plot_sources,
-    "training": plot_training,
 }

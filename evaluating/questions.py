@@ -49,29 +49,22 @@ def nli(args):
     if rows := predict(args, "nli", records, compute):
         metrics = nli_metrics(rows)
         write_metrics(args, "nli", metrics, {"accuracy": {r["id"]: float(r["prediction"] == r["label"]) for r in rows}})
-        more = {k: {x: metrics[x][k] for x in ("precision", "recall")} for k in NLI_LABELS}
-        say(markdown({f"gold {k}": row | more[k] for k, row in metrics["confusion"].items()}))
+        say(markdown({f"gold {k}": row for k, row in metrics["confusion"].items()}))
         plot_nli(metrics, args.name, beside(args, ".png"))
 
 
 def nli_metrics(rows):
-    """Accuracy (an unparsed answer is wrong), shares, and per class: precision, recall, confusion row (gold ->
-    predicted or unparsed)."""
-    frame, n, labels = pandas.DataFrame(rows), len(rows), list(NLI_LABELS)
+    """Accuracy (an unparsed answer is wrong), shares, and the confusion matrix: gold -> predicted or unparsed."""
+    frame, labels = pandas.DataFrame(rows), list(NLI_LABELS)
     confusion = pandas.crosstab(frame["label"], frame["prediction"].fillna("unparsed"))
     confusion = confusion.reindex(index=labels, columns=[*labels, "unparsed"], fill_value=0)
-    predicted, gold = confusion.sum(), confusion.sum(axis=1)
-    right = pandas.Series({k: confusion.at[k, k] for k in labels})
     return {
-        "accuracy": right.sum() / n,
+        "accuracy": (frame["label"] == frame["prediction"]).mean(),
         "well_formed": frame["well_formed"].mean(),
-        "unparsed": predicted["unparsed"] / n,
+        "unparsed": frame["prediction"].isna().mean(),
         "mean_words": mean(map(num_words, rows)),
-        "prompts": n,
-        "precision": (right / predicted[labels].clip(lower=1)).to_dict(),
-        "recall": (right / gold.clip(lower=1)).to_dict(),
-        "predicted_share": (predicted / n).to_dict(),
-        "gold_share": (gold / n).to_dict(),
+        "prompts": len(rows),
+        "predicted_share": (confusion.sum() / len(rows)).to_dict(),
         "confusion": confusion.to_dict("index"),
     }
 
@@ -95,27 +88,12 @@ def multidoc_qa(args):
             where = f"{args.input}: record {r['id']!r}"
             raise UserError(f"{where} has no answers or gold_position; see prepare multidoc_qa")
     if rows := answer(args, "multidoc-qa", records):
-        metrics, items = multidoc_qa_metrics(rows), by_question(rows)
-        metrics["questions"] = len(items["accuracy"])
+        frame = judged(rows)
+        questions = frame["id"].str.partition("-gold")[0]  # one item, not one a place
+        items = frame.groupby(questions, sort=False)[["accuracy", "empty", "words"]].mean().to_dict()
+        metrics = multidoc_qa_metrics(frame) | {"questions": questions.nunique()}
         write_metrics(args, "multidoc-qa", metrics, items)
         plot_positions({args.name: {"multidoc-qa": {"metrics": metrics}}}, beside(args, ".png"))
-
-
-def multidoc_qa_metrics(rows):
-    """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
-    frame = judged(rows)
-    at = frame.groupby("gold_position")[["accuracy", "first_line"]].mean()
-    counts = frame["gold_position"].value_counts(sort=False).sort_index().to_dict()
-    metrics = length_figures(rows) | {"empty": frame["empty"].mean()}
-    for kind in at:
-        metrics |= {kind: at[kind].mean()} | {f"{kind}_at_{p}": x for p, x in at[kind].items()}
-    return metrics | {f"prompts_at_{p}": n for p, n in counts.items()} | {"positions": counts}
-
-
-def by_question(rows):
-    """-> {figure: {question: its share over the gold passage's places}}: one item, not one a place."""
-    questions = [r["id"].partition("-gold")[0] for r in rows]
-    return judged(rows).groupby(questions, sort=False)[["accuracy", "empty", "words"]].mean().to_dict()
 
 
 def judged(rows):
@@ -126,6 +104,18 @@ def judged(rows):
     frame["words"] = [num_words(r) for r in rows]
     frame["empty"] = frame["words"] == 0
     return frame
+
+
+def multidoc_qa_metrics(frame):
+    """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
+    places = frame.groupby("gold_position")
+    counts = places.size().to_dict()
+    metrics = {"mean_words": frame["words"].mean(), "unfinished": 1 - frame["finished"].mean()}
+    metrics |= {"empty": frame["empty"].mean(), "prompts": len(frame)}
+    for kind in ("accuracy", "first_line"):
+        at = places[kind].mean()
+        metrics |= {kind: at.mean()} | {f"{kind}_at_{p}": x for p, x in at.items()}
+    return metrics | {f"prompts_at_{p}": n for p, n in counts.items()} | {"positions": counts}
 
 
 # fmt: off

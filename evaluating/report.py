@@ -4,15 +4,14 @@ import pathlib
 
 from collecting.files import write_atomically
 from common import UserError, say
-from evaluating.claims import claims_page
-from evaluating.intervals import paired_bootstrap
+from evaluating.claims import claims_page, compare, shown
 from evaluating.plots import PLOTS
 from evaluating.shared import EVAL_FOLDER
-from evaluating.tables import beside_paper, figures_of, items_of, load_systems, markdown
+from evaluating.tables import beside_paper, figures_of, items_of, load_systems, markdown, without_seed
 
 HEAD = "<!-- evaluate.py report: written anew each time -->\n\n"
-PLOT_HELP = """RESCUE's Fig. 4 (alpha, num_candidates), accuracy by train_size and by gold_position, Fig. 5 and 6
-(sources), the runs' logs (training); PLOT.png beside --output, sources in each system's folder"""
+PLOT_HELP = """accuracy of systems called NAME@NUMBER against the number (alpha, num_candidates, train_size), or by
+gold_position; RESCUE's Fig. 5 and 6 (sources). PLOT.png beside --output, sources in each system's folder"""
 
 
 # fmt: off
@@ -65,29 +64,29 @@ def side_by_side(systems, columns):
     tables = {}
     for name, documents in systems.items():
         for verb, document in documents.items():
-            cells = {}
+            row = tables.setdefault("" if columns else verb, {}).setdefault(name, {})
             for figure, (value, interval) in figures_of(document).items():
-                cells[figure] = f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.4g}"
-            tables.setdefault("" if columns else verb, {}).setdefault(name, {}).update(cells)
-    if columns:
-        if unknown := set(columns) - {figure for row in tables[""].values() for figure in row}:
-            raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(systems)}")
-        return markdown({name: {c: row[c] for c in columns if c in row} for name, row in tables[""].items()})
-    return "\n\n".join(f"### {verb}\n\n{markdown(rows)}" for verb, rows in tables.items())
+                row[figure] = f"{value:.3f} [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else f"{value:.4g}"
+    if not columns:
+        return "\n\n".join(f"### {verb}\n\n{markdown(rows)}" for verb, rows in tables.items())
+    if unknown := set(columns) - {figure for row in tables[""].values() for figure in row}:
+        raise UserError(f"--columns {' '.join(sorted(unknown))}: no such figure of {' '.join(systems)}")
+    return markdown(tables[""], columns)
 
 
 def paired(systems):
-    """The first system minus each other one, on the items of every figure that both have, with the 95% interval and p
-    of a paired bootstrap -> Markdown."""
-    (first, ours), *others = ((name, items_of(documents)) for name, documents in systems.items())
+    """The first system minus each other one, in every figure that both have item by item, as claims.compare has it ->
+    Markdown."""
+    first, *others = dict.fromkeys(map(without_seed, systems))
+    figures = {name: {} for name in (first, *others)}
+    for name, documents in systems.items():
+        figures[without_seed(name)] |= items_of(documents)
     rows = {}
-    for other, theirs in others:
-        for figure in (f for f in ours if f in theirs):
-            differences = [x - theirs[figure][i] for i, x in ours[figure].items() if i in theirs[figure]]
-            if differences:
-                difference, (low, high), p = paired_bootstrap(differences)
-                row = {"difference": difference, "95% low": low, "95% high": high, "p": p, "items": len(differences)}
-                rows[f"{first} - {other}, {figure}"] = row
+    for other in others:
+        for figure in (f for f in figures[first] if f in figures[other]):
+            if found := compare(systems, first, other, figure):
+                row = {"difference": found.middle} | dict(zip(["over items", "over seeds"], shown(found.intervals)))
+                rows[f"{first} - {other}, {figure}"] = row | {"p": found.p, "items": found.items}
     if not rows:
-        raise UserError(f"--paired: {' and '.join(systems)} have no *.items.json with the same figure and items")
+        raise UserError(f"--paired: {' and '.join(systems)} have no *.items.json with the same figure")
     return markdown(rows)

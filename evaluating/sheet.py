@@ -4,15 +4,13 @@ import hashlib
 import json
 import pathlib
 import random
-import statistics
 
 import pandas
 
-from collecting.files import load_candidates, read_records, read_rows, write_atomically
+from collecting.files import read_records, read_rows, write_atomically
 from collecting.prompts import task_of
-from collecting.rank_given import spearman
 from common import UserError, in_range, say
-from evaluating.intervals import normal_interval, paired_bootstrap, wilson
+from evaluating.intervals import paired_bootstrap, student, wilson
 from evaluating.shared import EVAL_FOLDER
 from evaluating.tables import markdown, read_document
 
@@ -24,7 +22,6 @@ def sheet_flags(add):
     add("--systems", nargs="+", metavar="PREDICTIONS", help="2 to 9 files with id and text: runs/eval/A/nli.jsonl")
     add("--names", nargs="+", help="the systems' names (default: the files' folders)")
     add("--input", help="records with the prompts")
-    add("--within", action="store_true", help="instead rank each prompt's own ranked candidates (Tuna App. G)")
     add("--limit", type=in_range(int, 1), default=100, help="prompts on the sheet, drawn by --seed")
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="which prompts, and the order of the responses")
     add("--output", default=str(EVAL_FOLDER / "sheet.html"), help="the page; who is who goes to OUTPUT.key.json")
@@ -36,22 +33,20 @@ def sheet(args):
     """A page to judge the systems' responses blindly, with the keyboard; or, with --score, what the judges said."""
     output, key_file = pathlib.Path(args.output), pathlib.Path(f"{args.output}.key.json")
     if args.score:
-        table = score_sheet(args, read_document(key_file, sheet=str, orders=list))
+        table = score_sheet(args.score, read_document(key_file, sheet=str, orders=list, systems=list))
         write_atomically(pathlib.Path(f"{output}.score.json"), json.dumps(table, indent=1))
         say(markdown(table))
         return
+    names, shown = answered(args)
     draw = random.Random(args.seed)
-    shown, key = (within if args.within else between)(args)
     shown = draw.sample(shown, min(args.limit, len(shown)))
-    orders = [draw.sample(list(texts), len(texts)) for _, texts in shown]
+    orders = [draw.sample(range(len(names)), len(names)) for _ in shown]
     items = [
         {"prompt": task_of(record), "responses": [texts[i] for i in order]}
         for (record, texts), order in zip(shown, orders)
     ]
     number = hashlib.sha256(json.dumps([items, args.seed]).encode()).hexdigest()[:12]
-    key = {"sheet": number} | key | {"ids": [record["id"] for record, _ in shown], "orders": orders}
-    if args.within:
-        key["ranks"] = [[r["candidates"][i]["rank"] for i in order] for (r, _), order in zip(shown, orders)]
+    key = {"sheet": number, "systems": names, "ids": [record["id"] for record, _ in shown], "orders": orders}
     data = json.dumps({"sheet": number, "items": items}).replace("<", "\\u003c")  # no text can end the script element
     files = {key_file: json.dumps(key), output: PAGE.read_text(encoding="utf-8").replace("@DATA@", data)}
     for file, text in files.items():  # killed between the two, the same command writes the other
@@ -60,86 +55,58 @@ def sheet(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
         write_atomically(file, text)
-    what = f"{len(items)} prompts, {len(orders[0])} {'candidates' if args.within else 'systems'}"
-    say(f"{what}: {output} (do not give {key_file} to the judges)")
+    say(f"{len(items)} prompts, {len(names)} systems: {output} (do not give {key_file} to the judges)")
 
 
-def between(args):
-    """-> ([(record, {system's number: its text})], {systems: their names})."""
+def answered(args):
+    """-> the systems' names, and [(record, each system's text)] of the records that all of them answered."""
     if not args.input or not 2 <= len(args.systems or []) <= 9:
         raise UserError("sheet needs --input and 2 to 9 --systems (or --score with the saved results)")
     names = args.names or [pathlib.Path(path).parent.name for path in args.systems]
     if not len(set(names)) == len(names) == len(args.systems):
         raise UserError(f"--names: {len(args.systems)} different names are needed, not {', '.join(names)}")
     systems = [{row.get("id"): row.get("text") for _, row in read_rows(path)} for path in args.systems]
-    shown = [(r, dict(enumerate(texts.get(r["id"]) for texts in systems))) for r in read_records(args.input)]
-    shown = [x for x in shown if all(isinstance(text, str) for text in x[1].values())]
+    shown = [(r, [texts.get(r["id"]) for texts in systems]) for r in read_records(args.input)]
+    shown = [(r, texts) for r, texts in shown if all(isinstance(text, str) for text in texts)]
     if not shown:
         raise UserError(f"{args.input}: no record has a text in each of {', '.join(args.systems)}")
-    return shown, {"systems": names}
+    return names, shown
 
 
-def within(args):
-    """-> ([(record, {candidate's place: its text})], {}): each prompt's own ranked candidates. A page asks for as many
-    as most prompts have; the others stay out."""
-    if not args.input or args.systems:
-        raise UserError("sheet --within needs --input, ranked records, and no --systems")
-    shown = []
-    for record in load_candidates(args.input):
-        texts = {i: c["text"] for i, c in enumerate(record["candidates"]) if c.get("rank") is not None}
-        shown += [(record, texts)] if 2 <= len(texts) <= 9 else []
-    if not shown:
-        raise UserError(f"{args.input}: no record has 2 to 9 candidates with a rank")
-    n = statistics.mode(len(texts) for _, texts in shown)
-    return [x for x in shown if len(x[1]) == n], {}
-
-
-def score_sheet(args, key):
-    """Two systems: win, tie, lose, and the win rate (a tie counts half); more: the mean of n + 1 - place (Tuna: 6 - i).
+def score_sheet(paths, key):
+    """The annotators' results -> {system: its figures}. Two systems: win, tie, lose, and the win rate (a tie counts
+    half); more: the mean of n + 1 - place (Tuna: 6 - i).
 
     Each annotator counts alike, each prompt once (its mean over annotators); 95% intervals over prompts: Wilson's for
-    the win rate, which ties make too wide rather than too narrow, the normal one for the mean score, with p against
-    each other system by a paired bootstrap (the paper of Table 2, Tuna's, names no test). --within: score_within.
+    the win rate, which ties make too wide rather than too narrow, Student's for the mean score, with p against each
+    other system by a paired bootstrap (the paper of Table 2, Tuna's, names no test).
     """
     rows = []
-    for path in args.score:
+    for path in paths:
         answers = read_document(path, answers=list, sheet=str)
         if answers["sheet"] != key["sheet"] or len(answers["answers"]) != len(key["orders"]):
-            raise UserError(f"--score {path}: these are the results of another sheet than {args.output}")
+            raise UserError(f"--score {path}: these are the results of another sheet")
         for i, (answer, order) in enumerate(zip(answers["answers"], key["orders"])):
             points = points_of(answer, len(order), f"{path}: answer {i + 1}")
-            rows += [{"prompt": i, "response": x, "points": p} for x, p in zip(order, points)]
+            rows += [{"prompt": i, "system": x, "points": p} for x, p in zip(order, points)]
     if not rows:
-        raise UserError(f"--score {' '.join(args.score)}: nothing is judged there")
-    frame = pandas.DataFrame(rows)
-    means = frame.groupby(["prompt", "response"])["points"].mean().unstack()
-    if "ranks" in key:
-        return {"people against rank": score_within(means, key)}
-    return score_systems(means, frame, key["systems"])
-
-
-def score_within(means, key):
-    """Spearman's correlation of people's order of a prompt's candidates with their stored ranks, averaged over a
-    prompt's annotators (their mean points are ordered), then over prompts (Tuna App. G: 0.72; whether it is a mean
-    over prompts, the paper does not say). means: points [prompts, candidates]."""
-    values = [spearman(means.loc[i, key["orders"][i]], [-rank for rank in key["ranks"][i]]) for i in means.index]
-    low, high = normal_interval(values)
-    return {"spearman": statistics.fmean(values), "95% low": low, "95% high": high, "prompts": len(values)}
-
-
-def score_systems(means, frame, names):
-    """means: points [prompts, systems]; frame: every judgement -> {system: its figures}."""
-    table, two = {}, len(names) == 2
-    for s, name in enumerate(names):
+        raise UserError(f"--score {' '.join(paths)}: nothing is judged there")
+    judgements = pandas.DataFrame(rows)
+    means = judgements.groupby(["prompt", "system"])["points"].mean().unstack()  # [prompts, systems]
+    table = {}
+    for s, name in enumerate(key["systems"]):
         mean = means[s].mean()
-        low, high = wilson(mean, len(means)) if two else normal_interval(means[s].tolist())
-        row = {"win rate" if two else "score": mean, "95% low": low, "95% high": high, "prompts": len(means)}
-        if two:
-            points = frame["points"][frame["response"] == s]
-            row |= {k: (points == v).mean() for k, v in (("win", 1), ("tie", 0.5), ("lose", 0))}
-        for o, other in enumerate(names):
-            if o != s and not two:
-                row[f"p, {other}"] = paired_bootstrap((means[s] - means[o]).tolist())[2]
+        if len(key["systems"]) == 2:
+            low, high = wilson(mean, len(means))
+            row = {"win rate": mean, "95% low": low, "95% high": high, "prompts": len(means)}
+            points = judgements["points"][judgements["system"] == s]
+            row |= {k: (points == x).mean() for k, x in (("win", 1), ("tie", 0.5), ("lose", 0))}
+        else:
+            half, _ = student(means[s].tolist())
+            row = {"score": mean, "95% low": mean - half, "95% high": mean + half, "prompts": len(means)}
+            for o, other in enumerate(key["systems"]):
+                if o != s:
+                    row[f"p, {other}"] = paired_bootstrap((means[s] - means[o]).tolist())[2]
         table[name] = row
     return table
 

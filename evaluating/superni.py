@@ -1,24 +1,19 @@
-"""The verb superni: Super-NaturalInstructions from a clone: ROUGE-L, exact match, BERTScore."""
+"""The verb superni: Super-NaturalInstructions from a clone: ROUGE-L and exact match."""
 
-import functools
 import json
 import pathlib
 import string
 
-import numpy
 import pandas
-import torch
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 import common
-from collecting.flags import alpaca_flags, generation_flags, group
-from collecting.generation import local_device
+from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
 from collecting.sample import rouge_scorer
 from common import UserError, in_range
 from evaluating.shared import answer, mean, model_flags, num_words, write_metrics
 
-SCORES = ("rouge_l", "exact_match", "bertscore")
+SCORES = ["rouge_l", "exact_match"]
 
 
 # fmt: off
@@ -27,13 +22,9 @@ def superni_flags(add):
     add("--superni_dir", required=True, help="clone of allenai/natural-instructions: tasks/, splits/default/")
     add("--shots", type=in_range(int, 0, 2), default=0, help="positive examples, while they fit: 0 or 2")
     add("--max_instances", type=in_range(int, 1), default=100, help="the first of each task (the benchmark's: 100)")
-    add("--tasks", nargs="+", help="only these of the 119 test tasks")
+    add("--tasks", nargs="+", help="these tasks instead of the 119 test tasks")
     alpaca_flags(add, "{instruction} (definition and examples) and {input}, or {prompt}, all of the benchmark's own")
     generation_flags(add, 128)
-
-    add = group(add, "BERTScore")
-    add("--bertscore", metavar="MODEL", help="also BERTScore F1 under this encoder, a hub id or folder: roberta-large")
-    add("--bertscore_layer", type=int, default=17, help="whose states are compared (roberta-large: 17); -1 the last")
 # fmt: on
 
 
@@ -42,24 +33,14 @@ def superni(args):
     args.max_prompt_length = args.max_prompt_length or 1024
     root = pathlib.Path(args.superni_dir)
     args.input = str(root / "splits/default/test_tasks.txt")
-    listed = pathlib.Path(args.input).read_text().split()
-    if unknown := set(args.tasks or ()) - set(listed):
-        raise UserError(f"--tasks {' '.join(sorted(unknown))}: not among the test tasks of {args.input}")
-    if args.bertscore:
-        layers = common.load_pretrained(AutoConfig, args.bertscore, "--bertscore").num_hidden_layers
-        if not -layers <= args.bertscore_layer <= layers:
-            raise UserError(f"--bertscore_layer {args.bertscore_layer}: {args.bertscore} has {layers}; -1 is the last")
-    tokenizer = common.load_tokenizer(args.model)
-    records = []
-    for name in args.tasks or listed:
+    tokenizer, records = common.load_tokenizer(args.model), []
+    for name in args.tasks or pathlib.Path(args.input).read_text().split():
         records += superni_records(root / f"tasks/{name}.json", tokenizer, args)
     verb = f"superni-{args.shots}shot" if args.shots else "superni"
     if rows := answer(args, verb, records):
-        figures = superni_metrics(rows, args.bertscore, args.bertscore_layer)
-        if args.shots:  # so that both settings stand in one table
-            figures = {f"{k}_{args.shots}shot" if k in SCORES else k: v for k, v in figures.items()}
-        name = next(k for k in figures if k.startswith("rouge_l"))
-        write_metrics(args, verb, figures, {name: {r["id"]: r["rouge_l"] for r in rows}})
+        suffix = f"_{args.shots}shot" if args.shots else ""  # so that both settings stand in one table
+        figures = {k + suffix * (k in SCORES): v for k, v in superni_metrics(rows).items()}
+        write_metrics(args, verb, figures, {f"rouge_l{suffix}": {r["id"]: r["rouge_l"] for r in rows}})
 
 
 def superni_records(file, tokenizer, args):
@@ -70,11 +51,11 @@ def superni_records(file, tokenizer, args):
         definition, examples, instances = task["Definition"], task["Positive Examples"], task["Instances"]
         definition = definition if isinstance(definition, str) else definition[0]
         for i, instance in enumerate(instances[: args.max_instances]):
-            outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
+            outputs = instance["output"]
             if not outputs or not all(isinstance(text, str) for text in outputs):
                 raise ValueError(f"instance {i} has no output")
-            shots, text = examples[: args.shots], instance["input"]
-            prompt = superni_prompt(definition, shots, text, tokenizer, args.max_prompt_length, template)
+            shots = examples[: args.shots]
+            prompt = superni_prompt(definition, shots, instance["input"], tokenizer, args.max_prompt_length, template)
             records.append({"id": f"{file.stem}-{i}", "task": file.stem, "prompt": prompt, "answers": outputs})
         return records
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
@@ -107,44 +88,13 @@ def exact_form(text):
     return " ".join("".join(c for c in text.lower() if c not in string.punctuation).split())
 
 
-def superni_metrics(rows, bertscore=None, layer=-1):
+def superni_metrics(rows):
     """Mean over instances x 100 of the maximum over references; the same by task."""
     score = rouge_scorer(use_stemmer=True).score
     for row in rows:
         row["rouge_l"] = 100 * max(score(a, row["text"])["rougeL"].fmeasure for a in row["answers"])
         row["exact_match"] = 100.0 * any(exact_form(a) == exact_form(row["text"]) for a in row["answers"])
     frame = pandas.DataFrame(rows)
-    if bertscore:
-        frame["bertscore"] = 100 * numpy.array(bert_f1(frame["text"], frame["answers"], bertscore, layer))
-    names = [name for name in SCORES if name in frame]
-    by_task = frame.groupby("task", sort=False)[names].mean().to_dict("index")
-    figures = frame[names].mean().to_dict() | {"mean_words": mean(map(num_words, rows))}
+    by_task = frame.groupby("task", sort=False)[SCORES].mean().to_dict("index")
+    figures = frame[SCORES].mean().to_dict() | {"mean_words": mean(map(num_words, rows))}
     return figures | {"tasks": len(by_task), "prompts": len(rows), "by_task": by_task}
-
-
-@torch.inference_mode()
-def bert_f1(texts, references, name, layer):
-    """BERTScore F1 of each text, the best over its references: every token is matched with the most similar one of the
-    other text, by the cosine of their states in `layer`; no idf weights, special tokens left out, no rescaling."""
-    device = local_device()
-    model = common.load_pretrained(AutoModel, name, "--bertscore").to(device).eval()
-    tokenizer = common.load_pretrained(AutoTokenizer, name, "--bertscore")
-
-    @functools.cache
-    def states(text):  # -> [tokens, d] unit vectors, or None for a text without tokens
-        inputs = tokenizer(text, truncation=True, max_length=512, return_tensors="pt", return_special_tokens_mask=True)
-        special = inputs.pop("special_tokens_mask")[0].bool()
-        if special.all() or not text.strip():
-            return None
-        hidden = model(**inputs.to(device), output_hidden_states=True).hidden_states[layer][0].float()
-        return torch.nn.functional.normalize(hidden[~special.to(device)], dim=-1)
-
-    def f1(text, reference):
-        ours, theirs = states(text), states(reference)
-        if ours is None or theirs is None:
-            return float(text.strip() == reference.strip())
-        cosines = ours @ theirs.T  # [tokens of the text, of the reference]
-        precision, recall = cosines.amax(1).mean(), cosines.amax(0).mean()
-        return (2 * precision * recall / (precision + recall)).item()
-
-    return [max(f1(text, r) for r in some) for text, some in zip(texts, references)]

@@ -5,8 +5,6 @@ import pathlib
 import re
 import statistics
 
-import pandas
-
 from collecting.files import parse_object
 from common import UserError, is_number
 from evaluating.intervals import student, wilson
@@ -25,20 +23,22 @@ def read_document(path, **fields):
 
 
 def load_systems(folders):
-    """Folders with VERB.metrics.json and VERB.items.json -> {system: {verb: document}}: the first file's content, with
-    its `folder`, and the second's as `items` {figure: {id: value}}."""
+    """Folders with VERB.metrics.json and VERB.items.json -> {the folder's name: {verb: document}}: the first file's
+    content, with its `folder`, and the second's as `items` {figure: {id: value}}. UserError where a folder has none of
+    them, and where two have one name."""
     systems = {}
     for folder in folders:
-        files = sorted(folder.glob("*.metrics.json"))
-        if not files:
-            raise UserError(f"{folder}: no *.metrics.json; evaluate {folder.name} first")
-        for file in files:
-            document, verb = read_document(file, metrics=dict, name=str), file.name.removesuffix(".metrics.json")
-            items, documents = folder / f"{verb}.items.json", systems.setdefault(document["name"], {})
-            if verb in documents:
-                where = f"{documents[verb]['folder']} and {folder}"
-                raise UserError(f"{where} are both called {document['name']!r}: evaluate one again with another --name")
-            documents[verb] = document | {"folder": folder, "items": read_document(items) if items.exists() else {}}
+        name = folder.resolve().name
+        if name in systems:
+            raise UserError(f"{folder}: two folders are called {name!r}, which is a system's name: rename one")
+        documents = systems[name] = {}
+        for file in sorted(folder.glob("*.metrics.json")):
+            verb = file.name.removesuffix(".metrics.json")
+            items = folder / f"{verb}.items.json"
+            items = read_document(items) if items.exists() else {}
+            documents[verb] = read_document(file, metrics=dict) | {"folder": folder, "items": items}
+        if not documents:
+            raise UserError(f"{folder}: no *.metrics.json; evaluate {name} first")
     return systems
 
 
@@ -127,16 +127,17 @@ def own_figures(systems, columns):
     """Our systems, a row each, seeds together; columns "VERB FIGURE" -> Markdown."""
     rows = {}
     for name, documents in systems.items():
-        rows[name] = {f"{verb} {k}": v for verb, d in documents.items() for k, (v, _) in figures_of(d).items()}
-    frame = pandas.DataFrame.from_dict(rows, orient="index")
-    seeds = frame[columns].groupby(without_seed, sort=False)
-    cells = seeds.agg(lambda values: with_spread(list(values.dropna()), ".3g") if values.notna().any() else "")
-    return table(columns, cells.reset_index().values.tolist())
+        row = rows.setdefault(without_seed(name), {})
+        for verb, document in documents.items():
+            for figure, (value, _) in figures_of(document).items():
+                row.setdefault(f"{verb} {figure}", []).append(value)
+    cells = {name: {c: with_spread(row[c], ".3g") for c in columns if c in row} for name, row in rows.items()}
+    return markdown(cells, columns)
 
 
-def markdown(rows):
-    """{row name: {column: number or text}} -> a Markdown table."""
-    columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+def markdown(rows, columns=None):
+    """{row name: {column: number or text}} -> a Markdown table, of all columns or of these."""
+    columns = columns or list(dict.fromkeys(c for row in rows.values() for c in row))
     text = lambda x: x if isinstance(x, str) else f"{x:.4g}"  # noqa: E731
     return table(columns, [[name, *(text(row.get(c, "")) for c in columns)] for name, row in rows.items()])
 

@@ -44,15 +44,18 @@ class TestMetrics:
         got = questions.nli_metrics([row(e, e), row(e, n), row(n, n), row(c, None, "x y z w")])
         wanted = {"accuracy": 0.5, "unparsed": 0.25, "well_formed": 0.75, "mean_words": 2.5}
         assert {k: got[k] for k in wanted} == wanted
-        assert got["precision"] == {e: 1.0, n: 0.5, c: 0.0} and got["recall"] == {e: 0.5, n: 1.0, c: 0.0}
-        assert got["confusion"][c] == {e: 0, n: 0, c: 0, "unparsed": 1}
+        assert got["confusion"] == {
+            e: {e: 1, n: 1, c: 0, "unparsed": 0},
+            n: {e: 0, n: 1, c: 0, "unparsed": 0},
+            c: {e: 0, n: 0, c: 0, "unparsed": 1},
+        }
+        assert got["predicted_share"] == {e: 0.25, n: 0.5, c: 0.0, "unparsed": 0.25}
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_jsonl(tmp_path / "d.jsonl", make_records(5))
-    return tmp_path
+def here(here):
+    write_jsonl(here / "d.jsonl", make_records(5))
+    return here
 
 
 def test_verbs_and_report(cli, tiny, here):
@@ -73,15 +76,23 @@ def test_verbs_and_report(cli, tiny, here):
     refused(cli("evaluate", "report", "nobody"), "nobody")
 
 
-def test_report_has_intervals(cli, here):
+@pytest.fixture
+def evaluated(here):
+    """evaluated(name, verb, **metrics): a system's figures of a verb."""
+
+    def write(name, verb, **metrics):
+        folder = here / "runs/eval" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{verb}.metrics.json").write_text(json.dumps({"metrics": metrics}))
+
+    return write
+
+
+def test_report_has_intervals(cli, evaluated):
     """Wilson's 95% interval of 4 of 10 is 0.168 to 0.687, of 1 of 4 0.046 to 0.699; a verb's own stands as it is."""
-    metrics = {"accuracy": 0.4, "prompts": 10, "accuracy_at_3": 0.25, "prompts_at_3": 4, "mean_words": 12.5}
-    other = {"pair_accuracy": 0.4, "pairs": 1000, "prompts": 10, "reward": 55.0}
-    other |= {"reward 95% low": 52.0, "reward 95% high": 58.0}
-    for verb, figures in (("multidoc-qa", metrics), ("ranking", other)):
-        (here / "runs/eval/a").mkdir(parents=True, exist_ok=True)
-        document = {"name": "a", "metrics": figures, "settings": {}}
-        (here / f"runs/eval/a/{verb}.metrics.json").write_text(json.dumps(document))
+    evaluated("a", "multidoc-qa", accuracy=0.4, prompts=10, accuracy_at_3=0.25, prompts_at_3=4, mean_words=12.5)
+    own = {"reward 95% low": 52.0, "reward 95% high": 58.0}
+    evaluated("a", "ranking", pair_accuracy=0.4, pairs=1000, prompts=10, reward=55.0, **own)
     columns = ["accuracy", "accuracy_at_3", "pair_accuracy", "reward", "mean_words"]
     row = cli("evaluate", "report", "a", "--columns", *columns).out.splitlines()[-1]
     four_of_ten = "0.400 [0.17, 0.69]"
@@ -89,51 +100,43 @@ def test_report_has_intervals(cli, here):
     assert "95% low" not in cli("evaluate", "report", "a").out
 
 
-def test_report_beside_a_paper(cli, here):
-    def system(name, verb, **metrics):
-        folder = here / "runs/eval" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{verb}.metrics.json").write_text(json.dumps({"name": name, "metrics": metrics}))
+@pytest.fixture
+def beside(cli, here):
+    """beside(paper's table, names, *flags) -> the lines of report."""
 
-    for seed, accuracy in enumerate((0.60, 0.62, 0.67)):
-        system(f"label@500-seed{seed}", "nli", accuracy=accuracy, prompts=1000)
-    system("none@500-seed0", "nli", accuracy=0.5, prompts=1000)
-    paper = {"source": "X, Table 1", "cells": "accuracy", "percent": ["accuracy"], "names": {"label": "(PO) Label"}}
-    paper["rows"] = {"label": {"2000": 81.97}, "gpt": {"2000": 82.2}}
-    (here / "paper.json").write_text(json.dumps(paper))
-    names = [f"label@500-seed{seed}" for seed in range(3)]
-    out = cli("evaluate", "report", *names, "none@500-seed0", "--paper", "paper.json").out.splitlines()
-    assert out[2] == "|  | 500 | 2000 |" and out[5] == "| gpt |  | (82.2) |"
+    def report(paper, names, *flags):
+        (here / "paper.json").write_text(json.dumps({"source": "X, Table 1"} | paper))
+        return cli("evaluate", "report", *names, "--paper", "paper.json", *flags).out.splitlines()
+
+    return report
+
+
+def test_report_beside_a_papers_sizes(beside, evaluated):
+    for size, accuracies in {500: (0.60, 0.62, 0.67), 2000: (0.70, 0.72, 0.71)}.items():
+        for seed, accuracy in enumerate(accuracies):
+            evaluated(f"label@{size}-seed{seed}", "nli", accuracy=accuracy, prompts=1000)
+    evaluated("none@500-seed0", "nli", accuracy=0.5, prompts=1000)
+    paper = {"cells": "accuracy", "percent": ["accuracy"], "names": {"label": "(PO) Label"}}
+    paper["rows"] = {"gpt": {"0": 33.31}, "label": {"500": 60.5, "2000": 81.97, "mean": 71.2}, "none": {"mean": 70.0}}
+    names = [f"label@{size}-seed{seed}" for size in (500, 2000) for seed in range(3)]
+    out = beside(paper, [*names, "none@500-seed0"])
+    assert out[2] == "|  | 0 | 500 | 2000 | mean |" and out[4] == "| gpt | (33.31) |  |  |  |"
     # mean 63, standard deviation 3.6056, t(0.975, 2) = 4.3027: 4.3027 * 3.6056 / sqrt(3) = 8.957
-    assert out[4] == "| (PO) Label | 63.00 ±8.96 | (81.97) |"
-    assert out[6] == "| none | 50.00 [46.9, 53.1] |  |"  # Wilson's, 500 of 1000
+    assert out[5].startswith("| (PO) Label |  | 63.00 ±8.96 (60.5) | 71.00 ±2.48 (81.97) |")
+    assert out[5].endswith("| 67.00 ±4.97 (71.2) |")  # seed by seed 65, 67, 69: 4.3027 * 2 / sqrt(3) = 4.968
+    assert out[6] == "| none |  | 50.00 [46.9, 53.1] |  | (70.0) |"  # Wilson's, 500 of 1000
 
-    for seed, accuracy in enumerate((0.70, 0.72, 0.71)):
-        system(f"label@2000-seed{seed}", "nli", accuracy=accuracy, prompts=1000)
-    paper["rows"] = {"base": {"0": 33.31}, "label": {"500": 60.5, "2000": 81.97, "mean": 71.2}, "none": {"mean": 70.0}}
-    (here / "paper.json").write_text(json.dumps(paper))
-    names += [f"label@2000-seed{seed}" for seed in range(3)]
-    out = cli("evaluate", "report", *names, "none@500-seed0", "--paper", "paper.json").out.splitlines()
-    assert out[2] == "|  | 0 | 500 | 2000 | mean |" and out[6].endswith("|  | (70.0) |")
-    # seed by seed 65, 67, 69: standard deviation 2, 4.3027 * 2 / sqrt(3) = 4.968
-    assert out[5].endswith("| 67.00 ±4.97 (71.2) |")
 
-    paper = {"source": "X, Table 2", "note": "x 100", "percent": ["reward"]}
-    paper["rows"] = {"a": {"hard reward": 51.5, "bleu": 10.0}}
-    (here / "paper.json").write_text(json.dumps(paper))
-    system("a", "hh", reward=0.4, bleu=9.5, **{"hard reward": 0.5})
-    out = cli("evaluate", "report", "a", "--paper", "paper.json").out.splitlines()
-    assert out[0].endswith("Table 2: x 100") and out[2] == "|  | hard reward | bleu |"
-    assert out[4] == "| a | 50.00 (51.5) | 9.50 (10.0) |"
-
-    # an interval that the verb gives; a subset's share by the subset's own count; some of the columns
-    paper = {"source": "X, Table 3", "percent": ["win"], "rows": {"a": {"reward": 51.5, "hard win": 60.0, "win": 55.0}}}
-    (here / "paper.json").write_text(json.dumps(paper))
-    more = {"reward 95% low": 38.5, "reward 95% high": 41.5, "hard win": 0.5, "win": 0.6}
-    system("a", "hh", reward=40.0, questions=4000, **more, **{"hard questions": 1000})
-    out = cli("evaluate", "report", "a", "--paper", "paper.json", "--columns", "reward", "hard win").out.splitlines()
-    assert out[2] == "|  | reward | hard win |"
+def test_report_beside_a_papers_figures(beside, evaluated):
+    """An interval that the verb gives; a subset's share by the subset's own count; some of the columns."""
+    rows = {"a": {"reward": 51.5, "hard win": 60.0, "win": 55.0}}
+    more = {"reward 95% low": 38.5, "reward 95% high": 41.5, "hard win": 0.5, "hard questions": 1000}
+    evaluated("a", "hh", reward=40.0, win=0.6, questions=4000, **more)
+    paper = {"rows": rows, "percent": ["win"], "note": "x 100"}
+    out = beside(paper, ["a"], "--columns", "reward", "hard win")
+    assert out[0].endswith("Table 1: x 100") and out[2] == "|  | reward | hard win |"
     assert out[4] == "| a | 40.00 [38.5, 41.5] (51.5) | 50.00 [46.9, 53.1] (60.0) |"
+    assert beside(paper, ["a"])[2] == "|  | reward | hard win | win |"
 
 
 def test_nothing_is_generated_twice(cli, tiny, here, monkeypatch):
@@ -169,28 +172,3 @@ def test_refusals(cli, tiny, here):
     ranking = ["evaluate", "ranking", "--model", tiny, "--by", "label", "--input"]
     refused(cli(*ranking, "bad.jsonl"), "candidates[1]", "correct")
     refused(cli(*ranking, "none.jsonl"), "none.jsonl")
-
-
-def test_ranking_measures_with_what_the_run_was_trained_with(cli, tiny, here):
-    """lambda, margin, and lengths of RUN/args.json, unless they are given; RESCUE's hinge has no margin."""
-    import shutil
-
-    for name, settings in {
-        "rescue": {"length_scaling": 0.85, "human_length_scaling": 1.0, "max_length": 64, "max_prompt_length": None},
-        "tuna": {"margin": 0.1, "length_penalty": 1.4, "max_length": 512},
-    }.items():
-        shutil.copytree(tiny, here / f"runs/{name}/model")
-        (here / f"runs/{name}/args.json").write_text(json.dumps({"settings": settings}))
-    ranking = ("evaluate", "ranking", "--by", "hybrid", "--input", "d.jsonl", "--model")
-
-    def settings(name):
-        document = json.loads((here / f"runs/eval/{name}/ranking.metrics.json").read_text())
-        return [document["settings"][f"--{k}"] for k in ("length_scaling", "margin", "max_length", "length_penalty")]
-
-    assert "length_scaling 0.85" in cli(*ranking, "runs/rescue/model").out and settings("rescue") == [0.85, 0, 64, 1.3]
-    assert cli(*ranking, "runs/tuna/model").code == 0 and settings("tuna") == [1.0, 0.1, 512, 1.4]
-    assert cli(*ranking, tiny, "--name", "base").code == 0 and settings("base") == [1.0, 0.0, 512, 1.3]
-    assert cli(*ranking, "runs/rescue/model", "--name", "x", "--margin", 0.2, "--length_scaling", 1).code == 0
-    assert settings("x") == [1.0, 0.2, 64, 1.3]
-    levels = read_jsonl(here / "runs/eval/base/ranking.jsonl")[0]["levels"]
-    assert levels == [2.0] + [float(c["correct"]) for c in make_records(1)[0]["candidates"][1:]]

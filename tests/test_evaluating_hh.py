@@ -1,4 +1,4 @@
-"""evaluate.py hh: the two BLEUs, rewards, subsets, the warning about one reward model for both."""
+"""evaluate.py hh: the two BLEUs, rewards, subsets."""
 
 import json
 import math
@@ -27,21 +27,12 @@ def test_metrics_by_hand():
         {"text": "one two three four five", "reference": "one two three four five", "reward": 0.25, "finished": True},
         {"text": "", "reference": "other", "reward": 0.75, "finished": False},
     ]
-    metrics = hh.hh_metrics(rows)
-    assert metrics["reward"] == 50.0 and metrics["char_bleu"] == pytest.approx(50.0)
-    # 25 and 75: standard deviation 25 sqrt(2), so 25 for the mean of two
-    assert metrics["reward 95% low"] == pytest.approx(50 - 1.959964 * 25)
+    metrics = hh.hh_metrics([row | {"char_bleu": k} for k, row in enumerate(rows)])
+    assert metrics["reward"] == metrics["char_bleu"] == 50.0
+    # 25 and 75: standard deviation 25 sqrt(2), so 25 for the mean of two; t(0.975, 1) = 12.7062
+    assert metrics["reward 95% low"] == pytest.approx(50 - 12.7062 * 25, abs=0.01)
     assert metrics["bleu"] == pytest.approx(100 * math.exp(1 - 6 / 5))  # corpus BLEU: 5 tokens against 6
     assert (metrics["mean_words"], metrics["unfinished"], metrics["prompts"]) == (2.5, 0.5, 2)
-    assert "reward" not in hh.hh_metrics([{k: v for k, v in r.items() if k != "reward"} for r in rows])
-
-
-def test_reference():
-    chosen, human = {"text": "c", "source": "chosen"}, {"text": "h", "source": "human"}
-    sampled = [{"text": "b", "source": "m", "rank": 1}, {"text": "a", "source": "m", "rank": 0}]
-    assert hh.chosen_text({"candidates": [*sampled, human, chosen]}) == "c"
-    assert hh.chosen_text({"candidates": [*sampled, human]}) == "h"
-    assert hh.chosen_text({"candidates": sampled}) == "a"
 
 
 def dialogues(path, n=5):
@@ -108,17 +99,3 @@ def test_a_batch_begun_is_computed_whole(cli, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda m, t, p, **o: sizes.append(len(p)) or generate(m, t, p, **o))
     assert cli("evaluate", *argv, "--output", tmp_path / "b.jsonl").code == 0
     assert sizes == [4] and read_jsonl(tmp_path / "b.jsonl") == read_jsonl(tmp_path / "a.jsonl")
-
-
-def test_one_reward_model_for_both_is_said(cli, tiny, reward_folder, tmp_path):
-    data = dialogues(tmp_path / "d.jsonl", 2)
-    run = tmp_path / "run"
-    run.mkdir()
-    ranked = write_jsonl(tmp_path / "r.jsonl", [r | {"reward_model": str(reward_folder)} for r in read_jsonl(data)])
-    (run / "args.json").write_text(json.dumps({"settings": {"data": str(ranked)}}))
-    (run / "model").symlink_to(tiny)
-    argv = ["hh", "--input", data, "--reward_model", reward_folder, "--max_new_tokens", 2]
-    result = cli("evaluate", *argv, "--model", run / "model", "--output", tmp_path / "a" / "hh.jsonl")
-    assert result.code == 0 and "its rewards flatter this model" in result.out
-    result = cli("evaluate", *argv, "--model", tiny, "--output", tmp_path / "b" / "hh.jsonl")
-    assert result.code == 0 and "flatter" not in result.out

@@ -50,8 +50,6 @@ def test_lmentry(cli, tiny, here):
     items = json.loads((here / "runs/eval/tiny/lmentry.items.json").read_text())["accuracy"]
     assert items.keys() == {r["id"] for r in rows if r["task"] == "word_after"}
     assert sum(items.values()) / len(items) == got["accuracy"]
-    layout = json.loads((here / "runs/eval/tiny/predictions/word_after/tiny.json").read_text())
-    assert layout["1"]["prediction"] == rows[0]["text"] and layout["1"]["score"] == int("e" in rows[0]["text"])
     refused(cli("evaluate", "lmentry", *flags, "--tasks", "nope"), "lm", "nope")
 
 

@@ -254,11 +254,6 @@ def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
         for line in [*shell_lines("Tuna on an instruction set"), *shell_lines("Tuna's benchmarks")]:
             line = line.replace("13000", "2")
             line = re.sub(r"https?://[a-z.:0-9]+/v1", server.url, line)
-            if "--score" in line:
-                key = json.loads(pathlib.Path("runs/eval/within.html.key.json").read_text())
-                answers = {"sheet": key["sheet"], "answers": [[*range(len(order))] for order in key["orders"]]}
-                for name in re.findall(r"results-\d.json", line):
-                    pathlib.Path(name).write_text(json.dumps(answers))
             words = shlex.split(f"{line} {' '.join(extra for key, extra in more.items() if key in line)}")
             words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
             if "--paired" in words:  # Tuna_c's, as if it had been asked and judged the same

@@ -6,8 +6,7 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import ROOT, command, make_tokenizer, metrics_of, refused, write_jsonl
-from test_evaluating_superni import make_superni
+from conftest import ROOT, command, make_tokenizer, refused, write_jsonl
 
 import common
 import rescue
@@ -266,48 +265,3 @@ def test_rouge_of_latin_text_is_rouge_scores():
         ours, theirs = sample.rouge_scorer(stemmed), RougeScorer(["rougeL"], use_stemmer=stemmed)
         for a in texts:
             assert [ours.score(a, b) for b in texts] == [theirs.score(a, b) for b in texts]
-
-
-@pytest.fixture
-def encoder(tmp_path):
-    from transformers import BertConfig, BertModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 3}
-    BertModel(BertConfig(vocab_size=400, max_position_embeddings=512, **sizes)).save_pretrained(tmp_path / "bert")
-    make_tokenizer().save_pretrained(tmp_path / "bert")
-    return tmp_path / "bert"
-
-
-def test_bertscore_is_apart_from_the_predictions(cli, tiny, encoder, here):
-    """Its layer is checked before anything is generated, and other scores need no new predictions."""
-    make_superni(here / "ni")
-    flags = ["--model", tiny, "--name", "tiny", "--superni_dir", "ni", "--max_new_tokens", 4, "--max_instances", 2]
-    for layer in (4, 17, -4):
-        done = cli("evaluate", "superni", *flags, "--bertscore", encoder, "--bertscore_layer", layer)
-        refused(done, f"--bertscore_layer {layer}", "has 3")
-    assert not (here / "runs").exists()
-    assert cli("evaluate", "superni", *flags).code == 0
-    predictions = here / "runs/eval/tiny/superni.jsonl"
-    before, scores = predictions.read_bytes(), []
-    for layer in (1, 3):
-        done = cli("evaluate", "superni", *flags, "--bertscore", encoder, "--bertscore_layer", layer)
-        assert done.code == 0, done.err
-        scores.append(metrics_of(here, "superni")["bertscore"])
-    assert scores[0] != scores[1] and before == predictions.read_bytes()
-
-
-def test_bertscore_of_texts_without_tokens(encoder):
-    """BERT's normalizer takes out what is no visible character; a tokenizer may add no special tokens."""
-    from tokenizers.normalizers import BertNormalizer
-    from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast
-
-    own = PreTrainedTokenizerFast.from_pretrained(encoder)
-    own.backend_tokenizer.normalizer = BertNormalizer(lowercase=False)
-    texts, references = ["", "\u200b", "a man", ""], [["a man"], ["a man"], ["\u200b"], [""]]
-    for processor in (own.backend_tokenizer.post_processor, None):
-        if processor is None:
-            own.backend_tokenizer.post_processor = TemplateProcessing("$A", special_tokens=[])
-        own.save_pretrained(encoder)
-        assert superni.bert_f1(texts, references, str(encoder), 2) == [0, 0, 0, 1]
