@@ -19,7 +19,7 @@ def anchor_flags(add):
     add("--prompt_file", help="a template of your own with {documents} and {question}")
     add("--temperature", type=in_range(float, 0), default=0.0, help="0: greedy, one response a passage")
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="which distractors")
-    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: the first token ends no response")
+    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: no response is empty")
     generation_flags(add, 128)
 
 

@@ -89,7 +89,7 @@ def draw(model, tokenizer, ids, ends, *, num_samples, max_new_tokens, min_new_to
         if step < min_new_tokens:
             logits[:, ends] = -torch.inf
         if step == 0 and min_new_tokens:
-            logits[:, stopping_tokens(tokenizer, stop)] = -torch.inf
+            logits[:, never_first(tokenizer, stop)] = -torch.inf
         logprobs = logits.log_softmax(-1)
         if temperature:  # torch.multinomial's draw; the noise of a row does not depend on which rows are left
             noise = torch.empty(len(drawn), logits.shape[1], device=device).exponential_()[left]
@@ -120,7 +120,7 @@ def draw_by_library(model, tokenizer, ids, ends, *, num_samples, max_new_tokens,
     options = {"num_beams": num_beams, "num_return_sequences": num_samples, "output_logits": num_beams == 1}
     options |= {"max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens or None, "eos_token_id": ends}
     options |= {"stop_strings": list(stop) or None, "tokenizer": tokenizer, "pad_token_id": tokenizer.eos_token_id}
-    options |= {"begin_suppress_tokens": stopping_tokens(tokenizer, stop) or None} if min_new_tokens else {}
+    options |= {"begin_suppress_tokens": never_first(tokenizer, stop)} if min_new_tokens else {}
     options |= {"synced_gpus": False}  # under FSDP the weights are gathered (on_policy.gathered): ranks do not wait
     if temperature and num_beams == 1:
         options |= {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -135,10 +135,11 @@ def draw_by_library(model, tokenizer, ids, ends, *, num_samples, max_new_tokens,
 
 
 @functools.cache
-def stopping_tokens(tokenizer, stop):
-    """The tokens that hold one of the `stop` strings: as the first of a response they would leave it empty."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-    return [i for i, text in enumerate(texts) if any(s in text for s in stop)]
+def never_first(tokenizer, stop):
+    """The tokens that leave a response empty if they are its first: special ones, blank ones, and those that hold one
+    of the `stop` strings."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], skip_special_tokens=True)
+    return [i for i, text in enumerate(texts) if not text.strip() or any(s in text for s in stop)]
 
 
 def text_behind(tokenizer, prompt, new):
@@ -157,8 +158,8 @@ def generate(model, tokenizer, prompts, *, max_new_tokens, num_samples=1, temper
     temperature 0 is greedy (or beam search). logprob is the sum of the model's own log-probabilities, before
     temperature and top_p, of the num_tokens tokens. EOS counts in neither (an empty response is its EOS): servers
     leave it out too, and `rank --by logprob`. finished: it ended by itself within max_new_tokens. EOS cannot be
-    among the first min_new_tokens; where that is not 0, the first token holds no `stop` string either. The text ends
-    before the first of the `stop` strings, and then without white space. Otherwise it is what was drawn:
+    among the first min_new_tokens; where that is not 0, the first token is neither blank nor holds a `stop` string.
+    The text ends before the first of the `stop` strings, and then without white space. Otherwise it is what was drawn:
     common.encode gives its tokens.
     """
     if 0 < temperature < 1e-3:

@@ -18,7 +18,7 @@ def sample_flags(add):
     add("--model", required=True, help="hub id or folder")
     sampling_flags(add, 4)
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="of the samples")
-    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: the first token ends no response")
+    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: no response is empty")
     prompt_flags(add)
     generation_flags(add, 128, alpaca=512)
 

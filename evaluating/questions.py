@@ -72,7 +72,7 @@ def nli_metrics(rows):
 def multidoc_qa_flags(add, verb="multidoc-qa"):
     model_flags(add, verb)
     add("--num_beams", type=in_range(int, 1), default=1, help="1: greedy; more: beam search")
-    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: the first token ends no response")
+    add("--min_new_tokens", type=in_range(int, 0), default=0, help="1: no response is empty")
     generation_flags(add, 64)
 
 
