@@ -1,5 +1,5 @@
 """The methods learn: after the same steps on the same prompts at the same learning rate, each ranks held-out responses
-better than supervised fine-tuning does, by more than the spread over three seeds, and three pairs in four in order.
+better than supervised fine-tuning does, by 20 points, and 85% of the pairs in order.
 
 The task is a look-up. An alphabet of eight symbols falls into four grades, two symbols each, counted on from the key
 that stands in the prompt; a response is drawn from one grade's symbols and as good as they are. The human response is
@@ -14,11 +14,10 @@ The teacher's log-likelihoods, not divided by its length ** 1.3, would rank in r
 """
 
 import random
-import statistics
 
 import pytest
 import torch
-from conftest import make_model, write_jsonl
+from conftest import launch, make_model, saved, write_jsonl
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import common
@@ -26,7 +25,6 @@ import common
 ALPHABETS = {"equal": "01234567", "short": "QXZJVKUY"}  # a token each
 GRADES = (0, 1, 2, 2, 3)  # of a prompt's candidates, the human one first; 0 is the best
 LENGTHS = {"equal": (4, 4, 4, 4), "short": (None, 2, 8, 12)}  # of a model response of each grade
-SEEDS = (0, 1, 2)
 STEPS = "--epochs 4 --batch_size 8 --lr 4e-3 --schedule constant --warmup 0 --checkpoint_every 0"
 SFT = "rescue --ordering none"
 METHODS = {  # name -> script and flags; of the model responses the preference levels, lambda
@@ -55,24 +53,21 @@ def make_records(alphabet, split, n):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory, tokenizer):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("learning")
     write_jsonl(folder / "train.jsonl", [r for a in ALPHABETS for r in make_records(a, "train", 96)])
-    for seed in SEEDS:
-        model = make_model(seed, hidden_size=64, intermediate_size=128, initializer_range=0.14)
-        model.save_pretrained(folder / f"start-{seed}")
-        tokenizer.save_pretrained(folder / f"start-{seed}")
+    model = make_model(seed=1, hidden_size=64, intermediate_size=128, initializer_range=0.14)
+    saved(folder / "start", model)
     return folder
 
 
-def train(cli, folder, command, seed):
+def train(folder, command):
     """-> the trained model's folder; what is there already is not trained again."""
     script, *flags = command.split()
-    output = folder / f"{'-'.join(flags) or script}-{seed}"
+    output = folder / ("-".join(flags) or script)
     if not output.exists():
-        flags += ["--model", folder / f"start-{seed}", "--data", folder / "train.jsonl", "--output", output]
-        result = cli(script, *flags, "--seed", seed, *STEPS.split())
-        assert result.code == 0, result.err
+        flags += ["--model", folder / "start", "--data", folder / "train.jsonl", "--output", output]
+        assert launch(script, *flags, *STEPS.split(), "--seed", 1) == 0
     return output / "model"
 
 
@@ -97,15 +92,12 @@ def pair_accuracy(scores, levels, exponent):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_ranks_held_out_responses_better_than_sft(cli, folder, tokenizer, name):
+def test_ranks_held_out_responses_better_than_sft(folder, tokenizer, name):
     command, levels, exponent = METHODS[name]
     reward = exponent is None
-    trained = [held_out(train(cli, folder, command, seed), tokenizer, reward) for seed in SEEDS]
-    baseline = [held_out(train(cli, folder, SFT, seed), tokenizer, False) for seed in SEEDS]
-    for i, alphabet in enumerate(ALPHABETS):
-        ours = [pair_accuracy(x[i], levels, exponent) for x in trained]
-        sft = [pair_accuracy(x[i], levels, 1.0 if reward else exponent) for x in baseline]
-        spread = max(max(x) - min(x) for x in (ours, sft))
-        found = f"{name}, {alphabet}: {ours} against {sft}"
-        print(found)
-        assert statistics.mean(ours) - statistics.mean(sft) > spread and statistics.mean(ours) > 0.75, found
+    trained = held_out(train(folder, command), tokenizer, reward)
+    baseline = held_out(train(folder, SFT), tokenizer, False)
+    for x, y in zip(trained, baseline):  # of each alphabet
+        ours, sft = pair_accuracy(x, levels, exponent), pair_accuracy(y, levels, 1.0 if reward else exponent)
+        print(name, ours, sft)
+        assert ours > max(0.85, sft + 0.2)

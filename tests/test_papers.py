@@ -1,117 +1,50 @@
-"""PAPERS.md against the project: what it names exists, and what the project says of the papers is in its lists."""
+"""PAPERS.md against the project: what it names exists, what the scripts say of their papers is in its lists, and every
+figure that is logged is explained."""
 
 import ast
-import pathlib
+import importlib
+import json
 import re
-import tokenize
 
 import pytest
 from conftest import ROOT
 
 PAPERS = ("RESCUE", "PRO", "Tuna")
-OTHERS = ("LMentry",)  # another paper whose parts are named
-KINDS = {"sec": "Sec.", "eq": "Eq.", "table": "Table", "fig": "Fig.", "app": "App.", "algorithm": "Algorithm"}
-KINDS |= {"section": "Sec.", "appendix": "App.", "figure": "Fig.", "equation": "Eq.", "footnote": "Footnote"}
-NUMBER = r"(?:\d+(?:\.\d+)*|[A-K]\b)"
-REFERENCE = re.compile(
-    rf"(?<!\w)(?P<kind>{'|'.join(sorted(KINDS, key=len, reverse=True))})s?\.?\s+"
-    rf"(?P<numbers>{NUMBER}(?:\s*(?:-|–|and|to)\s*{NUMBER}|,\s*{NUMBER}(?=\s*(?:[,);:|]|and\b|$)))*)",
-    re.IGNORECASE,
-)
-NAME = re.compile(rf"\b({'|'.join(PAPERS + OTHERS)})")
-SOURCES = [p for pattern in ("*.py", "*/*.py", "recipes/*.sh") for p in sorted(ROOT.glob(pattern))]
-PAGES = [p for pattern in ("*.md", "[!.]*/*.md") for p in sorted(ROOT.glob(pattern))]
-TEXTS = [p for p in SOURCES + PAGES if p != pathlib.Path(__file__) and not p.is_relative_to(ROOT / ".venv")]
-
-
-def page():
-    return (ROOT / "PAPERS.md").read_text()
+KINDS = ("Sec.", "Eq.", "Table", "Fig.", "App.", "Algorithm")
+SOURCES = [p for pattern in ("*.py", "*/*.py", "recipes/*.sh") for p in ROOT.glob(pattern)]
+PAGE = (ROOT / "PAPERS.md").read_text()
 
 
 def section(title):
-    return re.split(r"\n## ", page().partition(f"\n## {title}\n")[2])[0]
+    return re.split(r"\n## ", PAGE.partition(f"\n## {title}\n")[2])[0]
 
 
 def expand(numbers):
-    """ "1-4" -> ["1", "2", "3", "4"]; "5.1, 6 and A" -> ["5.1", "6", "A"]."""
-    found = []
-    for first, last in re.findall(rf"({NUMBER})(?:\s*(?:-|–|to)\s*({NUMBER}))?", numbers):
-        whole = first.isdigit() and last.isdigit()
-        found += map(str, range(int(first), int(last) + 1)) if whole else filter(None, (first, last))
+    """ "1-4" -> {"1", "2", "3", "4"}; "5.1, 6, A" -> {"5.1", "6", "A"}; "none" -> {}."""
+    found = set()
+    for part in numbers.replace("none", "").split(", "):
+        first, _, last = part.partition("-")
+        found |= {*map(str, range(int(first), int(last) + 1))} if last else {first} - {""}
     return found
 
 
 def inventory(paper):
     """The lists under "The paper has" -> {"Sec.": {"1", "5.1"}, ...}."""
     lists = re.findall(r"^- (\w+\.?): (.*)$", section(paper), re.MULTILINE)
-    return {kind: set() if numbers == "none" else set(expand(numbers)) for kind, numbers in lists}
+    return {kind: expand(numbers) for kind, numbers in lists}
 
 
-def references(text, own=None):
-    """Every reference in a text -> (paper or None, kind, number, the words around it).
-
-    The paper is the one named just before it (`PRO, Table 1`), or the one of the reference just before (`Sec. 3.1,
-    Table 7`), else the text's own, else the one named last.
-    """
-    before = None
-    for m in REFERENCE.finditer(text):
-        named = re.search(rf"({'|'.join(PAPERS + OTHERS)})(?:_\w+)?(?:'s)?[,:]?\s*[(#]?\s*$", text[: m.start()])
-        chained = before and re.fullmatch(r"[\s,;(]*(?:and|to)?\s*", text[before[0] : m.start()])
-        last = NAME.findall(text[: m.start()])
-        paper = named[1] if named else before[1] if chained else own or (last[-1] if last else None)
-        before = (m.end(), paper)
-        for number in expand(m["numbers"]):
-            yield paper, KINDS[m["kind"].lower()], number, " ".join(text[max(0, m.start() - 60) : m.end() + 20].split())
+def absent_references(text, paper):
+    """References to parts that the paper does not have; "Table 2 of Tuna" and "PRO, Sec. 4" are another's."""
+    kinds = "|".join(map(re.escape, KINDS))
+    found = re.findall(rf"(?<!\w)(?:(RESCUE|PRO|Tuna),? )?({kinds}) ([A-K]\b|\d+(?:\.\d+)*)", text)
+    return [(kind, number) for named, kind, number in found if number not in inventory(named or paper)[kind]]
 
 
-def own_paper(path):
-    """rescue.py, tests/test_rescue.py, recipes/rescue_esnli.sh are RESCUE's, and so on; others are nobody's."""
-    found = [p for p in PAPERS if re.search(rf"(^|_){p.lower()}(_|$)", path.stem)]
-    return found[0] if found else None
-
-
-def parts(path):
-    """A file as (text, own paper): pages by their sections, PAPERS.md's with a paper each, code whole, of tests the
-    docstrings and comments."""
-    if path.parent.name == "tests" and path.suffix == ".py":
-        tokens = tokenize.generate_tokens(path.open().readline)
-        said = [t.string for t in tokens if t.type == tokenize.COMMENT or t.string.startswith('"""')]
-        return [("\n".join(said), own_paper(path))]
-    if path.suffix != ".md":
-        return [(path.read_text(), own_paper(path))]
-    if path.name != "PAPERS.md":
-        return [(text, None) for text in re.split(r"\n(?=#+ )", path.read_text())]
-    return [(section(p), p) for p in PAPERS] + [
-        (section(title), None) for title in re.findall(r"\n## (.*)", page())[3:]
-    ]
-
-
-def wrong_references(path):
-    have = {paper: inventory(paper) for paper in PAPERS}
-    wrong = []
-    for text, own in parts(path):
-        for paper, kind, number, words in references(text, own):
-            if paper is None:
-                wrong.append(f"{path.name}: which paper's? ...{words}")
-            elif paper in PAPERS and number not in have[paper][kind]:
-                wrong.append(f"{path.name}: {paper} has no {kind} {number}: ...{words}")
-    return wrong
-
-
-@pytest.mark.parametrize("path", TEXTS, ids=lambda p: str(p.relative_to(ROOT)))
-def test_what_is_said_of_a_paper_is_in_it(path):
-    assert not wrong_references(path)
-
-
-def test_a_wrong_reference_is_found(tmp_path):
-    text = (
-        '"""Eq. 3 and Tables 1-2 are there; Sec. 5.1, Fig. 7 and Table 9 are not.\n\nTuna, Table 9; PRO Eq. 12-13."""'
-    )
-    (tmp_path / "rescue.py").write_text(text)
-    wrong = wrong_references(tmp_path / "rescue.py")
-    assert [w.split(":")[1] for w in wrong] == [" RESCUE has no Fig. 7", " RESCUE has no Table 9", " PRO has no Eq. 13"]
-    (tmp_path / "common.py").write_text("# Eq. 1 of some paper")
-    assert wrong_references(tmp_path / "common.py") == ["common.py: which paper's? ...# Eq. 1 of some paper"]
+@pytest.mark.parametrize("paper", PAPERS)
+def test_what_a_script_says_of_its_paper_is_in_it(paper):
+    assert not absent_references((ROOT / f"{paper.lower()}.py").read_text(), paper)
+    assert absent_references("(Eq. 3) Sec. 99, Table 1", paper) == [("Sec.", "99")]
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -125,70 +58,37 @@ def defined(path):
     """The names that a module defines: functions, classes, constants."""
     names = set()
     for node in ast.parse(path.read_text()).body:
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Assign):
             names |= {t.id for t in node.targets if isinstance(t, ast.Name)}
     return names
 
 
-def test_every_function_named_exists():
-    named = set(re.findall(r"`([\w/]+\.py)(?::(\w+))?", page()))
+def test_every_function_and_flag_named_exists():
+    named = set(re.findall(r"`([\w/]+\.py)(?::(\w+))?", PAGE))
     assert len(named) > 40
-    absent = [f"{file}:{name}" for file, name in sorted(named) if not (ROOT / file).is_file()]
-    absent += [f"{f}:{n}" for f, n in sorted(named) if n and (ROOT / f).is_file() and n not in defined(ROOT / f)]
-    assert not absent
-
-
-def test_every_flag_named_exists():
-    flags = {flag for code in re.findall(r"`([^`]*)`", page()) for flag in re.findall(r"--(\w+)", code)}
+    assert not [f"{f}:{n}" for f, n in named if not (ROOT / f).is_file() or n and n not in defined(ROOT / f)]
+    flags = {flag for code in re.findall(r"`([^`]*)`", PAGE) for flag in re.findall(r"--(\w+)", code)}
     known = {flag for p in SOURCES for flag in re.findall(r"[\"']--(\w+)[\"']", p.read_text())}
     assert len(flags) > 30 and not flags - known
 
 
 def test_every_recipe_and_result_named_exists():
-    for name, note in re.findall(r"`recipes/(\w+\.sh)`(?: \((not built)\))?", page()):
+    for name, note in re.findall(r"`recipes/(\w+\.sh)`(?: \((not built)\))?", PAGE):
         assert (ROOT / "recipes" / name).exists() != bool(note), name
-    for recipe in [
-        p.name for p in ROOT.glob("recipes/*.sh") if not re.search("lib|_common", p.name)
-    ]:  # those are sourced
-        assert f"`recipes/{recipe}`" in page() and f"`{recipe}`" in (ROOT / "recipes/README.md").read_text(), recipe
-    for folder in re.findall(r"`(results/[\w./-]+)`", page()):
+    recipes = {p.name for p in ROOT.glob("recipes/*.sh") if not re.search("lib|_common", p.name)}  # those are sourced
+    listed = (ROOT / "recipes/README.md").read_text()
+    assert not [name for name in recipes if f"`recipes/{name}`" not in PAGE or f"`{name}`" not in listed]
+    for folder in re.findall(r"`(results/[\w./-]+)`", PAGE):
         assert (ROOT / folder).exists(), folder
 
 
-def test_results_name_no_place_of_a_machine():
-    for path in ROOT.glob("results/*/*/*.json"):
+def test_every_figure_of_logs_and_results_is_in_the_glossary():
+    """Nor do the results name a place of a machine."""
+    figures = {name for s in ("rescue", "pro", "tuna", "reward_model") for name in importlib.import_module(s).LOSSES}
+    for path in ROOT.glob("results/*/*/*.metrics.json"):
         assert not re.search(r'["= ]/[^" /]', path.read_text()), path
-
-
-def keys(tree):
-    """The constant keys of the dicts in a tree, and of what is stored under a constant key."""
-    for node in ast.walk(tree):
-        found = node.keys if isinstance(node, ast.Dict) else []
-        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store):
-            found = [node.slice]
-        yield from (k.value for k in found if isinstance(k, ast.Constant) and isinstance(k.value, str))
-
-
-def logged_names():
-    """What training logs and evaluation writes: the names in LOSSES, keys in what is given to write_metrics, in dicts
-    called line, figures, metrics or timing, and in functions called means or *_metrics."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("evaluating/*.py")]:
-        for node in ast.walk(ast.parse(path.read_text())):
-            written = isinstance(node, ast.Call) and ast.unparse(node.func) == "write_metrics"
-            if written or isinstance(node, ast.FunctionDef) and re.fullmatch(r"means|(?!write).*_metrics", node.name):
-                yield from keys(node)
-            elif isinstance(node, (ast.Assign, ast.AugAssign)):
-                target = ast.unparse(node.targets[0] if isinstance(node, ast.Assign) else node.target)
-                if target == "LOSSES":
-                    yield from ast.literal_eval(node.value)
-                elif re.match(r"(line|figures|metrics|timing)\b", target):
-                    yield from keys(node)
-
-
-def test_every_logged_figure_is_in_the_glossary():
-    explained = set(re.findall(r"`([^`]+)`", section("Glossary of logged figures")))
-    names = {name for name in logged_names() if re.fullmatch(r"[a-z][a-z_/0-9 ]+", name)}
-    assert len(names) > 40 and {"rank_loss", "kendall_tau", "lmentry_score"} <= names
-    assert not sorted(names - explained)
+        figures |= {re.sub(r"_at_\d+", "_at_P", name) for name in json.loads(path.read_text())["metrics"]}
+    assert {"rank_loss", "accuracy"} <= figures
+    assert not figures - {*re.findall(r"`([^`]+)`", section("Glossary of logged figures"))}

@@ -1,9 +1,8 @@
-"""The fault rig: kills and stops training and collecting, tears files, fills the disk, serves hostile HTTP,
-feeds malformed inputs.
+"""The fault rig: kills and stops training and collecting, tears files, fills the disk, serves hostile HTTP, feeds
+malformed inputs.
 
-    make faults                                                  the long form, hours of a core
-    make faults ARGS="--parts calls --piece 2/8 --rows f"        a piece of it: every eighth case, its rows added to f
-    make faults ARGS="--add f"                                   the rows of such pieces as one table
+    make faults                                          the long form, hours of a core
+    make faults ARGS="--parts calls malformed"           some parts of it
 
 tests/test_faults.py runs a short form in make test. Every run is a forked child of this process, in which everything
 is imported already: a start costs no time, so kills fall into the work and not into the imports. Prints a table of what
@@ -13,9 +12,10 @@ was tried and lost; exit code 1 if anything was lost.
 import argparse
 import builtins
 import contextlib
-import importlib
+import gzip
 import io
 import json
+import multiprocessing
 import os
 import pathlib
 import random
@@ -29,66 +29,33 @@ import time
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from api_server import Server  # noqa: E402
-from conftest import make_model, make_records, ranked_records, read_jsonl, saved, write_jsonl  # noqa: E402
-from faults.malformed import corpus  # noqa: E402
+from conftest import launch, make_model, make_records, ranked_records, read_jsonl, saved, write_jsonl  # noqa: E402
 from test_evaluating_lmentry import make_lmentry  # noqa: E402
 from test_evaluating_superni import make_superni  # noqa: E402
 
 import common  # noqa: E402
 from recipes.tiny import make_reward_model  # noqa: E402
 
+FORK = multiprocessing.get_context("fork")
 
-class Child:
-    """A forked run of `script.main()` with these arguments, as process `rank` of `world`; its output goes to a file."""
 
-    def __init__(self, script, args, log, rank=0, world=1, port=None, file_limit=None, die_at=0):
-        self.log, self.code = pathlib.Path(log), None
-        self.pid = os.fork()
-        if self.pid:
-            return
-        code = 70
-        try:
-            fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
-            os.dup2(fd, 1)
-            os.dup2(fd, 2)
-            sys.argv = [f"{script}.py", *map(str, args)]
-            if port:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-                os.environ |= {"LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            if file_limit:
-                signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-                resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
-            calls = count_calls(die_at) if die_at else ()
-            common.run_cli(importlib.import_module(script).main)
-            code = 0
-            print(f"CALLS {len(calls)}")
-        except SystemExit as e:
-            code = e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-
-    def wait(self, seconds=900):
-        """-> the exit code, or None when it still runs after `seconds`."""
-        end = time.monotonic() + seconds
-        while self.code is None and time.monotonic() < end:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-            time.sleep(0.002)
-        return self.code
-
-    def kill(self, number=signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self.pid, number)
+def child(script, args, log, environment, file_limit, die_at):
+    """In a forked process: run a script, its output to the file `log`. It ends with the script's exit code."""
+    fd = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+    os.dup2(fd, 1)
+    os.dup2(fd, 2)
+    os.environ |= environment
+    if file_limit:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    calls = count_calls(die_at) if die_at else ()
+    code = launch(script, *args)
+    print(f"CALLS {len(calls)}", flush=True)
+    os._exit(code)
 
 
 def count_calls(die_at):
@@ -111,23 +78,37 @@ def count_calls(die_at):
     return calls
 
 
-def free_port():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+def start(script, args, folder, world=1, file_limit=None, die_at=0):
+    """Start a script on `world` processes -> these; the log of each is in folder / "log0", ..."""
+    environment, children = {}, []
+    if world > 1:
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        environment = {"WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for rank in range(world):
+        own = {"RANK": rank, "LOCAL_RANK": rank} if world > 1 else {}
+        texts = {k: str(v) for k, v in (environment | own).items()}
+        children.append(
+            FORK.Process(target=child, args=(script, args, folder / f"log{rank}", texts, file_limit, die_at))
+        )
+        children[-1].log = folder / f"log{rank}"
+        children[-1].start()
+    return children
 
 
-def start(script, args, folder, world=1, **kwargs):
-    port = free_port() if world > 1 else None
-    return [Child(script, args, folder / f"log{rank}", rank, world, port, **kwargs) for rank in range(world)]
+def wait(process, seconds=900):
+    """-> the exit code, a signal's number below 0, or None when it still runs after `seconds`."""
+    process.join(seconds)
+    return process.exitcode
 
 
 def finish(children, seconds=900):
-    codes = [c.wait(seconds) for c in children]
-    for c, code in zip(children, codes):
-        if code is None:
-            c.kill()
-            c.wait()
+    """-> the exit codes; None of those that still ran after `seconds` and are killed."""
+    codes = [wait(c, seconds) for c in children]
+    for c in children:
+        c.kill()
+        c.join()
     return codes
 
 
@@ -150,6 +131,10 @@ def outcome(folder):
     return found
 
 
+def differences(found, wanted):
+    return sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
+
+
 def interrupted(script, args, folder, world, numbers, times, rng, damage=lambda: None):
     """Run a command over and over and send its processes one of the signals `numbers` at random moments, `times` in
     all, five a run -> (how many of the finished runs differ from an undisturbed one, a note)."""
@@ -160,74 +145,124 @@ def interrupted(script, args, folder, world, numbers, times, rng, damage=lambda:
         place, left, runs = folder / f"run{runs}", min(5, times - sent), runs + 1
         while True:
             children = start(script, args(place), folder, world)
-            if not left or children[0].wait(rng.uniform(0, duration)) is not None:
+            if not left or wait(children[0], rng.uniform(0, duration)) is not None:
                 break
             number = rng.choice(numbers)
             for c in children:
-                c.kill(number)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(c.pid, number)
             assert None not in finish(children, 300), f"deaf to signal {number}: {output(children)}"
             sent, left, saved = sent + 1, left - 1, saved + ("continue with" in output(children))
             damage()
         assert finish(children) == [0] * world, output(children)[-2000:]
-        found = outcome(place)
-        if differ := sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k)):
+        if differ := differences(outcome(place), wanted):
             lost += 1
             print(f"  {place}: {differ}", flush=True)
     return lost, f"{runs} runs" + f", {saved} times it saved and said how to continue" * (saved > 0)
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Malformed inputs
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def spoilt(content, rng):
+    """Bytes with one thing wrong: a piece cut out, doubled, zeroed, or a byte changed, or put in."""
+    a, b = sorted(rng.randrange(len(content) + 1) for _ in range(2))
+    b = min(b, a + rng.choice((1, 4, 64, 4096)))
+    new = rng.choice((b"", content[a:b] * 2, bytes(b - a), bytes([rng.randrange(256)]), b'"', b"{", b"9" * 400, b"\n"))
+    return content[:a] + new + content[b:]
+
+
+def mutations(rows, rng):
+    """(what is wrong, file name, content, whether every verb must refuse it) of a file of two rows."""
+    good, text = lines(rows), json.dumps(rows[0])
+    with_x = lambda value: text[:-1].encode() + b', "x": ' + value + b"}\n"  # noqa: E731
+    for what, name, content in (
+        ("empty file", "a.jsonl", b""),
+        ("blank lines only", "a.jsonl", b"\n \n\t\n"),
+        ("torn last line", "a.jsonl", good[: -len(text) // 2]),
+        ("NUL byte", "a.jsonl", good.replace(b" ", b"\x00", 1)),
+        ("Latin-1", "a.jsonl", text.replace("a", "\xe9").encode("latin-1")),
+        ("UTF-16", "a.jsonl", text.encode("utf-16")),
+        ("deep nesting", "a.jsonl", with_x(b"[" * 50_000 + b"]" * 50_000)),
+        ("a number of 10,000 digits", "a.jsonl", with_x(b"9" * 10_000)),
+        ("an array a line", "a.jsonl", json.dumps([rows[0]]).encode() + b"\n"),
+        ("a string a line", "a.jsonl", b'"text"\n'),
+        ("Python, not JSON", "a.jsonl", repr(rows[0]).encode() + b"\n"),
+        ("two objects on a line", "a.jsonl", (text + text).encode() + b"\n"),
+        ("JSON array of strings", "a.json", b'["a"]'),
+        ("torn JSON array", "a.json", json.dumps(rows).encode()[:-20]),
+        ("gz that is none", "a.jsonl.gz", good),
+        ("torn gz", "a.jsonl.gz", gzip.compress(good)[:-12]),
+        ("CSV without the columns", "a.csv", b"x,y\n1,2\n"),
+    ):
+        yield what, name, content, True
+    yield "BOM and CRLF", "a.jsonl", b"\xef\xbb\xbf" + good.replace(b"\n", b"\r\n"), False
+    yield "unknown ending", "a.parquet", good, False
+    for value in (b'"\\ud800"', b"NaN", b"-Infinity", b'"' + b"y" * (11 << 20) + b'"'):
+        yield f"x is {value[:20]}", "a.jsonl", with_x(value), False
+    for k in range(40):
+        yield f"spoilt bytes {k}", "a.jsonl", spoilt(good, rng), False
+    candidates = rows[0].get("candidates", [{}])
+    fields = ["text", "source", "label", "correct", "reward", "rank", "num_tokens", "logprob", "similarity"]
+    for value in (None, 7, -1, 1.5, 1e300, True, "", " \n", "1", [], {}, [1], {"a": 1}):
+        for field in rows[0]:
+            yield f"{field} = {value!r}", "a.jsonl", lines([rows[1], rows[0] | {field: value}]), False
+        for field in fields if "candidates" in rows[0] else ():
+            row = rows[0] | {"candidates": [*candidates[:-1], candidates[-1] | {field: value}]}
+            yield f"candidate {field} = {value!r}", "a.jsonl", lines([rows[1], row]), False
+    for field in rows[0]:
+        without = {k: v for k, v in rows[0].items() if k != field}
+        yield f"no {field}", "a.jsonl", lines([rows[1], without]), False
+
+
 class Rig:
-    def __init__(self, folder, seed=0, piece=(1, 1)):
-        self.folder, self.seed, self.piece, self.rows = folder, seed, piece, []
-        saved(folder / "tiny", make_model())
+    def __init__(self, folder, seed=0):
+        self.folder, self.seed, self.rows, self.lost = folder, seed, [], 0
+        self.tiny = saved(folder / "tiny", make_model())
         self.reward = saved(folder / "reward", make_reward_model(3))
         self.data = write_jsonl(folder / "data.jsonl", make_records(24))
         prompts = [r | {"candidates": r["candidates"][:1]} for r in make_records(24)]
         self.prompts = write_jsonl(folder / "prompts.jsonl", prompts)
         self.stopped = folder / "stopped"
-        children = start("rescue", self.training(self.stopped), folder)
+        [run] = start("rescue", self.training(self.stopped), folder)
         while not common.checkpoints(self.stopped):
-            assert children[0].wait(0.005) is None, output(children)
-        children[0].kill()
-        finish(children)
+            assert wait(run, 0.005) is None, output([run])
+        run.kill()
+        run.join()
 
     def report(self, what, tried, lost, note=""):
-        self.rows.append({"fault": what, "tried": tried, "lost": lost, "note": note})
-        print(f"{what:38} tried {tried:4}  survived {tried - lost:4}  lost {lost:3}  {note}", flush=True)
-
-    def share(self, cases):
-        """The cases of this --piece."""
-        return [*cases][self.piece[0] - 1 :: self.piece[1]]
+        self.rows.append(f"| {what} | {tried} | {lost} | {note} |")
+        self.lost += lost
+        print(self.rows[-1], flush=True)
 
     def training(self, output):
         flags = "--ordering label --lr 1e-3 --batch_size 4 --epochs 2 --checkpoint_every 2 --resume"
-        return [*flags.split(), "--data", self.data, "--model", self.folder / "tiny", "--output", output]
+        return [*flags.split(), "--data", self.data, "--model", self.tiny, "--output", output]
 
-    def kill_training(self, world, times):
-        """Weights and log of a killed run are those of an undisturbed one."""
+    def interrupt_training(self, world, times):
+        """A kill or a signal while PRO trains, evaluates (its answers are scored) and bootstraps: weights, log, best
+        model and answers are those of an undisturbed run."""
         (folder := self.folder / f"train{world}").mkdir()
-        rng = random.Random(self.seed + world)
-        found = interrupted("rescue", self.training, folder, world, [signal.SIGKILL], times, rng)
-        self.report(f"SIGKILL of training, {world} process(es)", times, *found)
-
-    def stop_training(self, world, times):
-        """A signal while PRO trains, evaluates (its answers are scored) and bootstraps: also the best model and the
-        answers are those of an undisturbed run."""
-        (folder := self.folder / f"stop{world}").mkdir()
         ranked = write_jsonl(folder / "ranked.jsonl", ranked_records(24))
         held_out = write_jsonl(folder / "held-out.jsonl", ranked_records(8))
         flags = "--lr 1e-3 --batch_size 8 --epochs 1 --checkpoint_every 2 --resume --bootstrap_splits 2 --eval_every 1"
-        flags = [*flags.split(), "--max_new_tokens", "16", "--model", self.folder / "tiny"]
-        flags += ["--reward_model", self.reward, "--data", ranked, "--eval_data", held_out, "--output"]
-        rng, numbers = random.Random(self.seed + world), [signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        flags = [*flags.split(), "--max_new_tokens", "16", "--model", self.tiny, "--reward_model", self.reward]
+        flags += ["--data", ranked, "--eval_data", held_out, "--output"]
+        rng = random.Random(self.seed + world)
+        numbers = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
         found = interrupted("pro", lambda place: [*flags, place], folder, world, numbers, times, rng)
-        self.report(f"SIGTERM, SIGINT, SIGHUP of PRO, {world} process(es)", times, *found)
+        self.report(f"SIGKILL, SIGTERM, SIGINT, SIGHUP of PRO, {world} process(es)", times, *found)
 
     def kill_collecting(self, times):
         (folder := self.folder / "collect").mkdir()
         rng = random.Random(self.seed)
         flags = "sample --source tiny --num_samples 2 --max_new_tokens 24 --batch_size 2 --model"
-        flags = [*flags.split(), self.folder / "tiny", "--input", self.prompts, "--output"]
+        flags = [*flags.split(), self.tiny, "--input", self.prompts, "--output"]
 
         def tear():
             for part in folder.glob("*/*.part0"):
@@ -242,7 +277,7 @@ class Rig:
 
     def commands(self, folder):
         """{script and verb: its arguments without --output} of every script and verb that writes."""
-        tiny, prompts, data, reward = self.folder / "tiny", self.prompts, self.data, self.reward
+        tiny, prompts, data, reward = self.tiny, self.prompts, self.data, self.reward
         train = ["--model", tiny, "--lr", "1e-3", "--batch_size", "8", "--checkpoint_every", "1", "--resume"]
         answers = ["--model", tiny, "--max_new_tokens", "4", "--batch_size", "4"]
         ranked = write_jsonl(folder / "ranked.jsonl", ranked_records(12))
@@ -293,12 +328,10 @@ class Rig:
     def kill_at_calls(self, kills, some=None):
         """Every script and verb, killed just before a system call that touches its files, each time another: run again
         it gives what an undisturbed run gives."""
-        folder = self.folder / "calls"
-        folder.mkdir()
+        (folder := self.folder / "calls").mkdir()
         commands = self.commands(folder)
         tried = lost = 0
-        chosen = random.Random(self.seed).sample(list(commands), some or len(commands))
-        for what in self.share(sorted(chosen)):
+        for what in sorted(random.Random(self.seed).sample(list(commands), some or len(commands))):
             script, *verb = what.split()
             rng, place = random.Random(f"{self.seed} {what}"), folder / what.replace(" ", "-")
             place.mkdir()
@@ -309,19 +342,16 @@ class Rig:
             whole = start(script, args("whole"), place, die_at=10**9)
             assert finish(whole) == [0], f"{what}: {output(whole)[-2000:]}"
             calls = int(output(whole).rpartition("CALLS ")[2])
-            wanted, before = outcome(place / "whole"), lost
             places = rng.sample(range(1, calls + 1), min(kills, calls))
             for at in places:
                 killed = finish(start(script, args(f"at{at}"), place, die_at=at))
-                again = start(script, args(f"at{at}"), place)
-                codes, found = finish(again), outcome(place / f"at{at}")
-                if killed != [-signal.SIGKILL] or codes != [0] or found != wanted:
+                codes = finish(again := start(script, args(f"at{at}"), place))
+                differ = differences(outcome(place / f"at{at}"), outcome(place / "whole"))
+                if killed != [-signal.SIGKILL] or codes != [0] or differ:
                     lost += 1
-                    differ = sorted(k for k in found.keys() | wanted.keys() if found.get(k) != wanted.get(k))
                     print(f"  {what}, call {at} of {calls}: {killed}, {codes}, {differ}: {output(again)[-300:]}")
                 shutil.rmtree(place / f"at{at}", ignore_errors=True)
             tried += len(places)
-            print(f"  {what}: {len(places)} of {calls} calls, {lost - before} lost", flush=True)
         self.report("SIGKILL at system calls", tried, lost)
 
     def one_dies(self):
@@ -329,9 +359,9 @@ class Rig:
         (folder := self.folder / "dies").mkdir()
         children = start("rescue", self.training(folder / "run"), folder, 2)
         while not common.checkpoints(folder / "run"):
-            assert children[0].wait(0.005) is None, output(children)
+            assert wait(children[0], 0.005) is None, output(children)
         children[1].kill()
-        began, code = time.monotonic(), children[0].wait(60)
+        began, code = time.monotonic(), wait(children[0], 60)
         bad = code != 2 or "another process ended" not in output(children[:1])
         self.report("one process of two dies", 1, int(bad), f"the other ended after {time.monotonic() - began:.1f} s")
         finish(children, 0)
@@ -342,10 +372,10 @@ class Rig:
         finish(start("rescue", self.training(folder / "whole"), folder))
         shutil.copytree(self.stopped, folder / "run")
         codes = finish(full := start("rescue", self.training(folder / "run"), folder, file_limit=50_000))
-        said = "could not be saved" in output(full) and "Traceback" not in output(full)
+        said = output(full)
         finish(start("rescue", self.training(folder / "run"), folder))
-        bad = codes != [2] or not said or outcome(folder / "run") != outcome(folder / "whole")
-        self.report("disk full while saving", 1, int(bad), output(full).strip().splitlines()[-1][:90] if bad else "")
+        bad = codes != [2] or "could not be saved" not in said or outcome(folder / "run") != outcome(folder / "whole")
+        self.report("disk full while saving", 1, int(bad), said.strip()[-90:] if bad else "")
 
     def hostile_server(self, kills):
         """`teacher` against a server that fails 12 prompts twice, each time in another way, and always refuses 4, each
@@ -370,10 +400,7 @@ class Rig:
             flags = f"teacher --model m --base_url {server.url} --timeout 0.8 --concurrency 4 --source t".split()
             args = [*flags, "--input", source, "--output", out]
             for _ in range(kills):
-                children = start("collect_candidates", args, folder)
-                if children[0].wait(rng.uniform(0.1, 3)) is None:
-                    children[0].kill()
-                    children[0].wait()
+                finish(start("collect_candidates", args, folder), rng.uniform(0.1, 3))
             codes = finish(start("collect_candidates", args, folder))
             asked = sum(server.asked.values())
             codes += finish(start("collect_candidates", args, folder))
@@ -386,63 +413,82 @@ class Rig:
         note = f"{asked} requests, {kills} kills; the key leaked into {leaks or 'nothing'}"
         self.report("hostile server", 16, 0 if whole and not leaks else 16, note)
 
-    def malformed(self, share, rng):
-        folder = self.folder / "malformed"
-        folder.mkdir()
-        cases = self.share(c for c in corpus(self) if rng.random() < share)
-        bad = refused = 0
-        for k, (name, write, script, args, allowed) in enumerate(cases):
-            place = folder / str(k)
-            place.mkdir()
-            source = write(place)
-            kept = {p: p.read_bytes() for p in place.rglob("*") if p.is_file() and p.parts[-2:-1] != ("run",)}
-            kept = {p: content for p, content in kept.items() if "checkpoints" not in p.parts}  # a resumed run's own
-            child = Child(script, args(source, place), folder / f"{k}.log")
-            code = child.wait(600)
-            if code is None:
-                child.kill()
-                child.wait()
-            text = child.log.read_text(errors="replace")
-            child.log.unlink()
-            message = [line for line in text.splitlines() if "error: " in line]
+    def malformed_files(self, folder, rng):
+        """(what is wrong, write(place), script, args(place), whether it must be refused): the file that each script or
+        verb reads, in every way in which it can be wrong."""
+        for what, args in self.commands(folder).items():
+            script, *verb = what.split()
+            flag = next((x for x in ("--data", "--input") if x in args), None)
+            if flag is None or "sheet" in verb:
+                continue
+            at = args.index(flag) + 1
+            for wrong, name, content, must in mutations(read_jsonl(args[at])[:2], rng):
+
+                def write(place, name=name, content=content):
+                    (place / name).write_bytes(content)
+
+                def given(place, name=name, at=at, args=args, verb=verb):
+                    return [*verb, *args[:at], place / name, *args[at + 1 :], "--output", place / "out.jsonl"]
+
+                yield f"{what}: {wrong}", write, script, given, must
+
+    def malformed_folders(self, rng):
+        """The same of a model folder and of a stopped run with one file wrong."""
+        model = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
+        model, run = [*model, "model.safetensors"], ["args.json", "log.jsonl", "*-*/*.safetensors"]
+        for source, file in [(self.tiny, file) for file in model] + [(self.stopped, file) for file in run]:
+            for how in ("missing", b"", b"{}", b"[]", b"null", b"\xff\x00", *["spoilt"] * 26):
+
+                def write(place, source=source, file=file, how=how):
+                    path = next(shutil.copytree(source, place / "run").rglob(file))
+                    content = path.read_bytes()
+                    path.unlink()
+                    if how != "missing":
+                        path.write_bytes(spoilt(content, rng) if how == "spoilt" else how)
+
+                def given(place, source=source):
+                    new = ["--model", place / "run", "--output", place / "new"] if source == self.tiny else []
+                    return [*self.training(place / "run"), *new]
+
+                yield f"{source.name}: {file} {how!r}", write, "rescue", given, False
+
+    def malformed(self, share):
+        """Exit code 0, or 2 with one sentence; what else lies there stays."""
+        (folder := self.folder / "malformed").mkdir()
+        rng, draw, tried, bad, refused = random.Random(0), random.Random(self.seed), 0, 0, 0
+        for what, write, script, args, must in (*self.malformed_files(folder, rng), *self.malformed_folders(rng)):
+            if draw.random() >= share:
+                continue
+            (place := folder / "case").mkdir()
+            write(place)
+            (place / "mine.txt").write_text("the user's")
+            kept = {p: p.read_bytes() for p in place.glob("*") if p.is_file()}
+            [code] = finish(run := start(script, args(place), folder), 600)
+            said = output(run)
             changed = [p.name for p, content in kept.items() if not p.exists() or p.read_bytes() != content]
-            ok = code in allowed and "Traceback" not in text and not changed and (code == 0 or len(message) == 1)
-            refused += code == 2
-            if not ok:
+            sentences = sum("error: " in line for line in said.splitlines())
+            tried, refused = tried + 1, refused + (code == 2)
+            if code not in ({2} if must else {0, 2}) or "Traceback" in said or changed or code == 2 and sentences != 1:
                 bad += 1
-                print(f"  {name}: exit code {code}, changed {changed}: {text.strip()[-300:]}", flush=True)
+                print(f"  {what}: exit code {code}, changed {changed}: {said.strip()[-300:]}", flush=True)
             shutil.rmtree(place)
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10  # this process's own share is in it
-        self.report("malformed inputs", len(cases), bad, f"{refused} refused in one sentence; at most {peak} MB held")
-
-
-def table(rows):
-    """Rows of one fault added up -> the exit code."""
-    print("\n| fault | tried | lost | |\n| --- | --- | --- | --- |")
-    for fault in dict.fromkeys(row["fault"] for row in rows):
-        some = [row for row in rows if row["fault"] == fault]
-        notes = "; ".join(row["note"] for row in some if row["note"])
-        print(f"| {fault} | {sum(row['tried'] for row in some)} | {sum(row['lost'] for row in some)} | {notes} |")
-    lost = sum(row["lost"] for row in rows)
-    print(json.dumps({"tried": sum(row["tried"] for row in rows), "lost": lost}))
-    return 1 if lost else 0
+        self.report("malformed inputs", tried, bad, f"{refused} refused in one sentence; at most {peak} MB held")
 
 
 PARTS = {
-    "train1": lambda rig, args: rig.kill_training(1, args.kills),
-    "train2": lambda rig, args: rig.kill_training(2, args.kills),
-    "stop1": lambda rig, args: rig.stop_training(1, args.kills),
-    "stop2": lambda rig, args: rig.stop_training(2, args.kills),
+    "train1": lambda rig, args: rig.interrupt_training(1, args.kills),
+    "train2": lambda rig, args: rig.interrupt_training(2, args.kills),
     "collect": lambda rig, args: rig.kill_collecting(args.kills),
     "calls": lambda rig, args: rig.kill_at_calls(max(1, args.kills // 5), args.verbs),
     "dies": lambda rig, args: rig.one_dies(),
     "full": lambda rig, args: rig.disk_full(),
     "hostile": lambda rig, args: rig.hostile_server(max(1, args.kills // 6)),
-    "malformed": lambda rig, args: rig.malformed(args.malformed, random.Random(args.seed)),
+    "malformed": lambda rig, args: rig.malformed(args.malformed),
 }
 
 
-def main(argv=None):
+def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # fmt: off
@@ -451,23 +497,16 @@ def main(argv=None):
     add("--malformed", type=float, default=1.0, help="share of the corpus of malformed inputs")
     add("--seed", type=int, default=0)
     add("--parts", nargs="+", choices=PARTS, default=PARTS)
-    add("--piece", type=lambda text: tuple(map(int, text.split("/"))), default=(1, 1), metavar="K/N")
-    add("--rows", help="append the table's rows to this file, JSONL")
-    add("--add", nargs="+", help="run nothing: one table of such files")
     # fmt: on
-    args = parser.parse_args(argv)
-    if args.add:
-        return table([row for file in args.add for row in read_jsonl(file)])
+    args = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        rig = Rig(pathlib.Path(folder), args.seed, args.piece)
+        rig = Rig(pathlib.Path(folder), args.seed)
         for part in args.parts:
             PARTS[part](rig, args)
-    if args.rows:
-        with open(args.rows, "a") as f:
-            f.writelines(json.dumps(row) + "\n" for row in rig.rows)
-    return table(rig.rows)
+    print("\n| fault | tried | lost | |\n| --- | --- | --- | --- |", *rig.rows, sep="\n")
+    sys.exit(1 if rig.lost else 0)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
