@@ -57,8 +57,6 @@ def read_rows(path):
     has it. Raises UserError on what is missing, torn, not UTF-8, not an object, or NaN.
     """
     path, kind = pathlib.Path(path), kind_of(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
     if kind not in READERS:
         raise UserError(f"{path}: expected .{', .'.join(READERS)}, plain or .gz")
     try:
@@ -144,10 +142,6 @@ def parse_object(line, where):
         json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
     except (ValueError, RecursionError) as e:
         raise UserError(f"{where}: cannot be read as JSON in UTF-8 ({str(e).splitlines()[0]})") from e
-    return as_object(value, where)
-
-
-def as_object(value, where):
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
@@ -182,8 +176,7 @@ def read_records(path, bare=True):
     twice, or no record at all, is a UserError."""
     seen = {}
     for where, record in read_rows(path):
-        none_yet = bare and record.get("candidates", []) == []
-        check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
+        check_record(record, where, bare)
         if record["id"] in seen:
             raise UserError(f"{where}: id {record['id']!r} was already on {seen[record['id']]}")
         seen[record["id"]] = where
@@ -197,12 +190,14 @@ def load_candidates(path, limit=None):
     return list(itertools.islice(read_records(path, bare=False), limit))
 
 
-def check_record(record, where):
-    """common.check_record, and the fields that only collecting and evaluating read."""
+def check_record(record, where, bare=False):
+    """common.check_record, and the fields that only collecting and evaluating read. With `bare` a record may have no
+    candidates yet."""
+    none_yet = bare and record.get("candidates", []) == []
+    common.check_record(record | {"candidates": [{"text": "-", "source": "-"}]} if none_yet else record, where)
     for field, (valid, expected) in RECORD_FIELDS.items():
         if field in record and not valid(record[field]):
             raise UserError(f"{where}: field {field!r} must be {expected}")
-    common.check_record(record, where)
 
 
 def content_of(path):

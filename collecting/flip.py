@@ -52,55 +52,44 @@ def flip(args):
         chunk = todo[start : start + size]  # of a local model whole, as before a kill: batches, so draws, stay the same
         if all(r["id"] in journal.done for r in chunk):
             continue
-        jobs, failed = [], set()  # (record, candidate, explanation); ids that are left for another run
+        jobs, failed = [], set()  # what is to be flipped; ids that are left for another run
         for record in chunk:
-            candidates = [c for c in record.get("candidates", []) if (c["source"] in common.HUMAN) in wanted]
-            found = [(record, c, explanation_of(c["text"])) for c in candidates]
-            jobs += [job for job in found if job[2]]
-            outcome["malformed response"] += sum(not job[2] for job in found)
+            for c in (c for c in record.get("candidates", []) if (c["source"] in common.HUMAN) in wanted):
+                explanation = explanation_of(c["text"])
+                jobs += [{"record": record, "flipped": c, "explanation": explanation}] if explanation else []
+                outcome["malformed response"] += not explanation
 
-        def usable(asked, prompts, read, again, *, unusable, **options):
-            """{job: prompt} -> {job: what `read(job, answer)` makes of the answer}, where that is not None."""
-            numbers, values = [*prompts], {}
-            options |= {"follow_up": lambda n, text: None if read(numbers[n], text) else again, "count": count}
-            for n, responses, error in asking.complete(asked, [*prompts.values()], **options):
-                record = jobs[numbers[n]][0]
+        def ask(asked, field, jobs, prompts, read, again, temperature=0.0):
+            """-> the jobs for which `read(job, answer)` makes something of an answer: that is the job's `field`."""
+            options = {"temperature": temperature, "count": count}
+            options["follow_up"] = lambda n, text: None if read(jobs[n], text) else again
+            for n, responses, error in asking.complete(asked, prompts, **options):
                 if error:
                     known = count[asked.model, asking.KNOWN] or journal.done  # else the request may be at fault
                     refused = isinstance(error, Refusal) and known
-                    say(f"{record['id']} {'refused' if refused else 'failed'}: {error}")
+                    say(f"{jobs[n]['record']['id']} {'refused' if refused else 'failed'}: {error}")
                     outcome["refused"] += bool(refused)
-                    failed.update([] if refused else [record["id"]])
-                elif value := read(numbers[n], responses[0]["text"]):
-                    values[numbers[n]] = value
+                    failed.update([] if refused else [jobs[n]["record"]["id"]])
                 else:
-                    outcome[unusable] += 1
-            return values
+                    jobs[n][field] = read(jobs[n], responses[0]["text"])
+                    outcome[f"unusable {field}"] += not jobs[n][field]
+            return [job for job in jobs if job.get(field) and job["record"]["id"] not in failed]
 
-        prompts = {i: fill(template, {"explanation": job[2]}, "--prompt_file") for i, job in enumerate(jobs)}
-        options = {"temperature": args.temperature, "unusable": "unusable rewriting"}
-        sentences = usable(args, prompts, lambda i, text: clean_sentence(text, jobs[i][2]), FLIP_AGAIN, **options)
-        contexts = {
-            i: {"prompt": jobs[i][0]["prompt"].rstrip(), "explanation": sentence}
-            for i, sentence in sorted(sentences.items())
-            if jobs[i][0]["id"] not in failed
-        }
-        prompts = {i: fill(LABEL_TEMPLATE, context, "the template") for i, context in contexts.items()}
-        done = {n for n, i in enumerate(prompts) if jobs[i][0]["id"] in journal.done}
-        options = {"done": done, "unusable": "unusable label"}
-        labels = usable(labeler, prompts, lambda _, text: one_label(text), LABEL_AGAIN, **options)
-        new = {record["id"]: [] for record in chunk}
-        for i, label in sorted(labels.items()):
-            record, candidate, _ = jobs[i]
-            outcome["labelled"] += 1
-            outcome["label differs from the response's"] += label != one_label(candidate["text"].partition("####")[2])
-            text = f"{sentences[i]} #### {label.capitalize()}"
-            more = {"text": text, "source": source, "label": label} | provenance
-            new[record["id"]].append(more | {"flip_of": candidate["source"]})
+        prompts = [fill(template, {"explanation": job["explanation"]}, "--prompt_file") for job in jobs]
+        read = lambda job, text: clean_sentence(text, job["explanation"])  # noqa: E731
+        jobs = ask(args, "rewriting", jobs, prompts, read, FLIP_AGAIN, args.temperature)
+        contexts = [{"prompt": j["record"]["prompt"].rstrip(), "explanation": j["rewriting"]} for j in jobs]
+        prompts = [fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
+        jobs = ask(labeler, "label", jobs, prompts, lambda _, text: one_label(text), LABEL_AGAIN)
         for record in (r for r in chunk if r["id"] not in failed | journal.done):
-            old = record.get("candidates", [])
+            old, new = record.get("candidates", []), []
+            for job in (job for job in jobs if job["record"] is record):
+                text = f"{job['rewriting']} #### {job['label'].capitalize()}"
+                more = {"text": text, "source": source, "label": job["label"]} | provenance
+                new.append(more | {"flip_of": job["flipped"]["source"]})
+            outcome["labelled"] += len(new)
             kept = [c for c in old if not args.replace or (c["source"] in common.HUMAN) not in wanted]
-            journal.write([record | {"candidates": kept + new[record["id"]]} if old else record])
+            journal.write([record | {"candidates": kept + new} if old else record])
     journal.finish()
     say("flipped:", ", ".join(f"{n} {what}" for what, n in outcome.items() if n) or "nothing")
     say(f"asked: {asking.counted(count) or 'nothing'}")

@@ -1,20 +1,23 @@
-"""HH-RLHF's dialogues as records (PRO Sec. 4.1): from its own files, or from those that PRO's authors preprocessed."""
+"""HH-RLHF's dialogues as records (PRO Sec. 4.1)."""
 
-import pathlib
 import re
 
 from collecting.files import read_source, text_field
 from collecting.prompts import fill
-from common import UserError, say
+from common import UserError
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
-MARKS = {"<|prompter": "user", "<|assistant": "assistant"}  # how a turn begins in the authors' files
-HH_PUBLISHED = {  # PRO, Table 1: samples of the split as downloaded, and after its filter
-    "harmless-base": {"train": (42537, 42536), "test": (2312, 2312)},
-    "helpful-base": {"train": (43835, 43835), "test": (2354, 2354)},
-    "helpful-online": {"train": (22007, 22002), "test": (1137, 1137)},
-    "helpful-rejection-sampled": {"train": (52421, 52420), "test": (2749, 2749)},
-}
+SUBSETS = ("harmless-base", "helpful-base", "helpful-online", "helpful-rejection-sampled")
+
+
+def hh_rows(args):
+    """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
+    if args.input and len(args.input) != len(args.subset):
+        raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
+    for number, subset in enumerate(args.subset):
+        source = (args.input[number], None) if args.input else ("Anthropic/hh-rlhf", subset)
+        for where, row in read_source(source[0], args.split, args.config, source[1]):
+            yield where, row | {"subset": subset}
 
 
 def split_dialogue(text):
@@ -30,59 +33,17 @@ def split_dialogue(text):
     return messages if not before.strip() else []
 
 
-def hh_record(subset, index, context, candidates, template, where):
-    """A record of a dialogue and its candidates, best first."""
-    names = {v: k for k, v in ROLES.items()}
-    dialogue = "\n\n".join(f"{names[m['role']]}: {m['content']}" for m in context)
-    record = {"id": f"{subset}-{index}", "task": "hh", "subset": subset}
-    record |= {"prompt": fill(template, {"dialogue": dialogue}, where), "messages": context}
-    candidates = [c | {"rank": place} for place, c in enumerate(candidates)]
-    return record | {"label": None, "answers": None, "candidates": candidates}
-
-
 def prepare_hh(row, where, index, template, args):
-    """A row of HH-RLHF: chosen, rejected. None where the two have not identical contexts but different responses (Sec.
-    4.1; the released code compares the number of turns alone)."""
+    """A row of HH-RLHF: chosen, rejected. Nothing where the two have not identical contexts but different responses
+    (Sec. 4.1; the released code compares the number of turns alone)."""
     *context, chosen = split_dialogue(text_field(row, "chosen", where)) or [None]
     *other, rejected = split_dialogue(text_field(row, "rejected", where)) or [None]
     if not context or context != other or not chosen["role"] == rejected["role"] == "assistant" or chosen == rejected:
-        return None
-    candidates = [{"text": chosen["content"], "source": "chosen"}, {"text": rejected["content"], "source": "rejected"}]
-    return hh_record(row["subset"], index, context, candidates, template, where)
-
-
-def prepare_hh_release(row, where, index, template, args):
-    """A row of the authors' preprocessed files: prefix (a list of turns for each response), suffix, reward, meta.
-
-    Its candidates are in the file's order, which is their `rank`, with the file's rewards; which one people chose, a
-    re-ranked file no longer says, so their source is "release".
-    """
-    turns = row["prefix"][0]
-    if turns[-1] != "<|assistant|>" or any(other != turns for other in row["prefix"]):
-        raise ValueError("a row must have one prefix, which ends in <|assistant|>")
-    turns = [turn.partition("|>") for turn in turns[:-1]]
-    context = [{"role": MARKS[mark], "content": text.strip()} for mark, _, text in turns]
-    scored = zip(row["suffix"], row["reward"], strict=True)
-    candidates = [{"text": text, "source": "release", "reward": reward} for text, reward in scored]
-    folder = pathlib.PurePath(row["meta"]["path"]).parent.name  # helpful-rejection is the longest subset's name there
-    subset = next((s for s in HH_PUBLISHED if s.startswith(folder)), folder)
-    return hh_record(subset, index, context, candidates, template, where)
-
-
-def hh_rows(args):
-    """Yield (where, row with its subset) from --input, a file a subset, or from the hub."""
-    if args.input and len(args.input) != len(args.subset):
-        raise UserError(f"--input names {len(args.input)} files, --subset {len(args.subset)}: name a file a subset")
-    for number, subset in enumerate(args.subset):
-        folder = None if args.input else subset
-        name = args.input[number] if args.input else "Anthropic/hh-rlhf"
-        for where, row in read_source(name, args.split, args.config, folder):
-            yield where, row | {"subset": subset}
-
-
-def say_counts(read, kept, split):
-    """Print Table 1's numbers beside ours. read, kept: {subset: rows}."""
-    for subset, count in read.items():
-        raw, filtered = HH_PUBLISHED[subset].get(split, ("?", "?"))
-        table = f"(PRO, Table 1, {split}: {raw} -> {filtered})"
-        say(f"{subset}: {count} samples read, {kept[subset]} with one context and different responses {table}")
+        return []
+    names = {v: k for k, v in ROLES.items()}
+    dialogue = "\n\n".join(f"{names[m['role']]}: {m['content']}" for m in context)
+    ranked = {"chosen": chosen, "rejected": rejected}.items()
+    candidates = [{"text": m["content"], "source": s, "rank": k} for k, (s, m) in enumerate(ranked)]
+    record = {"id": f"{row['subset']}-{index}", "task": "hh", "subset": row["subset"]}
+    record |= {"prompt": fill(template, {"dialogue": dialogue}, where), "messages": context}
+    return [record | {"label": None, "answers": None, "candidates": candidates}]

@@ -32,26 +32,28 @@ class Journal:
             raise UserError(f"--output {path}: the name must end in .jsonl")
         if twice := [i for i, n in Counter(self.ids).items() if n > 1]:
             raise UserError(f"id {twice[0]!r} occurs twice in the input")
-        about = self.path.with_name(f"{self.path.name}.args.json")
         if process == 0:
-            self._lock = common.lock(about, f"--output {path}")
-            begun = [str(file) for file in self._files() if file.stat().st_size]  # a run that failed at its start: none
-            if not begun:
-                about.write_text(json.dumps(settings, indent=1))
-                common.sync(about)
-            elif not (before := about.read_text()):
-                raise UserError(f"--output {path} exists and was not written by this script: name another file")
-            elif changed := common.changed(json.loads(before), settings):
-                hint = f"name another file, or delete {', '.join(begun)}"
-                raise UserError(f"--output {path} was begun with other arguments ({changed}): {hint}")
-            for file in self._files():
-                os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a kill may tear the last line
+            self._claim(settings)
         self._wait()
-        if processes > 1 and not (about.exists() and json.loads(about.read_text()) == settings):
-            raise UserError(f"--output {path}: this process has other arguments or files than process 0")
         self.done = set(self._records())
         self._wait()  # nobody writes while another still reads
         self._part = open(f"{path}.part{process}", "ab")  # noqa: SIM115
+
+    def _claim(self, settings):
+        """Lock the output, and compare its settings with those before."""
+        about = self.path.with_name(f"{self.path.name}.args.json")
+        self._lock = common.lock(about, f"--output {self.path}")
+        begun = [str(file) for file in self._files() if file.stat().st_size]  # a run that failed at its start: none
+        if not begun:
+            about.write_text(json.dumps(settings, indent=1))
+            common.sync(about)
+        elif not (before := about.read_text()):
+            raise UserError(f"--output {self.path} exists and was not written by this script: name another file")
+        elif changed := common.changed(json.loads(before), settings):
+            hint = f"name another file, or delete {', '.join(begun)}"
+            raise UserError(f"--output {self.path} was begun with other arguments ({changed}): {hint}")
+        for file in self._files():
+            os.truncate(file, file.read_bytes().rfind(b"\n") + 1)  # a kill may tear the last line
 
     def _wait(self):
         if self.processes > 1:
@@ -63,13 +65,10 @@ class Journal:
 
     def _records(self):
         """-> {id: record} of all files."""
-        records, wanted = {}, set(self.ids)
+        records = {}
         for file in self._files():
             with open(file, "rb") as f:
-                for where, record in read_lines(file, f):
-                    if record.get("id") not in wanted:
-                        raise UserError(f"{where}: id {record.get('id')!r} is not in the input: name another --output")
-                    records[record["id"]] = record
+                records |= {record.get("id"): record for _, record in read_lines(file, f)}
         return records
 
     def write(self, records):

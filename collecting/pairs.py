@@ -26,7 +26,7 @@ chat_tokenizer = functools.cache(common.load_tokenizer)
 
 
 def prepare_pair(row, where, index, template, args):
-    """A row with prompt and chosen, rejected or responses -> record; None without two different responses.
+    """A row with prompt and chosen, rejected or responses -> its record; none without two different responses.
 
     A response is a text, an object, or messages, which may begin with the prompt. Sources are chosen, rejected and
     response (or what a response's `source` or `model` says), and reference for the column of that name.
@@ -47,7 +47,7 @@ def prepare_pair(row, where, index, template, args):
         if "responses" in names or given.get("responses") is not None:  # best first; another name does not say that
             places = range(len(responses))
     elif all(names.get(k, k) in given for k in ("chosen", "rejected")):
-        return None  # one of the two is null
+        return []  # one of the two is null
     contexts = [r[:-1] for r in responses or () if isinstance(r, list) and len(r) > 1]  # the prompt is in them
     context = contexts[0] if contexts else row["prompt"] or row["messages"]
     if not context or responses is None:
@@ -61,14 +61,14 @@ def prepare_pair(row, where, index, template, args):
     prompt = fill(template, {"prompt": prompt}, where)
     candidates = as_candidates(responses, sources, rewards, ranks, places)
     if len({c["text"] for c in candidates}) < 2:
-        return None
+        return []
     if row["reference"]:  # an empty cell of a CSV file is none
         candidates = [{"text": response_text(row["reference"]), "source": "reference"}, *candidates]
     if not prompt[-1:].isspace():  # what common.space_before puts there, and export writes
         candidates = [c | {"text": c["text"].removeprefix(" ")} for c in candidates]
     record = {"id": row_id(row, f"pairs-{index}"), "task": "pairs", "prompt": prompt}
     record |= {"messages": messages} if messages else {}
-    return record | {"label": None, "answers": None, "candidates": candidates}
+    return [record | {"label": None, "answers": None, "candidates": candidates}]
 
 
 def column(row, names, ours):
@@ -103,7 +103,6 @@ def as_candidates(responses, sources, rewards, ranks, places):
             own = (fields[k] for k in ("source", "model") if isinstance(fields.get(k), str) and fields[k])
             rank = sum(other < cost for other in costs if other is not None)
             candidate = {"text": response_text(response), "source": source or next(own, "response"), "rank": rank}
-            candidate |= {"finished": False} if fields.get("finished") is False else {}  # cut, as export writes it
             candidates.append(candidate if reward is None else candidate | {"reward": reward})
     return sorted(candidates, key=lambda c: c["rank"])
 

@@ -1,11 +1,14 @@
 """Prompt templates: the built-in ones as text, the user's own (--prompt_file), and how a template is filled."""
 
+import os
 import pathlib
 import re
 
 from jinja2 import TemplateError
 
 from common import UserError
+
+RELEASED_TEMPLATE = "templates/alpaca.txt"
 
 
 def render_chat(tokenizer, messages, **options):
@@ -29,15 +32,12 @@ def read_template(args, default):
     name, path = getattr(args, "template", None), args.prompt_file
     if not path and name != "alpaca":
         return ALPACA_TEMPLATE if name == "own" else default
-    try:
-        return pathlib.Path(path or "templates/alpaca.txt").read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        if path:
-            raise UserError(f"--prompt_file {path}: cannot be read ({e})") from e
+    if not path and not os.path.exists(RELEASED_TEMPLATE):
         raise UserError(
-            "--template alpaca: save the released prompts (tatsu-lab/stanford_alpaca, PROMPT_DICT in train.py) as "
-            "templates/alpaca.txt, the one with {instruction} and {input} first, then a line ---, then the other"
-        ) from e
+            f"--template alpaca: save the released prompts (tatsu-lab/stanford_alpaca, PROMPT_DICT in train.py) as "
+            f"{RELEASED_TEMPLATE}, the one with {{instruction}} and {{input}} first, then a line ---, then the other"
+        )
+    return pathlib.Path(path or RELEASED_TEMPLATE).read_text(encoding="utf-8")
 
 
 def task_of(record):
@@ -126,9 +126,10 @@ LABEL_TEMPLATE = """{prompt}
 {explanation} ####
 
 Finish this answer with the label that its explanation leads to, one word: Entailment, Neutral or Contradiction."""
-HINDSIGHT_TEMPLATE = """A good answer: {better} A bad answer: {worse}
----
-A bad answer: {worse} A good answer: {better}"""
+HINDSIGHT_TEMPLATES = [  # what ends the prompt, and the response
+    ("A good answer:", "{better} A bad answer: {worse}"),
+    ("A bad answer:", "{worse} A good answer: {better}"),
+]
 GPT_TEMPLATE = """Below are a task, a reference response, and {n} more responses. Rank these by how close
 they come to the reference. You decide whether a response gives the label that the reference gives: all that do come
 before those that do not. Answer with one line naming every response once, best first, like: {example}

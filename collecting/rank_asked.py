@@ -9,7 +9,26 @@ from collecting import asking
 from collecting.prompts import CONTEXTUAL_TEMPLATE, GPT_TEMPLATE, alpaca_prompt, fill, read_template, task_of
 from common import HUMAN, UserError, say
 
-RANK_AGAIN = "That could not be read. Answer with one line naming each of the {n} responses once, best first: {example}"
+
+def ask_rankings(records, args, journal, prompts, read, again):
+    """Ask for a ranking of each record -> yields (index, what read(index, reply) makes of it, the reply); None where
+    read raises ValueError after re-asking with `again`, which names its {reason}. Says how many were read."""
+    count = Counter()
+
+    def verdict(i, text):
+        try:
+            return read(i, text), None
+        except ValueError as e:
+            return None, again.format(reason=e)
+
+    options = {"follow_up": lambda i, text: verdict(i, text)[1]}
+    for i, replies, error in asking.ask_records(args, journal, [r["id"] for r in records], prompts, **options):
+        if not error:
+            text = replies[0]["text"]
+            found = verdict(i, text)[0]
+            count["unparsed" if found is None else "parsed"] += 1
+            yield i, found, text
+    say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none")
 
 
 def rank_by_gpt(records, args, journal):
@@ -19,8 +38,7 @@ def rank_by_gpt(records, args, journal):
 
     The responses are shown in a seeded random order: models prefer some places. What the journal holds is not yielded.
     """
-    records, template = list(records), read_template(args, GPT_TEMPLATE)
-    orders, prompts, count = [], [], Counter()
+    records, template, orders, prompts = list(records), read_template(args, GPT_TEMPLATE), [], []
     for r in records:
         candidates = r["candidates"]
         humans = [c for c in candidates if c["source"] in HUMAN]
@@ -32,23 +50,13 @@ def rank_by_gpt(records, args, journal):
         fields = {"n": str(len(shown)), "example": example_ranking(len(shown)), "responses": "\n\n".join(shown)}
         fields |= {"prompt": r["prompt"], "reference": humans[0]["text"], "label": r.get("label") or ""}
         prompts.append(fill(template, fields, "--prompt_file"))
-
-    def unranked(i, text):
-        n = len(orders[i])
-        return None if parse_ranking(text, n) else RANK_AGAIN.format(n=n, example=example_ranking(n))
-
-    ids = [r["id"] for r in records]
-    for i, responses, error in asking.ask_records(args, journal, ids, prompts, follow_up=unranked):
-        if error:
-            continue
-        ranking = parse_ranking(responses[0]["text"], len(orders[i]))
-        count["ranked" if ranking else "unranked"] += 1
+    read = lambda i, text: parse_ranking(text, len(orders[i]))  # noqa: E731
+    for i, ranking, _ in ask_rankings(records, args, journal, prompts, read, "That could not be read. {reason}"):
         for c in records[i]["candidates"]:
             c["rank"] = 0 if c["source"] in HUMAN else None
         for place, number in enumerate(ranking or (), 1):
             records[i]["candidates"][orders[i][number - 1]]["rank"] = place
         yield records[i]
-    say("by gpt:", ", ".join(f"{n} {what}" for what, n in count.items()))
 
 
 def example_ranking(n):
@@ -56,7 +64,7 @@ def example_ranking(n):
 
 
 def parse_ranking(text, n):
-    """The numbers 1..n, best first, from an answer such as `2 > 1 > 3` -> list, or None.
+    """The numbers 1..n, best first, from an answer such as `2 > 1 > 3` -> list. Raises ValueError.
 
     Strict: the last line that is nothing but numbers joined by > or , (`Ranking:`, `Response` and brackets may stand
     around them) must name every response once. Ties (=), gaps, doubles, and rankings inside a sentence are refused.
@@ -64,7 +72,9 @@ def parse_ranking(text, n):
     lines = [re.sub(r"(?i)ranking\s*:|response|[\[\]()*`.]", " ", line).strip() for line in text.splitlines()]
     lines = [line for line in lines if re.fullmatch(r"\d+(\s*[>,]\s*\d+)*", line)]
     numbers = [int(x) for x in re.findall(r"\d+", lines[-1])] if lines else []
-    return numbers if sorted(numbers) == list(range(1, n + 1)) else None
+    if sorted(numbers) != list(range(1, n + 1)):
+        raise ValueError(f"Answer with one line that has all {n} responses once, best first: {example_ranking(n)}")
+    return numbers
 
 
 CONTEXTUAL_AGAIN = """That could not be read: {reason}. Reply once more in the form asked for, from first line to last:
@@ -79,39 +89,30 @@ def rank_by_contextual(records, args, journal):
     only with --rank_original; repetitions get rank null. So do all responses where the reply could not be read after
     re-asking; the record then has the reply as `unparsed`. What the journal holds is not yielded.
     """
-    template, count, asked = read_template(args, CONTEXTUAL_TEMPLATE), Counter(), []
+    template, asked, orders = read_template(args, CONTEXTUAL_TEMPLATE), [], []
     by = {"ranked_by": common.run_name(args.model)}
     for record in records:
         candidates = record["candidates"]
         shown = [i for i, c in enumerate(candidates) if args.rank_original or c["source"] not in HUMAN]
-        if len({candidates[i]["text"].strip() for i in shown}) < 2:
-            count["all the same"] += 1
+        if len({candidates[i]["text"].strip() for i in shown}) < 2:  # nothing to rank
             yield record | {"candidates": [c | {"rank": None} for c in candidates]} | by
         else:
             random.Random(f"{args.seed}-{record['id']}").shuffle(shown)
-            asked.append((record, shown))
-
-    def read(number, text):
-        try:
-            return parse_contextual(text, len(asked[number][1])), None
-        except ValueError as e:
-            return None, CONTEXTUAL_AGAIN.format(reason=e)
-
-    ids, again = [record["id"] for record, _ in asked], lambda i, text: read(i, text)[1]
-    prompts = [contextual_prompt(template, *pair, args.prompt_file or "the template") for pair in asked]
-    for number, replies, error in asking.ask_records(args, journal, ids, prompts, follow_up=again):
-        if error:
-            continue
-        record, shown = asked[number]
-        verdict = read(number, replies[0]["text"])[0]
-        if verdict:
-            count["parsed"] += 1
-            yield record | {"candidates": contextual_candidates(record["candidates"], shown, *verdict)} | by
-        else:
-            count["unparsed"] += 1
-            unranked = [c | {"rank": None} for c in record["candidates"]]
-            yield record | {"candidates": unranked, "unparsed": replies[0]["text"]} | by
-    say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none asked for")
+            asked.append(record)
+            orders.append(shown)
+    where = args.prompt_file or "the template"
+    prompts = [contextual_prompt(template, record, shown, where) for record, shown in zip(asked, orders)]
+    read = lambda i, text: parse_contextual(text, len(orders[i]))  # noqa: E731
+    for i, verdict, reply in ask_rankings(asked, args, journal, prompts, read, CONTEXTUAL_AGAIN):
+        record = asked[i] | {"candidates": [c | {"rank": None} for c in asked[i]["candidates"]]} | by
+        ranking, scores = verdict or ((), {})
+        texts = set()
+        for k in (k for k in ranking if k < len(orders[i])):  # the last is the ranker's own
+            c = record["candidates"][orders[i][k]]
+            if c["text"].strip() not in texts:  # of the same text twice only the better placed is ranked
+                c |= {"rank": len(texts)} | ({"score": scores[k]} if scores else {})
+                texts.add(c["text"].strip())
+        yield record if verdict else record | {"unparsed": reply}
 
 
 def contextual_prompt(template, record, shown, where):
@@ -129,7 +130,7 @@ def contextual_prompt(template, record, shown, where):
 
 def parse_contextual(reply, n):
     """A ranker's reply about responses 0..n-1, its own being n -> (their numbers, best first, by score, ties as stated;
-    {number: (total, its three ratings or None)}).
+    {number: score}).
 
     Reads our form and Table 9's: `k: 5 4 5` or `Response k: [14]` a line, then `Ranking: 2 > 0` or `rank: [2, 0]`.
     Emphasis, quotation marks, carriage returns, words around the form and other cases are let pass. What is not ranked
@@ -143,7 +144,7 @@ def parse_contextual(reply, n):
     scores = {}  # the last line that gives a number's, below the heading if there is one
     heading = [i for i, line in enumerate(lines) if re.fullmatch(r"(?i)(scores|ratings)\s*:?", line)]
     for line in lines[heading[-1] if heading else 0 :]:
-        if (m := SCORE_LINE.match(line)) and (score := read_score(m[2])):
+        if (m := SCORE_LINE.match(line)) and (score := read_score(m[2])) is not None:
             scores[int(m[1])] = score
     if len(set(ranking)) < len(ranking) or not set(ranking) <= set(range(n + 1)):
         raise ValueError("the ranking names a response twice, or one that is not there")
@@ -153,7 +154,7 @@ def parse_contextual(reply, n):
     named = {int(k) for k in re.findall(r"\d+", duplicates[-1])} if duplicates else repeated
     if not repeated <= named or bool(repeated) != bool(named):
         raise ValueError("the ranking leaves out a response, or holds one that repeats another")
-    return sorted(ranking, key=lambda k: -scores[k][0]) if scores else ranking, scores
+    return sorted(ranking, key=lambda k: -scores[k]) if scores else ranking, scores
 
 
 SCORE_LINE = re.compile(r"(?i)\|?\s*(?:response\s+)?(\d+)\s*(?:overall|total)?\s*(?:score|rating)?\s*[:.)|=-]\s*(.*)$")
@@ -179,7 +180,7 @@ def read_ranking(lines):
 
 
 def read_score(text):
-    """What stands behind a response's number -> (total, its three ratings or None), or None where that is no score."""
+    """What stands behind a response's number -> the sum of three ratings, or None where that is no score."""
     inner = re.match(r"\[([^\]]*)\]", text)
     inner = re.sub(ASPECTS, " ", inner[1] if inner else text)
     if len(re.findall(r"\d\s*/\s*5\b", inner)) == 3:  # 3/5 4/5 5/5; but 3/4/5 are three ratings
@@ -187,19 +188,5 @@ def read_score(text):
     numbers = re.findall(r"\d+(?:\.\d+)?", inner) if re.fullmatch(r"[\d\s,+/=:;|().]*", inner) else []
     values = [float(v) if "." in v else int(v) for v in numbers]
     if len(values) in (3, 4) and max(values[:3]) <= 5:  # a fourth is their sum, which is made here
-        return sum(values[:3]), values[:3]
-    return (values[0], None) if len(values) == 1 and values[0] <= 15 else None
-
-
-def contextual_candidates(candidates, shown, ranking, scores):
-    """The candidates with their ranks and scores. Response k of the ranker is candidate shown[k], the last is its own
-    and no candidate. Of the same text twice only the better placed is ranked."""
-    candidates, texts = [c | {"rank": None} for c in candidates], set()
-    for k in ranking:
-        c = candidates[shown[k]] if k < len(shown) else None
-        if c and c["text"].strip() not in texts:
-            total, ratings = scores.get(k, (None, None))
-            given = {"rank": len(texts), "score": total, "ratings": ratings}
-            c |= {name: value for name, value in given.items() if value is not None}
-            texts.add(c["text"].strip())
-    return candidates
+        return sum(values[:3])
+    return values[0] if len(values) == 1 and values[0] <= 15 else None

@@ -18,22 +18,19 @@ def rank_by_label(records, args):
     count = defaultdict(Counter)  # source -> how many of each kind
     for record in records:
         qa = record.get("task") == "multidoc_qa"
-        if qa and not isinstance(record.get("answers"), list):
-            raise UserError(f"{args.input}: record {record['id']!r} has no list of answers")
-        if not qa and record.get("label") not in NLI_LABELS:
-            raise UserError(f"{args.input}: record {record['id']!r} has no label of {', '.join(NLI_LABELS)}")
+        if not (isinstance(record.get("answers"), list) if qa else record.get("label") in NLI_LABELS):
+            wanted = "list of answers" if qa else f"label of {', '.join(NLI_LABELS)}"
+            raise UserError(f"{args.input}: record {record['id']!r} has no {wanted}")
         for c in record["candidates"]:
             if qa:
-                right = c["correct"] = has_answer(c["text"], record["answers"])
-                source = f"{c['source']} from {c['anchor']}" if "anchor" in c else c["source"]
-                kinds = {"correct": right, "wrong": not right}
-                c["text"] += f" #### {'Correct' if right else 'Incorrect'}" * args.mark_answers
+                c["correct"], kinds = has_answer(c["text"], record["answers"]), {}
+                c["text"] += f" #### {'Correct' if c['correct'] else 'Incorrect'}" * args.mark_answers
             else:
-                source, (c["label"], well_formed) = c["source"], parse_nli(c["text"])
-                right = c["correct"] = c["label"] == record["label"]
-                kinds = {"well-formed": well_formed, "malformed": not well_formed, "correct": right}
-                kinds |= {"wrong": not right and bool(c["label"]), "unparsed": not c["label"]}
-            count[source].update({"total": 1} | kinds)
+                c["label"], well_formed = parse_nli(c["text"])
+                c["correct"] = c["label"] == record["label"]
+                kinds = {"well-formed": well_formed, "unparsed": not c["label"]}
+            source = f"{c['source']} from {c['anchor']}" if "anchor" in c else c["source"]
+            count[source].update({"total": 1, "correct": c["correct"]} | kinds)
         yield record
     for source, kinds in sorted(count.items()):
         say(f"{source}: " + ", ".join(f"{n:d} {kind}" for kind, n in kinds.items()))
@@ -44,25 +41,25 @@ def drop_malformed(records, min_candidates, per_source=None):
     fewer than min_candidates (RESCUE's released code: 5, the human response among them). The others get the human
     responses' form, one line: explanation #### Label. They are whole, and their likelihood is no longer known.
     per_source: of each model keep the first so many (the released code samples 6 and keeps 3)."""
-    total, malformed, left_out = Counter(), Counter(), 0
+    total, good, left_out = Counter(), Counter(), 0
     for record in records:
-        kept, good = [], Counter()
+        kept, of_model = [], Counter()
         for c in record["candidates"]:
             if c["source"] in HUMAN:
                 kept.append(c)
                 continue
             label, well_formed = parse_nli(c["text"])
             total[c["source"]] += 1
-            malformed[c["source"]] += not well_formed
-            good[c["source"]] += well_formed
-            if well_formed and good[c["source"]] <= (per_source or len(record["candidates"])):
+            of_model[c["source"]] += well_formed
+            if well_formed and of_model[c["source"]] <= (per_source or len(record["candidates"])):
                 explanation = " ".join(c["text"].strip("` \n").partition("####")[0].split())
                 text = {"text": f"{explanation} #### {label.capitalize()}"}
                 kept.append({k: v for k, v in c.items() if k not in OF_SAMPLE} | text)
+        good += of_model
         left_out += len(kept) < min_candidates
         if len(kept) >= min_candidates:
             yield record | {"candidates": kept}
-    say("malformed and left out:", ", ".join(f"{malformed[s]} of {n} by {s}" for s, n in total.items()))
+    say("well-formed:", ", ".join(f"{good[s]} of {n} by {s}" for s, n in total.items()))
     say(f"left out: {left_out} prompts with fewer than --min_candidates {min_candidates}")
 
 
@@ -73,17 +70,15 @@ def rank_by_probabilistic(records, args):
     by itself; here it is for Table 4 and for mixtures.
     """
     for record in records:
-        candidates = record["candidates"]
-        known = [c for c in candidates if {"logprob", "num_tokens"} <= c.keys()]
-        teachers = sorted({c.get("teacher", "a teacher not named") for c in known})
+        teachers, scores = set(), []
+        for c in record["candidates"]:
+            known = "logprob" in c and "num_tokens" in c
+            teachers |= {c.get("teacher", "a teacher not named")} if known else set()
+            scores.append(length_normalized(c["logprob"], c["num_tokens"], args.length_penalty) if known else None)
         if len(teachers) != 1:
-            found = f"log-probabilities of {' and '.join(teachers)}: two scales" if teachers else "no logprob"
+            found = f"log-probabilities of {' and '.join(sorted(teachers))}" if teachers else "no logprob"
             raise UserError(f"{args.input}: record {record['id']!r} has {found}; rank --by logprob adds one teacher's")
-        scores = [
-            length_normalized(c["logprob"], c["num_tokens"], args.length_penalty) if c in known else None
-            for c in candidates
-        ]
-        yield record | {"candidates": with_ranks(candidates, scores), "ranked_by": teachers[0]}
+        yield record | {"candidates": with_ranks(record["candidates"], scores), "ranked_by": teachers.pop()}
 
 
 def with_ranks(candidates, scores):

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 import common
 from collecting import reward_models, scoring
 from collecting.generation import load_generator, local_device
-from collecting.rank_given import spearman, with_ranks
+from collecting.rank_given import with_ranks
 from common import UserError, say
 
 
@@ -48,43 +48,23 @@ def rank_by_logprob(records, args):
 
 def rank_by_reward(records, args):
     """Set every candidate's `reward`, the raw logit, and sort the candidates, best first (PRO Sec. 4.3)."""
-    gaps = []  # of the responses that people chose and rejected
     for record, logits in rewards(records, args, args.reward_model, "--reward_model"):
-        candidates = [c | {"reward": logit} for c, logit in zip(record["candidates"], logits)]
-        own = {c["source"]: c["reward"] for c in candidates}
-        gaps += [own["chosen"] - own["rejected"]] if {"chosen", "rejected"} <= own.keys() else []
-        candidates.sort(key=lambda c: -c["reward"])
-        candidates = with_ranks(candidates, [c["reward"] for c in candidates])
+        candidates = with_ranks([c | {"reward": x} for c, x in zip(record["candidates"], logits)], logits)
+        candidates.sort(key=lambda c: c["rank"])
         yield record | {"candidates": candidates, "reward_model": args.reward_model}
-    agrees, equal, total = common.all_sum([sum(g > 0 for g in gaps), gaps.count(0), len(gaps)])
-    if total:
-        of = f"in {agrees:.0f} of {total:.0f} pairs; {equal:.0f} have equal rewards"
-        say(f"{args.reward_model} prefers the chosen response to the rejected one {of}")
 
 
 def rank_by_prm(records, args):
     """Rank by a model trained on ranked records, Tuna's proxy ranking model: a language model by log p / length, a
-    reward model (reward_model.py's) by its logit.
-
-    The original response is not ranked, unless --rank_original: it is not the model's own (Sec. 2.3). A record that
-    carries ranks keeps them: there the two rankings are compared (Spearman, averaged over prompts).
-    """
-    agreement = []
+    reward model (reward_model.py's) by its logit. The original response is not ranked, unless --rank_original: it is
+    not the model's own (Sec. 2.3)."""
     for record, scores in prm_scores(records, args):
-        candidates = record["candidates"]
         if not all(map(math.isfinite, scores)):
             raise UserError(f"--model {args.model}: its score of record {record['id']!r} is not finite")
-        ranked = [(-c["rank"], score) for c, score in zip(candidates, scores) if c.get("rank") is not None]
-        if len(ranked) > 1:
-            agreement.append(spearman(*zip(*ranked)))
-        if not ranked:
-            own = [args.rank_original or c["source"] not in common.HUMAN for c in candidates]
-            candidates = with_ranks(candidates, [score if some else None for score, some in zip(scores, own)])
-            record = record | {"candidates": candidates, "ranked_by": common.run_name(args.model)}
-        yield record
-    total, number = common.all_sum([sum(agreement), len(agreement)])
-    if number:
-        say(f"agreement with the ranking of {number:.0f} records: Spearman {total / number:.3f}")
+        candidates = record["candidates"]
+        own = [args.rank_original or c["source"] not in common.HUMAN for c in candidates]
+        candidates = with_ranks(candidates, [score if some else None for score, some in zip(scores, own)])
+        yield record | {"candidates": candidates, "ranked_by": common.run_name(args.model)}
 
 
 def prm_scores(records, args):

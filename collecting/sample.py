@@ -29,6 +29,73 @@ def sample_flags(add):
 # fmt: on
 
 
+def sample(args):
+    """Add responses of a model on this machine; under torchrun every process draws for its share of the prompts."""
+    process, processes, device = common.init_distributed(LONGEST_WAIT)
+    name = common.run_name(args.model)
+    args.source = args.source or name
+    args.max_new_tokens = generation.new_tokens(args, 128)
+    of_run = f"-{name}" if common.run_settings(args.model) else ""  # the samples of two students never share a file
+    records, journal = open_collected(args, "train", f"sampled{of_run}", process=process, processes=processes)
+    options, count = generation.options_of(args), Counter()
+    batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
+    for batch, model, tokenizer in batches:
+        prompts = shown_prompts(args, batch)
+
+        def draw(numbers, n, temperature):
+            again = options | {"num_samples": n, "temperature": temperature}
+            return generation.generate(model, tokenizer, [prompts[i] for i in numbers], **again)
+
+        drawn = draw(range(len(batch)), args.num_samples, args.temperature)
+        if args.max_rouge_l is not None:
+            drawn = keep_diverse(drawn, draw, args)
+        for record, responses in zip(batch, drawn):
+            more = [r | {"source": args.source, "teacher": name} for r in responses]
+            record["candidates"] = record.get("candidates", []) + more
+            count["drawn"] += len(responses)
+            count["cut at --max_new_tokens"] += sum(not r["finished"] for r in responses)
+            count["empty"] += sum(not r["text"] for r in responses)
+        journal.write(batch)
+    journal.finish()
+    kinds = ["drawn", "cut at --max_new_tokens", "empty"]
+    totals = common.all_sum([count[kind] for kind in kinds])
+    say("responses:", ", ".join(f"{n:.0f} {kind}" for kind, n in zip(kinds, totals)))
+
+
+def keep_diverse(responses, draw, args):
+    """Tuna's diversity rule (Sec. 2.3, 3.1) for a batch of prompts: responses, n per prompt -> the same shape.
+
+    A response whose ROUGE-L with one before it is above --max_rouge_l is dropped and drawn again at a temperature
+    raised by --temperature_step, --max_trials times; then the least similar of those dropped fill the places left.
+    draw(prompt numbers, n, temperature) -> n responses for each.
+    """
+    n = len(responses[0])
+    kept, dropped = [[] for _ in responses], [[] for _ in responses]
+
+    def similarity(i, response):
+        return max_similarity(response["text"], [r["text"] for r in kept[i]])
+
+    def take(i, some):
+        for response in some:
+            (dropped if similarity(i, response) > args.max_rouge_l else kept)[i].append(response)
+
+    for i, first in enumerate(responses):
+        take(i, first)
+    for trial in range(1, args.max_trials + 1):
+        short = [i for i in range(len(kept)) if len(kept[i]) < n]
+        if not short:
+            break
+        temperature = round(args.temperature + trial * args.temperature_step, 6)
+        for i, more in zip(short, draw(short, n - min(len(kept[i]) for i in short), temperature)):
+            take(i, [response | {"temperature": temperature} for response in more[: n - len(kept[i])]])
+    for i in range(len(kept)):
+        while len(kept[i]) < n:
+            least = min(dropped[i], key=lambda r: similarity(i, r))
+            dropped[i].remove(least)
+            kept[i].append(least)
+    return kept
+
+
 def max_similarity(text, others):
     """The largest ROUGE-L F1 between a text and others, 0 where there are none; the same text is 1 in any script."""
     score = rouge_scorer().score
@@ -54,75 +121,3 @@ def rouge_scorer(use_stemmer=False):
             return [t for i, part in enumerate(parts) for t in ([part] if i % 2 else plain(part))] or text.split()
 
     return rouge_scorer.RougeScorer(["rougeL"], tokenizer=Words(use_stemmer))
-
-
-def keep_diverse(responses, draw, args, count):
-    """Tuna's diversity rule (Sec. 2.3, 3.1) for a batch of prompts: responses, n per prompt -> the same shape.
-
-    A response whose ROUGE-L with one before it is above --max_rouge_l is dropped and drawn again at a temperature
-    raised by --temperature_step, --max_trials times; then the least similar of those dropped fill the places left.
-    draw(prompt numbers, n, temperature) -> n responses for each; `count` gains how many were dropped and came back.
-    """
-    n = len(responses[0])
-    kept, dropped = [[] for _ in responses], [[] for _ in responses]
-
-    def similarity(i, response):
-        return max_similarity(response["text"], [r["text"] for r in kept[i]])
-
-    def take(i, response):
-        similar = similarity(i, response) > args.max_rouge_l
-        (dropped if similar else kept)[i].append(response)
-        count["too similar"] += similar
-
-    for i, first in enumerate(responses):
-        for response in first:
-            take(i, response)
-    for trial in range(1, args.max_trials + 1):
-        short = [i for i in range(len(kept)) if len(kept[i]) < n]
-        if not short:
-            break
-        temperature = round(args.temperature + trial * args.temperature_step, 6)
-        for i, more in zip(short, draw(short, n - min(len(kept[i]) for i in short), temperature)):
-            for response in more[: n - len(kept[i])]:
-                take(i, response | {"temperature": temperature})
-    for i in range(len(kept)):
-        while len(kept[i]) < n:
-            least = min(dropped[i], key=lambda r: similarity(i, r))
-            dropped[i].remove(least)
-            kept[i].append(least)
-            count["least similar kept"] += 1
-    return kept
-
-
-def sample(args):
-    """Add responses of a model on this machine; under torchrun every process draws for its share of the prompts."""
-    process, processes, device = common.init_distributed(LONGEST_WAIT)
-    name = common.run_name(args.model)
-    args.source = args.source or name
-    args.max_new_tokens = generation.new_tokens(args, 128)
-    of_run = f"-{name}" if common.run_settings(args.model) else ""  # the samples of two students never share a file
-    records, journal = open_collected(args, "train", f"sampled{of_run}", process=process, processes=processes)
-    options, count = generation.options_of(args), Counter()
-    batches = generation.seeded_batches(args, records, journal, args.batch_size, process, processes, device)
-    for batch, model, tokenizer in batches:
-        prompts = shown_prompts(args, batch)
-
-        def draw(numbers, n, temperature):
-            again = options | {"num_samples": n, "temperature": temperature}
-            return generation.generate(model, tokenizer, [prompts[i] for i in numbers], **again)
-
-        drawn = draw(range(len(batch)), args.num_samples, args.temperature)
-        if args.max_rouge_l is not None:
-            drawn = keep_diverse(drawn, draw, args, count)
-        for record, responses in zip(batch, drawn):
-            more = [r | {"source": args.source, "teacher": name} for r in responses]
-            record["candidates"] = record.get("candidates", []) + more
-            count["drawn"] += len(responses)
-            count["cut at --max_new_tokens"] += sum(not r["finished"] for r in responses)
-            count["empty"] += sum(not r["text"] for r in responses)
-        journal.write(batch)
-    journal.finish()
-    kinds = ["drawn", "cut at --max_new_tokens", "empty"]
-    kinds += ["too similar", "least similar kept"] if args.max_rouge_l is not None else []
-    totals = common.all_sum([count[kind] for kind in kinds])
-    say("responses:", ", ".join(f"{n:.0f} {kind}" for kind, n in zip(kinds, totals)))

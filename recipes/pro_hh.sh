@@ -2,7 +2,7 @@
 # PRO, Tables 1, 2, 3 and 6 (arXiv 2306.17492, Sec. 4.1 to 4.6 and 4.8.2): SFT, BoN, CoH, RRHF, PRO and PRO_s, which
 # answers its own prompts, on HH-RLHF as it is (raw) and with one more response a prompt (alpaca3, chatgpt3).
 # Prints Table 1's counts first, at the end Tables 6 and 2, with a JUDGE Table 3: ours and the paper's. Table 2's
-# RLHF is not ours (`export --format trl`), nor are its rows of Curie and ChatGLM, which answer zero-shot; Table 4 wants
+# RLHF is not ours (`export`), nor are its rows of Curie and ChatGLM, which answer zero-shot; Table 4 wants
 # people (`evaluate.py sheet`). Its values: recipes/values.md.
 . "$(dirname "$0")/pro_common.sh"
 

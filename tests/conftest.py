@@ -349,5 +349,5 @@ def prepared(monkeypatch, tmp_path, capsys):
         f.writelines(json.dumps(r) + "\n" for r in HH)
     argv = ["--task", "hh", "--input", tmp_path / "train.jsonl.gz", "--subset", "helpful-base"]
     run(monkeypatch, "prepare", *argv, "--output", tmp_path / "train.jsonl")
-    assert "helpful-base: 7 samples read, 3 with" in (out := capsys.readouterr().out) and "43835 -> 43835" in out
+    assert "helpful-base: 7 rows read, 3 records" in capsys.readouterr().out
     return tmp_path / "train.jsonl"

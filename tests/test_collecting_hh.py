@@ -17,60 +17,17 @@ def test_prepare_hh(prepared):
     assert two["messages"][1]["content"] == "Hello.\n\nSecond paragraph."
     assert [c["text"] for c in two["candidates"]] == ["Because.", ""]
     assert merged["candidates"][0]["text"] == "A\nB"
-    assert len(load_candidates(prepared)) == 3
 
 
-def test_the_filter_is_the_papers(preparing):
-    """Identical contexts but different responses (Sec. 4.1), and Table 1's numbers of the split that is read."""
-    rows = [*HH[:2], pair("\n\nHuman: Hi\n\nAssistant: Same", "\n\nHuman: Hi\n\nAssistant: Same ")]
-    result, output = preparing(rows, "--task", "hh", "--split", "test")
-    assert [r["id"] for r in read_jsonl(output)] == ["harmless-base-0", "harmless-base-1"]
-    assert "harmless-base: 3 samples read, 2 with one context" in result.out
-    assert "Table 1, test: 2312 -> 2312" in result.out
-
-
-def test_a_file_for_each_subset(prepare, preparing, tmp_path):
-    files = [write_jsonl(tmp_path / f"{k}.jsonl", HH[k : k + 1]) for k in range(2)]
+def test_a_file_for_each_subset_and_the_papers_filter(prepare, preparing, tmp_path):
+    """Identical contexts but different responses (Sec. 4.1); what is read and kept is said of each subset (Table 1)."""
+    same = pair("\n\nHuman: Hi\n\nAssistant: Same", "\n\nHuman: Hi\n\nAssistant: Same ")
+    files = [write_jsonl(tmp_path / f"{k}.jsonl", [row, same]) for k, row in enumerate(HH[:2])]
     flags = ("--task", "hh", "--subset", "harmless-base", "helpful-base")
-    assert [r["id"] for r in prepare(files, *flags)] == ["harmless-base-0", "helpful-base-1"]
+    result, output = preparing(files, *flags)
+    assert [r["id"] for r in read_jsonl(output)] == ["harmless-base-0", "helpful-base-2"]
+    assert "harmless-base: 2 rows read, 1 records\nhelpful-base: 2 rows read, 1 records" in result.out
     refused(preparing(files[:1], *flags)[0], "name a file a subset")
-
-
-def release_row(*texts, rewards=(1.5, 0.5), **more):
-    turns = ["<|prompter|>Hi", "<|assistant|>Hello.", "<|prompter|>Why?", "<|assistant|>"]
-    meta = {"path": "../../data/raw_data/hhrlhf/helpful-rejection/train.jsonl", "line_num": 1, "task": "dialogue"}
-    row = {"meta": meta, "prefix": [turns] * len(texts), "suffix": list(texts), "reward": list(rewards), "sft_index": 0}
-    return row | more
-
-
-def test_the_authors_files(prepare, tmp_path):
-    rows = [release_row("Because.", "No."), release_row("A", "B", "C", rewards=(0.5, 2.0, -1))]
-    source = write_jsonl(tmp_path / "train.json", rows)  # .json, and a row a line
-    one, two = prepare(source, "--task", "hh", "--from_release")
-    assert one["id"] == "helpful-rejection-sampled-0"
-    assert one["prompt"] == "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
-    assert [m["role"] for m in one["messages"]] == ["user", "assistant", "user"]
-    found = [(c["text"], c["reward"], c["rank"]) for c in two["candidates"]]
-    assert found == [("A", 0.5, 0), ("B", 2, 1), ("C", -1, 2)]
-
-
-@pytest.mark.parametrize(
-    "row, words",
-    [
-        (release_row("A", rewards=(1, 2)), "argument 2 is longer"),
-        (release_row("A", prefix="x"), "one prefix"),
-        (release_row("A", rewards=(1,), prefix=[["A"]]), "one prefix"),
-        (release_row("A", "B", prefix=[["<|assistant|>"], ["<|prompter|>x", "<|assistant|>"]]), "one prefix"),
-        (release_row("A", rewards=(1,), prefix=[["A", "<|assistant|>"]]), "not a row of a released file of --task hh"),
-        ({"chosen": "x"}, "not a row of a released file of --task hh"),
-    ],
-)
-def test_not_the_authors_files(preparing, row, words):
-    refused(preparing([row], "--task", "hh", "--from_release")[0], "in.jsonl:1", words)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Baselines
 
 
 @pytest.fixture
@@ -90,8 +47,10 @@ def test_hindsight(monkeypatch, tmp_path, ranked):
     assert two["candidates"][0]["text"] == "worse A good answer: best"
 
 
-def test_export_trl(monkeypatch, tmp_path, ranked):
-    run(monkeypatch, "export", "--format", "trl", "--input", ranked, "--output", tmp_path / "trl.jsonl")
+def test_export(monkeypatch, tmp_path, ranked, prepare):
+    """What TRL reads; `prepare --task pairs` reads it too."""
+    run(monkeypatch, "export", "--input", ranked, "--output", tmp_path / "trl.jsonl")
     rows, prompts = read_jsonl(tmp_path / "trl.jsonl"), read_jsonl(tmp_path / "trl-prompts.jsonl")
     assert rows[1] == {"id": "r1", "prompt": "Human: 1\n\nAssistant:", "chosen": " best", "rejected": " worse"}
     assert prompts == [{"id": r["id"], "prompt": r["prompt"]} for r in rows] and len(rows) == 3
+    assert [c["text"] for c in prepare(rows)[1]["candidates"]] == ["best", "worse"]

@@ -1,4 +1,4 @@
-"""collecting/prepare.py: e-SNLI, multi-document QA, Alpaca and LIMA, and what the papers' authors released."""
+"""collecting/prepare.py: e-SNLI, multi-document QA, Alpaca and LIMA, and what Tuna's authors released."""
 
 import csv
 import gzip
@@ -8,9 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import read_jsonl, refused, write_jsonl
 
-import rescue
 from collecting import prompts
-from collecting.answers import parse_nli
 from evaluating import superni
 
 ESNLI = {"premise": "p", "hypothesis": "h", "label": "neutral", "explanation_1": "e"}
@@ -68,7 +66,6 @@ def test_held_out_rows_are_moved_or_copied(preparing):
             {r["id"] for r in read_jsonl(output.with_name(f"{name}.jsonl"))} for name in ("out", "validation")
         )
         assert (len(train), len(held_out), len(train | held_out)) == (kept, 4, 9)
-    refused(preparing(rows, "--task", "esnli", "--validation", 9)[0], "9 records", "--validation 9")
 
 
 def passage(title, text, gold=False):
@@ -130,22 +127,16 @@ def changed(change):
     return [*questions()[:2], questions()[2] | change, questions()[3]]
 
 
-RELEASED = {"data_dict": ESNLI, "responses": ["a", "b"], "scores": [1]}
-
-
 @pytest.mark.parametrize(
     "task, rows, flags, words",
     [
         ("esnli", [ESNLI, ESNLI | {"label": "maybe"}], [], [":2", "label", "maybe"]),
         ("esnli", [ESNLI, ESNLI | {"premise": " "}], [], [":2", "premise"]),
-        ("esnli", [ESNLI, ESNLI | {"hypothesis": None}], [], [":2", "hypothesis"]),
-        ("esnli", [ESNLI], ["--from_release"], [":1", "not a row", "data_dict"]),
-        ("esnli", [RELEASED], ["--from_release"], [":1", "shorter"]),
-        ("alpaca", ALPACA, ["--references", "x"], ["--references belongs to --task alpaca --from_release"]),
+        ("esnli", [ESNLI], ["--from_release"], [":1", "not a row", "generation"]),
+        ("esnli", [ESNLI], ["--validation", 1], ["1 records", "--validation 1"]),
         ("alpaca", [{"orig": ALPACA[1], "text": ["a"], "logprob": [-1], "length": []}], ["--from_release"], [":1"]),
-        ("pairs", ALPACA, ["--from_release"], ["--from_release reads no --task pairs"]),
+        ("alpaca", [{"instruct": "I R:", "generation": ["a"], "rank": [0]}], ["--from_release"], [":1", "Instruction"]),
         ("multidoc_qa", changed({"ctxs": "x"}), [], [":3", "'ctxs'"]),
-        ("multidoc_qa", changed({"ctxs": [{"title": 3, "text": "x"}]}), [], [":3", "'ctxs'"]),
         ("multidoc_qa", changed({"answers": []}), [], [":3", "'answers'"]),
         ("multidoc_qa", changed({"ctxs": [passage("x", "y")]}), ["--num_documents", 3], [":3", "isgold"]),
         ("multidoc_qa", questions(), ["--num_documents", 5], [":1", "only 3 passages without the answer"]),
@@ -162,42 +153,9 @@ def test_a_template_that_asks_for_what_is_not_there(preparing, tmp_path):
     refused(preparing([ESNLI], "--task", "esnli", "--prompt_file", template)[0], "in.jsonl:1", "colour")
 
 
-def test_rescues_released_files(prepare):
-    """Their records train as they are: --ordering reward chooses y* and the pairs by their scores."""
-    data = {
-        "premise": "A man sits.",
-        "hypothesis": "He stands.",
-        "label": "contradiction",
-        "explanation": "e",
-        "index": 7,
-    }
-    responses = ["```e #### Contradiction```", "```No. #### Neutral```", "```Never. #### Contradiction```"]
-    row = {"data_dict": data, "responses": responses, "scores": [2.0, 1.0, 2.0]}
-    [record] = prepare([row], "--task", "esnli", "--from_release")
-    assert [c["text"] for c in record["candidates"]] == responses and record["label"] == "contradiction"
-    assert [c["source"] for c in record["candidates"]] == ["human", "model", "model"]
-    levels = rescue.preference(record, "reward")
-    assert levels == [2.0, 1.0, 2.0] and rescue.sft_target(record, levels, "reward") == 0
-    assert [parse_nli(r) for r in responses] == [(x, True) for x in ("contradiction", "neutral", "contradiction")]
-
-    question = questions()[0]
-    question["ctxs"].insert(0, passage("Faust", "Faust is a play by Goethe."))
-    row = {
-        "data_dict": question,
-        "responses": ["It was William Shakespeare #### Correct", "Goethe"],
-        "scores": [2.0, 1.0],
-    }
-    flags = ("--task", "multidoc_qa", "--from_release")
-    [whole], [gold] = prepare([row], *flags), prepare([row], *flags, "--gold_prompt")
-    assert whole["gold_position"] == 2 and [c["reward"] for c in whole["candidates"]] == [2.0, 1.0]
-    assert "Goethe" in whole["prompt"] and "Goethe" not in gold["prompt"] and "Shakespeare" in gold["prompt"]
-
-
-@pytest.mark.parametrize("kind", ["json", "jsonl"])
-def test_alpaca(preparing, tmp_path, kind):
-    source = write(tmp_path / f"alpaca_data.{kind}", ALPACA if kind == "json" else "\n".join(map(json.dumps, ALPACA)))
-    result, output = preparing(source, "--task", "alpaca")
-    assert "1 rows without a response" in result.out
+def test_alpaca(preparing, tmp_path):
+    result, output = preparing(write(tmp_path / "alpaca_data.json", ALPACA), "--task", "alpaca")
+    assert "alpaca: 4 rows read, 3 records" in result.out
     records = read_jsonl(output)
     assert [r["id"] for r in records] == ["alpaca-0", "alpaca-1", "alpaca-3"]
     with_input, without, fruit = (r["prompt"] for r in records)
@@ -235,53 +193,35 @@ def test_limas_dialogues(prepare):
 
 def test_template_own_is_the_prompt_that_training_reads(prepare):
     """For the benchmarks: a model trained on prepare's prompts meets an instruction as it has learnt to."""
-    records = prepare(ALPACA, "--task", "alpaca")
-    assert records == prepare(ALPACA, "--task", "alpaca", "--template", "own")
-    assert [(r["instruction"], r["input"]) for r in records[:2]] == [
-        ("Add the numbers.", "2 and {3}"),
-        ("Name a colour.", ""),
-    ]
+    record = prepare(ALPACA, "--task", "alpaca", "--template", "own")[0]
+    assert (record["instruction"], record["input"]) == ("Add the numbers.", "2 and {3}")
     prompt = superni.superni_prompt("Add the numbers.", [], "2 and {3}", None, 9, prompts.ALPACA_TEMPLATE)
-    assert prompt == records[0]["prompt"].replace("Add the", "Definition: Add the")
+    assert prompt == record["prompt"].replace("Add the", "Definition: Add the")
 
 
-def test_tunas_rankings_and_log_probabilities(prepare):
-    log_probabilities = {"orig": ALPACA[1], "text": ["\nBlue", "Red"], "avg_token_prob": [-1, -2], "length": [2, 1]}
-    log_probabilities |= {"logprob": [-2.0, -2.0]}
-    contextual = {"id": 7, "instruct": "I R:", "generation": ["a", "b", "b"], "ranks": [3, 1, 0], "gpt_eval": ""}
-    training = {"id": 1, "instruction": "I R:", "output": ["a", "b", "c"], "score": [0.5, 2, 0.5]}
-    flags = ("--task", "alpaca", "--from_release")
+def test_what_tunas_authors_released(prepare, tmp_path):
+    """--references: Eq. 6's MLE term has what it wants; the prompts are in the template that all others have."""
+    log_probabilities = {"orig": ALPACA[1], "text": ["\nBlue", "Red"], "logprob": [-2.0, -2.0], "length": [2, 1]}
     by = {"source": "text-davinci-003", "teacher": "text-davinci-003"}
-    assert prepare([log_probabilities], *flags)[0]["candidates"] == [
+    [record] = prepare([log_probabilities], "--task", "alpaca", "--from_release")
+    assert record["candidates"] == [
         {"text": "Red.", "source": "reference"},
         {"text": "Blue", "logprob": -2.0, "num_tokens": 2} | by,
         {"text": "Red", "logprob": -2.0, "num_tokens": 1} | by,
     ]
-    [record] = prepare([contextual], *flags)
-    assert [c["rank"] for c in record["candidates"]] == [1, 0, None] and record["ranked_by"] == "gpt-4"
-    [record] = prepare([training], *flags)
-    assert [c["rank"] for c in record["candidates"]] == [1, 0, 1] and record["prompt"] == "I R:"
-
-
-def test_released_rankings_get_their_original_response(prepare, preparing, tmp_path):
-    """--references: Eq. 6's MLE term has what it wants; the prompts are in the template that all others have."""
-    flags = ("--task", "alpaca", "--from_release", "--references", write_jsonl(tmp_path / "alpaca.jsonl", ALPACA))
     both = "Told.\n\n### Instruction:\nAdd the numbers.\n\n### Input:\n2 and {3}\n\n### Response:"
-    one = "Told.\n\n### Instruction:\nName a colour.\n\n### Response:"
-    absent = "### Instruction:\nNot there.\n\n### Response:"
-    rows = [{"id": 1, "instruct": both, "generation": ["5", "6"], "ranks": [1, 0]}]
-    result, output = preparing([*rows, {"id": 2, "instruct": absent, "generation": ["a"], "rank": [0]}], *flags)
-    assert "left out: 1 rows without a response in --references" in result.out
-    [record] = read_jsonl(output)
-    model = {"source": "tuna-probabilistic"}
-    reference = {"text": "5", "source": "reference"}  # what Tuna_p says in the same words stays Tuna_p's
-    assert record["candidates"] == [reference, {"text": "5", "rank": 1} | model, {"text": "6", "rank": 0} | model]
-    assert record["prompt"] == prompts.alpaca_prompt(prompts.ALPACA_TEMPLATE, ALPACA[0], "")
-    assert record["id"] == "release-0" and record["ranked_by"] == "gpt-4"
-    [record] = prepare([{"id": 1, "instruction": one, "output": ["Blue", "Red.", "Green"], "score": [2, 1, 0]}], *flags)
-    assert [(c["source"], c["rank"]) for c in record["candidates"]] == [("model", 0), ("reference", 1), ("model", 2)]
-    result, _ = preparing([{"id": 1, "instruct": "I R:", "generation": ["a"], "rank": [0]}], *flags)
-    refused(result, "in.jsonl:1: the prompt lacks ### Instruction: or ### Response:")
+    one, absent = "### Instruction:\nName a colour.\n\n### Response:", "### Instruction:\nNo.\n\n### Response:"
+    rows = [
+        {"id": 7, "instruct": both, "generation": ["5", "6", "6"], "ranks": [3, 1, 0]},
+        {"id": 8, "instruct": absent, "generation": ["a"], "rank": [0]},
+        {"id": 9, "instruct": one, "generation": ["Blue"], "rank": [0]},
+    ]
+    flags = ("--from_release", "--references", write_jsonl(tmp_path / "alpaca.jsonl", ALPACA))
+    first, second = prepare(rows, "--task", "alpaca", *flags)
+    assert [(c["text"], c.get("rank")) for c in first["candidates"]] == [("5", None), ("5", 1), ("6", 0), ("6", None)]
+    assert [c["source"] for c in first["candidates"]] == ["reference"] + ["tuna-probabilistic"] * 3
+    assert first["prompt"] == prompts.alpaca_prompt(prompts.ALPACA_TEMPLATE, ALPACA[0], "")
+    assert (first["id"], second["id"], second["ranked_by"]) == ("release-0", "release-2", "gpt-4")
 
 
 def test_alpaca_from_the_hub(tmp_path, cli, monkeypatch):

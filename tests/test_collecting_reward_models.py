@@ -96,7 +96,7 @@ def test_oasst_logits_are_the_direct_computation(copy, pooling):
     assert len({round(x, 4) for x in got}) == 3
 
 
-def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
+def test_rank_by_reward_sorts(monkeypatch, oasst, prepared, tmp_path):
     before = read_jsonl(prepared)
     after = rank(monkeypatch, tmp_path, before, "--by", "reward", "--reward_model", oasst)
     for old, new in zip(before, after, strict=True):
@@ -106,8 +106,6 @@ def test_rank_by_reward_sorts(monkeypatch, capsys, oasst, prepared, tmp_path):
         assert sorted(c["text"] for c in new["candidates"]) == sorted(c["text"] for c in old["candidates"])
         alone = reward_models.reward_logits(str(oasst), CPU, [(old, new["candidates"][1])])
         assert rewards[1] == pytest.approx(alone[0], abs=1e-4)
-    agree = sum(r["candidates"][0]["source"] == "chosen" for r in after)
-    assert f"in {agree} of 3 pairs; 0 have equal rewards" in capsys.readouterr().out
 
 
 def test_equal_rewards_share_a_rank(monkeypatch, tmp_path):

@@ -191,7 +191,7 @@ def test_names_are_names(cli, prepare, tmp_path):
         write_jsonl(tmp_path / name, [row | {"chosen": text}])
     assert "right" in ranks(prepare(tmp_path / "x[1].jsonl")[0])
     flags = ["prepare", "--task", "pairs", "--output", tmp_path / "o.jsonl", "--input"]
-    refused(cli("collect_candidates", *flags, tmp_path / "s*.jsonl"), "s*.jsonl: no such file")
+    refused(cli("collect_candidates", *flags, tmp_path / "s*.jsonl"), "s*.jsonl: cannot be read")
     for name, files in (("one", "../secret.jsonl"), ("two", tmp_path / "secret.jsonl")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "README.md").write_text(f"---\nconfigs:\n- config_name: a\n  data_files: {files}\n---\n")
