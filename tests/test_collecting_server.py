@@ -61,7 +61,7 @@ def key(monkeypatch):
 
 
 def test_every_fault_once_then_an_answer():
-    faults = [429, 500, b"<html>", replies(), b"[1]", "half", "silence", "flood", (503, {"Retry-After": "0"})]
+    faults = [429, 500, b"<html>", replies(), b"[1]", "half", "silence", "flood", (503, {"Retry-After": "0.5"})]
     faults += [replies(said_by("\ud800")), replies(said_by(3))]
     prompts = NUMBERS[: len(faults)]
     found, server = ask(lambda prompt, nth, body: faults[int(prompt)] if nth == 1 else None, prompts)
@@ -69,6 +69,8 @@ def test_every_fault_once_then_an_answer():
     assert set(server.asked.values()) == {2}
     assert server.headers[0]["authorization"] == "Bearer sk-secret-key"
     assert server.bodies[0].keys() == {"messages", "model", "max_tokens", "temperature"}  # no top_p of 1
+    first, second = (t for t, body in zip(server.times, server.bodies) if body["messages"][0]["content"] == "8")
+    assert second - first >= 0.5
 
 
 def test_faults_without_end_are_listed_and_harm_no_other_prompt():
@@ -78,11 +80,6 @@ def test_faults_without_end_are_listed_and_harm_no_other_prompt():
     for i, words in {0: "HTTP 500", 1: "no completion", 3: "HTTP 400", 4: "HTTP 429", 5: "timed out"}.items():
         assert words in found[i][1]
     assert server.asked == {"a": 4, "b": 4, "c": 4, "d": 1, "e": 1, "f": 4, "g": 1}
-
-
-def test_retry_after_is_honoured():
-    _, error, server = ask_one(lambda prompt, nth, body: (429, {"Retry-After": "0.5"}) if nth == 1 else None)
-    assert error is None and server.times[1] - server.times[0] >= 0.5
 
 
 def test_max_requests_counts_repeats_and_leaves_the_rest():
@@ -108,14 +105,6 @@ def test_what_no_prompt_survives_stops_at_once(fault, message, capfd):
     assert sum(server.asked.values()) <= 24  # of 50; --concurrency 8, and the server may be faster than the client
     gc.collect()  # asyncio complains of errors nobody fetched when their tasks go
     assert "Traceback" not in capfd.readouterr().err
-
-
-def test_a_server_that_fails_always_is_given_up():
-    with Server(lambda *_: 400) as server, pytest.raises(UserError, match="20 prompts in a row failed"):
-        list(asking.complete(arguments(server.url), NUMBERS * 10))
-    assert sum(server.asked.values()) < 40
-    with pytest.raises(UserError, match="20 prompts in a row"):  # nobody listens on port 9
-        list(asking.complete(arguments("http://127.0.0.1:9/v1", "m", "--retries", 0), NUMBERS))
 
 
 def test_at_most_concurrency_at_once():
@@ -193,9 +182,8 @@ class TestTheKey:
         assert client.default_headers["OpenAI-Project"] == "proj-1" and client.default_headers["X-Own"] == "yes"
 
     def test_is_not_echoed_where_it_is_no_flag(self, cli):
-        for typed in (["--api_key", "sk-typed-key"], ["--api-key=sk-typed-key"]):
-            message = refused(cli("collect_candidates", "teacher", "--model", "m", *typed), "***")
-            assert "typed" not in message
+        typed = cli("collect_candidates", "teacher", "--model", "m", "--api_key", "sk-typed-key")
+        assert "typed" not in refused(typed, "***")
 
     def test_that_is_none(self, monkeypatch):
         monkeypatch.setenv("OPENAI_API_KEY", "sk\nsecret")
@@ -204,29 +192,23 @@ class TestTheKey:
         assert "secret" not in str(e.value)
 
 
-@pytest.mark.parametrize(
-    "url",
-    ["http://u:sk@h/v1", "https://h/v1?key=sk", "h:80", "file:///etc", "http://[::1/v1", "http://h:x/v1", "http://:80"],
-)
-def test_a_port_or_server_that_is_none(url):
+@pytest.mark.parametrize("url", ["http://u:sk@h/v1", "https://h/v1?key=sk", "h:80", "http://[::1/v1", "http://h:x/v1"])
+def test_a_server_that_is_none(url):
     with pytest.raises(UserError, match="--base_url must be") as e:
         list(asking.complete(arguments(url), ["a"]))
     assert "sk" not in str(e.value)
 
 
-@pytest.mark.parametrize("proxy", ["gopher://proxy", "http://h:x", "://"])
-def test_a_proxy_that_is_none(monkeypatch, proxy):
+def test_a_proxy_that_is_none(monkeypatch):
     for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, proxy)
+        monkeypatch.setenv(name, "gopher://proxy")
     with pytest.raises(UserError, match="HTTP_PROXY"):
         list(asking.complete(arguments("http://127.0.0.1:9/v1"), ["a"]))
 
 
-@pytest.mark.parametrize("status", [200, 400])
-def test_a_charset_that_is_none(status):
+def test_a_charset_that_is_none():
     told = {"Content-Type": "application/json; charset=zlib"}
-    responses, error, _ = ask_one((status, told, replies(said_by("hé"), error="oné")))
-    assert responses[0]["text"] == "hé" if status == 200 else error == "HTTP 400 (oné)"
+    assert ask_one((200, told, replies(said_by("hé"))))[0][0]["text"] == "hé"
 
 
 CUTS = {
@@ -256,10 +238,8 @@ def test_empty_and_cut_responses_are_counted(capsys):
     [
         (said_by(None, refusal="I cannot."), "no response: I cannot."),
         (said_by("", "content_filter"), "no response: cut by a content filter"),
-        (said_by("", "length"), "no response: cut at --max_new_tokens"),
         (said_by(None, "error") | {"error": {"message": "the GPU fell off"}}, "the GPU fell off"),
         (said_by(None, reasoning_content="Let me see"), "nothing but thinking"),
-        (said_by("<think>Let me see", "length"), "nothing but thinking"),
     ],
 )
 def test_an_empty_candidate_is_a_refusal_with_its_reason(choice, reason):
@@ -276,19 +256,18 @@ def test_a_refused_sample_costs_one_more_request_and_not_the_others():
 
 
 @pytest.mark.parametrize(
-    "choice, text, kept",
+    "choice",
     [
-        (said_by("<think>\nLet me see.\n</think>\n\n4"), "4", "<think>\nLet me see.\n</think>\n\n4"),
-        (said_by("Let me see.</think>4"), "4", "Let me see.</think>4"),  # the opening tag was in the prompt
-        (said_by("4", reasoning_content="Let me see."), "4", "<think>\nLet me see.\n</think>\n\n4"),
-        (said_by("4", reasoning="Let me see."), "4", "<think>\nLet me see.\n</think>\n\n4"),
+        said_by("<think>\nLet me see.\n</think>\n\n4"),
+        said_by("Let me see.</think>4"),  # the opening tag was in the prompt
+        said_by("4", reasoning_content="Let me see."),
+        said_by("4", reasoning="Let me see."),
     ],
 )
-def test_thinking_is_no_part_of_a_response(choice, text, kept):
-    reply = replies(choice | {"logprobs": {"content": [{"token": "thought and text", "logprob": -9.0}]}})
-    [response], _ = read_reply(reply)
-    assert response == {"text": text, "finished": True}  # what is known of the thinking's tokens is not said of it
-    assert ask_one(reply, "--keep_thinking")[0][0]["text"] == kept
+def test_thinking_is_no_part_of_a_response(choice):
+    tokens = {"content": [{"token": "thought and text", "logprob": -9.0}]}
+    [response], _ = read_reply(replies(choice | {"logprobs": tokens}))
+    assert response == {"text": "4", "finished": True}  # what is known of the thinking's tokens is not said of it
 
 
 def test_a_local_models_thinking(tiny, monkeypatch):
@@ -296,8 +275,6 @@ def test_a_local_models_thinking(tiny, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, **more: [[found]] * len(prompts))
     [(_, [response], _)] = asking.complete(arguments(None, tiny), ["a"])
     assert response == {"text": "4", "finished": True}
-    [(_, [response], _)] = asking.complete(arguments(None, tiny, "--keep_thinking"), ["a"])
-    assert response == found
 
 
 def test_content_in_parts():
@@ -316,6 +293,8 @@ def test_after_a_first_success_a_refusal_concerns_one_prompt():
         ask(refuse, prompts[1:], *flags)
     with pytest.raises(UserError, match="20 prompts in a row failed; the last: HTTP 500"):
         ask(lambda prompt, nth, body: 500 if prompt != "0" else None, prompts, *flags)
+    with pytest.raises(UserError, match="20 prompts in a row"):  # nobody listens on port 9
+        list(asking.complete(arguments("http://127.0.0.1:9/v1", "m", "--retries", 0), NUMBERS))
 
 
 @pytest.mark.parametrize(
@@ -323,7 +302,6 @@ def test_after_a_first_success_a_refusal_concerns_one_prompt():
     [
         ("temperature", 400, "'temperature' does not support 0.0 with this model. Only the default (1) is supported."),
         ("temperature", 422, "`temperature` must be strictly positive"),
-        ("n", 400, "Only one completion choice is allowed"),
         ("n", 400, "'n' : number must be at most 1"),
         ("top_p", 400, "top_p must be 1"),
     ],
@@ -341,7 +319,6 @@ def test_a_field_that_the_server_refuses_is_left_out(field, status, said, capsys
     "reply, said, requests",
     [
         ({"error": {"message": "context is full", "code": 400}}, "the server replies: context is full", 1),
-        ({"error": "Unexpected endpoint or method. (POST /chat/completions)"}, "Unexpected endpoint or method", 1),
         ({"detail": "Method Not Allowed"}, "no completion: Method Not Allowed", 2),
         ({"error": {"message": "upstream is busy", "code": 502}}, "no completion: upstream is busy", 2),
     ],

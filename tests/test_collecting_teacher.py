@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from api_server import Server, chat
+from api_server import Server
 from conftest import nli, read_jsonl, refused, write_jsonl
 
 from collecting.server import read_reply
@@ -11,13 +11,11 @@ from collecting.server import read_reply
 
 @pytest.fixture
 def ask(cli, tmp_path):
-    """ask(records, server, *flags) -> Result: the verb teacher, or that of the flags, from in.jsonl into o.jsonl."""
+    """ask(records, server, *flags) -> Result: the verb teacher, from in.jsonl into o.jsonl."""
 
     def run(records, server, *flags):
-        source = write_jsonl(tmp_path / "in.jsonl", records)
-        flags = flags if flags[:1] == ("rank",) else ("teacher", *flags)
-        files = ["--input", source, "--output", tmp_path / "o.jsonl"]
-        return cli("collect_candidates", *flags, *files, "--model", "m", "--base_url", server.url)
+        files = ["--input", write_jsonl(tmp_path / "in.jsonl", records), "--output", tmp_path / "o.jsonl"]
+        return cli("collect_candidates", "teacher", *files, "--model", "m", "--base_url", server.url, *flags)
 
     return run
 
@@ -26,27 +24,21 @@ def prompts(count):
     return [nli(i, "because #### Neutral") for i in range(count)]
 
 
-def test_a_hostile_server_loses_and_doubles_nothing(tmp_path, monkeypatch, ask):
-    faults = [429, 500, b"<html>", "half", "silence"]
-
+def test_a_hostile_server_loses_and_doubles_nothing(tmp_path, ask):
     def behave(prompt, nth, body):
-        i = int(prompt.split()[1])
-        return 500 if i == 7 else faults[i] if i < len(faults) and nth == 1 else None
+        return 500 if prompt == "prompt 7" and nth <= 3 else 429 if nth == 1 else None
 
-    flags = ["--retries", 2, "--timeout", 0.6]
     with Server(behave) as server:
-        result = ask(prompts(12), server, *flags)
+        result = ask(prompts(12), server, "--retries", 2)
         assert "r7 failed: HTTP 500" in result.out and "11 of 12 done, 1 missing" in result.out
         assert len(read_jsonl(tmp_path / "o.jsonl")) == 11  # a usable file
-        server.asked.clear()
-        monkeypatch.setattr(server, "answer", lambda handler, fault, text: Server.answer(server, handler, None, text))
-        ask(prompts(12), server, *flags)  # the same command does the rest and only that
-    assert dict(server.asked) == {"prompt 7": 1}
+        before = server.asked.copy()
+        ask(prompts(12), server, "--retries", 2)  # the same command does the rest and only that
+        assert server.asked - before == {"prompt 7": 1}
     rows = read_jsonl(tmp_path / "o.jsonl")
     assert [r["id"] for r in rows] == [f"r{i}" for i in range(12)]
     for r in rows:
-        assert [c["source"] for c in r["candidates"]] == ["human", "m"]
-        assert r["candidates"][1]["text"] == f"echo {r['prompt']}"
+        assert [(c["source"], c["text"]) for c in r["candidates"][1:]] == [("m", f"echo {r['prompt']}")]
 
 
 def test_secrets_stay_out_of_its_files(tmp_path, monkeypatch, ask):
@@ -81,21 +73,6 @@ def test_refused_prompts_are_left_out_once_and_for_all(tmp_path, ask):
         assert sum(server.asked.values()) == 70
 
 
-SCORES = "Reference: r\nDuplicates: none\nScores:\n0: 1 1 1\n1: 2 1 1\n2: 3 1 1\nRanking: 2 > 1 > 0"
-
-
-@pytest.mark.parametrize("by, reply", [("gpt", "2 > 1"), ("contextual", SCORES)])
-def test_a_ranker_that_refuses_a_prompt_ranks_the_others(tmp_path, ask, by, reply):
-    records = [nli(i, "h", "a", "b") for i in range(3)]
-    refusal = (400, {}, b'{"error": {"message": "filtered"}}')
-    with Server(lambda prompt, nth, body: refusal if "prompt 1" in prompt else chat(reply)) as server:
-        result = ask(records, server, "rank", "--by", by)
-        assert result.code == 0 and "r1 refused: HTTP 400 (filtered)" in result.out and "missing" not in result.out
-        assert [r["id"] for r in read_jsonl(tmp_path / "o.jsonl")] == ["r0", "r2"]
-        assert ask(records, server, "rank", "--by", by).code == 0
-    assert sum(server.asked.values()) == 3
-
-
 TASK = {"id": "a", "prompt": "Task: x\n"}
 
 
@@ -122,13 +99,10 @@ def test_likelihoods_are_kept(tmp_path, ask):
     [
         ("one two", ["one", " two"], 2),  # llama-cpp-python leaves EOS out
         ("one two", ["one", " two", "</s>"], 2),  # others report it
-        ("one two", ["one", " two", ""], 2),  # as nothing
         ("one </s", ["one", " </s"], 2),  # the text's own end stays
         ("", ["</s>"], 1),  # an empty response is its EOS
-        ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9"], 3),
         ("caf\u00e9", ["caf", "bytes:\\xc3", "bytes:\\xa9", "<|end|>"], 3),
         ("one two", ["one", "\u0120two", "<|im_end|>"], 2),  # the vocabulary's strings
-        ("one two", ["one", "\u0120two", ""], 2),
         ("one <b>", ["one", "\u0120", "<b>"], 3),
     ],
 )
@@ -145,7 +119,7 @@ def test_eos_counts_in_no_log_probability(text, tokens, kept):
 def test_eos_is_found_by_the_bytes_where_token_strings_are_numbers():
     content = [("token_id:7", -1.0, list("h\u00e9".encode())), ("token_id:2", -4.0, list(b"</s>"))]
     content = [{"token": t, "logprob": v, "bytes": b} for t, v, b in content]
-    choice = {"message": {"content": "h\u00e9"}, "finish_reason": "stop", "logprobs": {"content": content}}
+    choice = {"message": {"content": "h\u00e9"}, "logprobs": {"content": content}}
     [response], _ = read_reply(json.dumps({"choices": [choice]}).encode())
     assert (response["num_tokens"], response["logprob"]) == (1, -1.0)
 
