@@ -18,7 +18,8 @@ RE_ASKS = 2  # after an answer that could not be used
 
 
 def ask_records(args, journal, ids, prompts, **options):
-    """`complete` for the records of a journal -> yields (index, responses, error) as it does, then says what failed.
+    """`complete` for the records of a journal -> yields (index, responses) of those that are answered, then says what
+    failed.
 
     Refused prompts are kept in OUTPUT.refused.jsonl. No later run asks them, and `journal.finish` does not miss them,
     until that file is deleted.
@@ -29,10 +30,11 @@ def ask_records(args, journal, ids, prompts, **options):
     refused = {row["id"]: row for _, row in read_rows(file)} if file.exists() else {}
     done = {n for n, i in enumerate(ids) if i in journal.done or i in refused}
     for n, responses, error in complete(args, prompts, done=done, **options):
-        answered = answered or not error
         if error:
             failed.setdefault(error, []).append(ids[n])
-        yield n, responses, error
+        else:
+            answered = True
+            yield n, responses
     for error, those in failed.items():
         final = isinstance(error, Refusal) and answered  # else the request may be at fault, and not the prompts
         more = f" and {len(those) - 1} more" if len(those) > 1 else ""

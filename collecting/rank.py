@@ -76,8 +76,6 @@ def rank(args):
     elif args.by in SCORERS:  # whole chunks, as before a kill: what stands beside a sequence changes its last digits
         chunks = [c for c in scoring.chunks(records) if not all(r["id"] in journal.done for r in c)]
         records = [r for chunk in chunks[process::processes] for r in chunk]
-    else:
-        records = [r for r in records if r["id"] not in journal.done]
     bar = tqdm(records, desc=f"rank by {args.by}", leave=False, disable=process != 0)
     for record in RANKERS[args.by](bar, args, **more):
         journal.write([record])

@@ -22,12 +22,10 @@ def ask_rankings(records, args, journal, prompts, read, again):
             return None, again.format(reason=e)
 
     options = {"follow_up": lambda i, text: verdict(i, text)[1]}
-    for i, replies, error in asking.ask_records(args, journal, [r["id"] for r in records], prompts, **options):
-        if not error:
-            text = replies[0]["text"]
-            found = verdict(i, text)[0]
-            count["unparsed" if found is None else "parsed"] += 1
-            yield i, found, text
+    for i, replies in asking.ask_records(args, journal, [r["id"] for r in records], prompts, **options):
+        found = verdict(i, replies[0]["text"])[0]
+        count["unparsed" if found is None else "parsed"] += 1
+        yield i, found, replies[0]["text"]
     say("replies:", ", ".join(f"{n} {kind}" for kind, n in sorted(count.items())) or "none")
 
 

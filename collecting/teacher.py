@@ -24,19 +24,15 @@ def teacher(args):
     args.source = args.source or name
     args.max_new_tokens = generation.new_tokens(args, 256)
     records, journal = open_collected(args, "train", "teacher")
-    given = set(journal.done)  # of these records the server gave log-probabilities, if it was asked for them
+    given = bool(journal.done)  # whether the server gives log-probabilities, if it is asked for them
     ids, as_it_stands = [r["id"] for r in records], args.completions or args.shots or args.prompt_file
     prompts = [(not as_it_stands and r.get("messages")) or shown_prompts(args, [r])[0] for r in records]
     options = {k: getattr(args, k) for k in ("num_samples", "temperature", "top_p", "logprobs", "completions")}
-    for i, responses, error in asking.ask_records(args, journal, ids, prompts, **options):
-        if error:
-            continue
-        given.update(ids[i] for r in responses if "logprob" in r or not r["text"])
+    for i, responses in asking.ask_records(args, journal, ids, prompts, **options):
+        given = given or any("logprob" in r or not r["text"] for r in responses)
         if args.logprobs and not given:
-            raise UserError(
-                f"--base_url {args.base_url}: the server ignores `logprobs`, as transformers serve does, or the model "
-                "thinks first: drop --logprobs and add them from a local model with rank --by logprob, or ask another"
-            )
+            hint = "drop --logprobs and run rank --by logprob with a local model, or ask another"
+            raise UserError(f"--base_url {args.base_url}: no log-probabilities come with a response: {hint}")
         more = [r | {"source": args.source} | ({"teacher": name} if "logprob" in r else {}) for r in responses]
         journal.write([records[i] | {"candidates": records[i].get("candidates", []) + more}])
     journal.finish()

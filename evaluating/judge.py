@@ -61,9 +61,8 @@ def judge(args):
             fields = {"question": row["question"], "a": a, "b": b}
             prompts[f"{row['id']}/{order}"] = fill(template, fields, args.prompt_file or "the template")
     journal, keys = Journal(args.output, prompts, settings_of(args)), [*prompts]
-    for number, replies, error in asking.ask_records(args, journal, keys, [*prompts.values()]):
-        if not error:
-            journal.write([{"id": keys[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
+    for number, replies in asking.ask_records(args, journal, keys, [*prompts.values()]):
+        journal.write([{"id": keys[number], "verdict": verdict(replies[0]["text"]), "text": replies[0]["text"]}])
     if journal.finish() < len(journal.ids):
         return
     verdicts = {row["id"]: row["verdict"] for _, row in read_rows(args.output)}

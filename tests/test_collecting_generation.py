@@ -59,20 +59,17 @@ class TestGenerate:
             n = response["num_tokens"]
             assert response["logprob"] == pytest.approx(logp[-n:].sum().item(), abs=1e-3)
 
-    @pytest.mark.parametrize("num_samples", [1, 3])
     @pytest.mark.parametrize(
-        "ends",
-        [("A dog runs:", "An old man with a hat sits on a bench in a park:", "x", ""), "xx", "xy"],
-        ids=["lengths", "the same twice", "the last token"],
+        "ends", [("A dog runs:", "An old man with a hat sits on a bench in a park:", "x", ""), "xx"]
     )
-    def test_what_prompts_begin_with_is_read_once(self, model, tokenizer, num_samples, ends):
+    def test_what_prompts_begin_with_is_read_once(self, model, tokenizer, ends):
         """Prompts of different lengths behind the same examples: the answers and log-probabilities of each alone."""
-        prompts, options = [FEW + x for x in ends], {"max_new_tokens": 8, "num_samples": num_samples}
+        prompts, options = [FEW + x for x in ends], {"max_new_tokens": 8, "num_samples": 3}
         read, together = tokens_read(model, lambda: generation.generate(model, tokenizer, prompts, **options))
         ids = [common.prompt_ids(tokenizer, p) for p in prompts]
         shared = min(common.shared_start(ids[0], x[:-1]) for x in ids)
         rest = len(prompts) * (max(map(len, ids)) - shared)
-        assert read[0] == shared > 32 and sum(read) <= shared + rest + num_samples * len(prompts) * 8
+        assert read[0] == shared > 32 and sum(read) <= shared + rest + 3 * len(prompts) * 8
         for prompt, answers in zip(prompts, together):
             assert_same(answers, generation.generate(model, tokenizer, [prompt], **options)[0])
 

@@ -49,12 +49,10 @@ def test_skip_limit_and_prompt_file(prepare, tmp_path):
 
 def test_a_draw_is_of_all_rows_and_a_larger_one_has_the_smaller(prepare):
     rows = [ESNLI | {"premise": f"p{i}"} for i in range(60)]
-
-    def drawn(seed, limit):
-        return [int(r["premise"][1:]) for r in prepare(rows, "--task", "esnli", "--shuffle", seed, "--limit", limit)]
-
-    ten, twenty = drawn(0, 10), drawn(0, 20)
-    assert twenty[:10] == ten != drawn(1, 10) and max(ten) > 20 and len(set(twenty)) == 20
+    draws = ((0, 10), (0, 20), (1, 10))
+    drawn = [prepare(rows, "--task", "esnli", "--shuffle", seed, "--limit", limit) for seed, limit in draws]
+    ten, twenty, other = ([int(r["premise"][1:]) for r in records] for records in drawn)
+    assert twenty[:10] == ten != other and max(ten) > 20 and len(set(twenty)) == 20
 
 
 def test_held_out_rows_are_moved_or_copied(preparing):
@@ -165,30 +163,23 @@ def test_alpaca(preparing, tmp_path):
     assert records[2]["candidates"] == [{"text": "Pear", "source": "reference"}]
 
 
-def test_alpaca_with_a_template_of_ones_own(prepare, tmp_path):
-    two = write(tmp_path / "two", "I {instruction} N {input} R:\n---\nI {instruction} R:\n")
-    assert [r["prompt"] for r in prepare(ALPACA, "--task", "alpaca", "--prompt_file", two)] == [
-        "I Add the numbers. N 2 and {3} R:",  # the released prompt ends so, without a line end
-        "I Name a colour. R:",
-        "I Name a fruit. R:",
-    ]
-    one = write(tmp_path / "one", "Q {instruction} A")
-    assert prepare(ALPACA, "--task", "alpaca", "--prompt_file", one)[0]["prompt"] == "Q Add the numbers. A"
-
-
-def test_the_released_prompt_is_a_file_of_the_users(preparing, here):
+def test_alpaca_with_a_template_of_ones_own(prepare, preparing, here):
+    """--prompt_file; --template alpaca is a file of the user's too. LIMA's dialogues are read as their first turn (Tuna
+    App. A)."""
     flags = ["--task", "alpaca", "--template", "alpaca"]
     refused(preparing(ALPACA[1:2], *flags)[0], "save the released prompts", "templates/alpaca.txt", "---")
     (here / "templates").mkdir()
-    write(here / "templates/alpaca.txt", "T {instruction} I {input} R:\n---\nT {instruction}\n\n### R:\n")
-    assert read_jsonl(preparing(ALPACA[1:2], *flags)[1])[0]["prompt"] == "T Name a colour.\n\n### R:"
-
-
-def test_limas_dialogues(prepare):
-    """Tuna App. A: an expert's answer to the first turn."""
-    rows = [{"conversations": ["Why?", "Because.", "And?", "So."], "source": "x"}, {"conversations": ["A?", "B."]}]
-    records = prepare(rows, "--task", "alpaca")
-    assert [(r["instruction"], r["candidates"][0]["text"]) for r in records] == [("Why?", "Because."), ("A?", "B.")]
+    two = write(here / "templates/alpaca.txt", "I {instruction} N {input} R:\n---\nI {instruction} R:\n")
+    records = prepare([*ALPACA[:2], {"conversations": ["Why?", "Because.", "And?", "So."]}], *flags)
+    assert [r["prompt"] for r in records] == [
+        "I Add the numbers. N 2 and {3} R:",  # the released prompt ends so, without a line end
+        "I Name a colour. R:",
+        "I Why? R:",
+    ]
+    assert records[2]["candidates"][0]["text"] == "Because."
+    assert prepare(ALPACA[:1], "--task", "alpaca", "--prompt_file", two)[0]["prompt"] == records[0]["prompt"]
+    one = write(here / "one", "Q {instruction} A")
+    assert prepare(ALPACA, "--task", "alpaca", "--prompt_file", one)[0]["prompt"] == "Q Add the numbers. A"
 
 
 def test_template_own_is_the_prompt_that_training_reads(prepare):

@@ -148,7 +148,7 @@ def test_one_response_without_log_probabilities_stops_nothing(tmp_path, ask):
 def test_a_server_that_ignores_logprobs_is_named(ask):
     with Server(lambda prompt, nth, body: None) as server:
         result = ask([TASK], server, "--logprobs")
-    refused(result, server.url, "ignores `logprobs`", "rank --by logprob")
+    refused(result, server.url, "rank --by logprob")
     assert server.bodies[0]["logprobs"] is True
 
 

@@ -90,7 +90,7 @@ def test_vicuna_and_judge(cli, tiny, here, monkeypatch):
     out = cli("evaluate", "report", "long-vs-short", "noise", "--paired").out
     assert re.search(rf"\| long-vs-short - noise, win \| {min(a > b for a, b in zip(*lengths)):d}.* \| 2 \|", out)
     assert got["win"] == pytest.approx(wins / 3) and got["unparsed"] == 0 and got["mean_words_1"] >= 1
-    refused(cli("evaluate", "judge", *answers[:2], "d.jsonl", "--model", "x"), "d.jsonl: no such file")
+    refused(cli("evaluate", "judge", *answers[:2], "d.jsonl", "--model", "x"), "d.jsonl: cannot be read")
 
 
 def test_a_judge_that_refuses_some_questions(here, cli):
