@@ -68,11 +68,12 @@ def comparison(systems, higher, lower, figure, at_equal=None):
     found = compare(systems, higher, lower, figure, at_equal)
     if not found:
         return [name, "not run", "", "", "", ""]
-    seen, n = side(found.intervals[0]), len(found.values)
-    text = FOUND[seen] + ", in one seed" * (n == 1)
-    if seen and n > 1 and side(found.intervals[1]) != seen:
-        text = f"{FOUND[0]}, {sum(v * seen > 0 for v in found.values)} of {n} seeds on that side"
-    return [name, f"{found.middle:+.3g}", *[*shown(found.intervals), ""][:2], f"{found.items}, {n}", text]
+    seen, seeds = side(found.intervals[0]), len(found.values)
+    text = FOUND[seen] + ", in one seed" * (seeds == 1)
+    if seen and side(found.intervals[-1]) != seen:
+        text = f"{FOUND[0]}, {sum(v * seen > 0 for v in found.values)} of {seeds} seeds on that side"
+    over_items, over_seeds = [*shown(found.intervals), ""][:2]
+    return [name, f"{found.middle:+.3g}", over_items, over_seeds, f"{found.items}, {seeds}", text]
 
 
 def verdicts(root, lines):
@@ -122,23 +123,22 @@ def compare(systems, higher, lower, figure, at_equal=None):
     are several, over seeds by Student's t; values, of each seed; p, the larger one of both; items, their number.
     """
     difference = subtract(runs_of(systems, higher, figure), runs_of(systems, lower, figure))
-    seeds = list(difference)
-    if not seeds:
-        return None
-    if difference.empty:
+    if difference.empty and len(difference.columns):
         raise UserError(f"{higher} and {lower} have no items in common: they were measured on different records")
+    if difference.empty:
+        return None
+
+    def over_items(seeds):
+        differences = difference[seeds].mean(axis=1).tolist()
+        return intercept(sizes[seeds].mean(axis=1), differences) if at_equal else paired_bootstrap(differences)
+
     if at_equal:
         sizes = subtract(*(np.log1p(runs_of(systems, name, at_equal)) for name in (higher, lower)))
-        sizes = sizes.loc[difference.index, seeds]
-
-    def over_items(some):
-        differences = difference[some].mean(axis=1).tolist()
-        return intercept(sizes[some].mean(axis=1), differences) if at_equal else paired_bootstrap(differences)
-
-    middle, interval, p = over_items(seeds)
-    values = [over_items([seed])[0] if at_equal else float(difference[seed].mean()) for seed in seeds]
+        sizes = sizes.loc[difference.index]
+    middle, interval, p = over_items([*difference])
+    values = [over_items([seed])[0] if at_equal else float(difference[seed].mean()) for seed in difference]
     intervals = [interval]
-    if len(seeds) > 1:
+    if len(values) > 1:
         half, p_of_seeds = student(values)
         over_seeds = sum(values) / len(values)
         intervals.append((over_seeds - half, over_seeds + half))

@@ -14,21 +14,15 @@ from evaluating.tables import without_seed
 
 def new_figure(width=6.4, height=4.0, columns=1):
     """-> (the figure, its axes [columns])."""
-    import matplotlib
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return figure, axes[0]
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
 def save_figure(figure, path):
-    import matplotlib.pyplot as plt
-
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
-    plt.close(figure)
     say(f"plot: {path}")
 
 
@@ -61,15 +55,15 @@ def plot_line(axes, name, points, number, shift=0.0):
     """A line of a system. points: {x: (share of each seed, number of prompts)}. At x + shift the mean over seeds, with
     the 95% interval over prompts: seeds answer the same prompts, so they add none. How far seeds lie apart no interval
     over prompts says: each has a dot."""
-    colour, places = f"C{number}", [x + shift for x in points]
-    means = [fmean(shares) for shares, _ in points.values()]
-    spans = [wilson(mean, prompts) for mean, (_, prompts) in zip(means, points.values())]
-    below = [max(0, mean - low) for mean, (low, _) in zip(means, spans)]
-    above = [max(0, high - mean) for mean, (_, high) in zip(means, spans)]
-    axes.errorbar(places, means, [below, above], capsize=3, fmt="-o", color=colour, label=name)
-    for place, (shares, _) in zip(places, points.values()):
+    colour, places, means, reach = f"C{number}", [x + shift for x in points], [], []
+    for place, (shares, prompts) in zip(places, points.values()):
+        mean = fmean(shares)
+        low, high = wilson(mean, prompts)
+        means.append(mean)
+        reach.append((max(0, mean - low), max(0, high - mean)))
         if len(shares) > 1:
             axes.plot([place] * len(shares), shares, ".", color=colour, alpha=0.5)
+    axes.errorbar(places, means, [*zip(*reach)], capsize=3, fmt="-o", color=colour, label=name)
     axes.set_ylabel("accuracy")
 
 

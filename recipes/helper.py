@@ -2,17 +2,14 @@
 
 need    look whether all that a recipe needs is there, and say at once what is missing; exit code 2 if anything is
 keep    copy a system's figures, item by item too, and the settings of its training to where results are kept
-same    the kept figures of one system under another name too
 """
 
 import argparse
 import importlib.util
-import json
 import os
 import pathlib
 import re
 import shutil
-import subprocess
 import sys
 
 SOURCES = {  # a pattern in a path: where such a file or clone comes from
@@ -46,9 +43,6 @@ def parse_args():
     add("figures", type=pathlib.Path, help="folder of *.metrics.json and *.items.json")
     add("kept", type=pathlib.Path)
     add("run", nargs="?", type=pathlib.Path, help="its args.json is kept too")
-    add = verbs.add_parser("same").add_argument
-    add("kept", type=pathlib.Path)
-    add("other", type=pathlib.Path)
     return parser.parse_args()
 
 
@@ -60,7 +54,7 @@ def missing(args):
             source = next((source for name, source in SOURCES.items() if re.search(name, file)), "named by you")
             yield f"{file} ({source})"
     rules = [RULES[model] for model in args.models if model in RULES]
-    for package in ("torch", "transformers", "datasets", *args.packages, *rules):
+    for package in (*args.packages, *rules):
         if not importlib.util.find_spec(package):
             yield f"package {package} (pip install {package})"
     for model in args.models:
@@ -68,9 +62,11 @@ def missing(args):
             yield f"{model}: {reason} (a folder, or a hub id; a gated one: accept its terms there, then hf auth login)"
     if any("api.openai.com" in url for url in args.urls) and not os.environ.get("OPENAI_API_KEY"):
         yield "OPENAI_API_KEY (the key of api.openai.com)"
-    listed = shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
-    if (gpus := len((listed or "").splitlines())) < args.gpus:
-        yield f"{args.gpus} GPUs, of 80 GB each: here are {gpus} (GPUS=N takes fewer)"
+    if args.gpus:
+        import torch  # of seconds: `keep` does without
+
+        if (gpus := torch.cuda.device_count()) < args.gpus:
+            yield f"{args.gpus} GPUs, of 80 GB each: here are {gpus} (GPUS=N takes fewer)"
     if (free := shutil.disk_usage(args.at).free >> 30) < args.gb:
         yield f"{args.gb} GB in {args.at}: {free} are free (OUT=FOLDER is for another disk)"
 
@@ -87,10 +83,12 @@ def refused(model):
 
 
 def keep(figures, kept, run=None):
-    """An absolute path is of this machine: of each its last part is kept."""
-    part = fresh(kept)
+    """Copy what is kept to a folder that is whole or not there. An absolute path is of this machine: of each its last
+    part is kept."""
+    part = kept.with_name(kept.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    files = [*figures.rglob("*.metrics.json"), *figures.rglob("*.items.json"), *(run.glob("args.json") if run else ())]
+    files = [*figures.glob("*.metrics.json"), *figures.glob("*.items.json"), *(run.glob("args.json") if run else ())]
     for file in files:
         text = file.read_text()
         if not file.name.endswith(".items.json"):
@@ -100,31 +98,10 @@ def keep(figures, kept, run=None):
     part.rename(kept)
 
 
-def same(kept, other):
-    part = fresh(other)
-    shutil.copytree(kept, part)
-    for file in part.glob("*.metrics.json"):
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"name": other.name}, indent=1, ensure_ascii=False))
-    part.rename(other)
-
-
-def fresh(folder):
-    """The name under which a folder is written before it is whole."""
-    part = folder.with_name(folder.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    return part
-
-
-def main():
+if __name__ == "__main__":
     args = parse_args()
     if args.verb == "keep":
         keep(args.figures, args.kept, args.run)
-    elif args.verb == "same":
-        same(args.kept, args.other)
     elif found := [*missing(args)]:
         print("missing:", *found, sep="\n  ", file=sys.stderr)
         sys.exit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -4,7 +4,7 @@
 #   OUT=FOLDER                 for everything (default: here)
 #   DRY=1                      print every command; run none
 #   KEEP_MODELS=1              keep the models whose figures are kept: 27 GB each at the papers' size
-#   MAX_REQUESTS=N             send so many requests to the next model that is asked, then stop; the next start goes on
+# and what recipes/values.md has.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 SCALE=${SCALE:-paper}
@@ -26,8 +26,7 @@ names=() setting=() shown=() rest_on="" seed=""
 [ "$GPUS" = 1 ] && TORCHRUN=python || TORCHRUN="torchrun --nproc_per_node $GPUS"
 [ -n "$DRY" ] || mkdir -p "$DATA" "$RUNS" "$RESULTS"
 [ "$SCALE" = paper ] || export HF_HUB_OFFLINE=1
-# glibc gives large blocks back to Linux, which zeroes them anew: of five steps of e-SNLI, 68 s, 28 were spent so; now of
-# 55 s 16. A process keeps what it once held.
+# glibc gives large blocks back to Linux, which zeroes them anew: 28 of 68 s in five steps of e-SNLI, with these 16 of 55 s
 [ "$SCALE" != cpu ] ||
   export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=16000000000}
 
@@ -46,15 +45,9 @@ safetensors() { # safetensors NAME: the hub has some models as .bin alone; NAME 
   collect convert --model "${!1}" --output "$DATA/${!1##*/}"
   printf -v "$1" %s "$DATA/${!1##*/}"
 }
-ask() { # ask FILE VERB FLAGS...: a model that may cost money writes FILE. Requests that fail are left out of it; once it is
-  # there it is not asked for again, so that what is trained on it stays as it is. To ask again: delete FILE.asked
-  [ -n "$DRY" ] || [ ! -e "$1" ] || [ ! -e "$1.asked" ] || return 0
-  collect "${@:2}" --output "$1" ${MAX_REQUESTS:+--max_requests "$MAX_REQUESTS"}
-  if [ -n "$MAX_REQUESTS" ]; then
-    echo "stopped by MAX_REQUESTS: $1 is begun. Start again to go on, and without MAX_REQUESTS for all the rest"
-    exit 0
-  fi
-  [ -n "$DRY" ] || touch "$1.asked"
+ask() { # ask FILE VERB FLAGS...: a model that may cost money writes FILE, once. Requests that fail are left out of it, and
+  # what is trained on it stays as it is. To ask for them again: delete what was trained, and run the printed command
+  [ -z "$DRY" ] && [ -e "$1" ] || collect "${@:2}" --output "$1"
 }
 need() { # need GB FLAGS...: what recipes/helper.py looks for before the first hour and the first paid call
   [ "$SCALE" != paper ] || set -- "$@" --gpus "$GPUS" --gb "$1" --at "$OUT"
@@ -85,10 +78,6 @@ keep() { # keep NAME [MODEL]: keep its figures, and the settings of its training
   run python recipes/helper.py keep "$RUNS/eval/$1" "$RESULTS/$1" $trained
   [ -z "$trained" ] || [ -n "$KEEP_MODELS" ] || needed "$1" || run rm -rf "$trained/model" "$trained/best"
 }
-same() { # same NAME OTHER: the figures of NAME under another name too
-  names+=("$2")
-  [ -d "$RESULTS/$2" ] || run python recipes/helper.py same "$RESULTS/$1" "$RESULTS/$2"
-}
 report() { # report TABLE NAMES...: those that are there, beside the paper's TABLE if it has one, with the flags in `shown`
   local name systems=() paper=recipes/paper/${NAME%%_*}_$1.json
   [ -e "$paper" ] || paper=
@@ -96,9 +85,6 @@ report() { # report TABLE NAMES...: those that are there, beside the paper's TAB
     [ ! -d "$RESULTS/$name" ] && [[ " ${names[*]} " != *" $name "* ]] || systems+=("$RESULTS/$name")
   done
   run python evaluate.py report "${systems[@]}" ${paper:+--paper "$paper"} --output "$RESULTS/$1.md" "${shown[@]}"
-}
-tiny() { # the models and data of SCALE=tiny, once
-  [ "$SCALE" != tiny ] || [ -d "$TINY/model" ] || run python recipes/tiny.py "$TINY"
 }
 tiny_server() { # a stand-in for every model behind an API: sets BASE_URL
   BASE_URL=http://127.0.0.1/v1
@@ -109,3 +95,4 @@ tiny_server() { # a stand-in for every model behind an API: sets BASE_URL
   until [ -s "$TINY/url" ]; do sleep 0.1; done
   BASE_URL=$(cat "$TINY/url")
 }
+[ "$SCALE" != tiny ] || [ -d "$TINY/model" ] || run python recipes/tiny.py "$TINY"

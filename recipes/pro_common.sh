@@ -2,8 +2,6 @@
 # values: recipes/values.md. They share data/pro-SCALE, runs/pro-SCALE and results/pro-SCALE: nothing is made twice.
 NAME=pro PAPER_GPUS=8 # Sec. 4.3: 7 train and 1 holds RM_train; here all 8 train, and rewards are made before
 . "$(dirname "$0")/lib.sh"
-tiny
-
 values pro
 
 server=(${BASE_URL:+--base_url "$BASE_URL"})

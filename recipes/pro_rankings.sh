@@ -5,6 +5,11 @@
 # Its values: recipes/values.md.
 . "$(dirname "$0")/pro_common.sh"
 
+same() { # same NAME OTHER: the figures of NAME are those of OTHER too
+  names+=("$2")
+  [ -d "$RESULTS/$2" ] || run cp -r "$RESULTS/$1" "$RESULTS/$2"
+}
+
 if [ "$EXPANSIONS" = subset ]; then
   start own5
   block own5

@@ -28,31 +28,27 @@ def candidates_of(path):
     return {record["id"]: record["candidates"] for record in read(path)}
 
 
-def keep(path, wanted):
-    return [r | {"candidates": [c for c in r["candidates"] if wanted(c)]} for r in read(path)]
-
-
 def ranked(path, by, worth):
-    """Rank what is not the original response by worth(record)(candidate), the larger the better; equals share one."""
+    """Rank what is not the original response by worth(candidate, a record's random numbers), the larger the better;
+    equals share one rank."""
     for record in read(path):
-        value = worth(record)
-        values = {i: value(c) for i, c in enumerate(record["candidates"]) if c["source"] != "reference"}
-        for i, own in values.items():
-            record["candidates"][i]["rank"] = sum(other > own for other in values.values())
+        draw = random.Random(record["id"])
+        others = [c for c in record["candidates"] if c["source"] != "reference"]
+        values = [worth(c, draw) for c in others]
+        for c, own in zip(others, values):
+            c["rank"] = sum(other > own for other in values)
         yield record | {"ranked_by": by}
 
 
-def by_chance(record):
-    draw = random.Random(record["id"])
-    return lambda candidate: draw.random()
-
-
 def only(source, path):
-    return keep(path, lambda c: c["source"] == source)
+    for r in read(path):
+        yield r | {"candidates": [c for c in r["candidates"] if c["source"] == source]}
 
 
 def answered(path):
-    return [r for r in keep(path, lambda c: c["text"].strip()) if r["candidates"]]
+    for r in read(path):
+        if candidates := [c for c in r["candidates"] if c["text"].strip()]:
+            yield r | {"candidates": candidates}
 
 
 def passages(low, high, path):
@@ -78,15 +74,15 @@ def with_original(originals, path):
 
 
 def key(path):
-    return ranked(path, "key", lambda record: lambda c: (c["correct"], c["logprob"] / c["num_tokens"]))
+    return ranked(path, "key", lambda c, _: (c["correct"], c["logprob"] / c["num_tokens"]))
 
 
 def shuffled(path):
-    return ranked(path, "shuffled", by_chance)
+    return ranked(path, "shuffled", lambda c, draw: draw.random())
 
 
 def length(path):
-    return ranked(path, "length", lambda record: lambda c: len(c["text"].split()))
+    return ranked(path, "length", lambda c, _: len(c["text"].split()))
 
 
 def mixed(path):
@@ -98,13 +94,9 @@ def best(figure, *paths):
     return [float(re.search(r"@(.+)-seed", first)[1])]
 
 
-VERBS = (only, answered, passages, under, original, with_original, key, shuffled, length, mixed, best)
-
-
 if __name__ == "__main__":
-    verbs = {verb.__name__: verb for verb in VERBS}
-    if sys.argv[1:2] and sys.argv[1] in verbs:
-        for line in verbs[sys.argv[1]](*sys.argv[2:]):
-            print(json.dumps(line, ensure_ascii=False))
-    else:
+    verbs = (only, answered, passages, under, original, with_original, key, shuffled, length, mixed, best)
+    if not (verb := [v for v in verbs if [v.__name__] == sys.argv[1:2]]):
         sys.exit(__doc__)
+    for line in verb[0](*sys.argv[2:]):
+        print(json.dumps(line, ensure_ascii=False))

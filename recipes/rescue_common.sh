@@ -7,9 +7,7 @@
 # SAMPLER_PROMPTS; one trained on TEACHER_PROMPTS, those included, stands in for TEACHER.
 NAME=rescue_esnli PAPER_GPUS=4 # Sec. 6: 4 A100
 . "$(dirname "$0")/lib.sh"
-tiny
 [ "$SCALE" != tiny ] || tiny_server
-
 values rescue_esnli
 
 largest() { printf '%s\n' "$@" | sort -n | tail -1; }

@@ -9,8 +9,6 @@
 # At SCALE=cpu (results/DESIGNS.md) UNSEEN=1 tests the same models on questions with 56 to 65 words, which are left out else.
 NAME=rescue_multidoc PAPER_GPUS=4 # Sec. 6: 4 A100
 . "$(dirname "$0")/lib.sh"
-tiny
-
 values rescue_multidoc
 
 answers=(--max_new_tokens "$TOKENS" --min_new_tokens "$MIN_TOKENS" ${STOP:+--stop "$STOP"} $BF16)

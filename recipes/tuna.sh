@@ -2,15 +2,14 @@
 # Tuna, Tables 1, 2, 3 and 7 (arXiv 2310.13385, Sec. 2.4 to 3.4): Alpaca and Alpaca-Mul; Tuna_p from the teacher's
 # likelihoods; Tuna_c from a ranking of what Alpaca answers, Tuna from one of what Tuna_p answers; the other order
 # (Tuna_cp) with the first 13K, the last 39K and all 52K probabilistic rankings; both kinds of data at once (mix-Tuna).
-# mix-Tuna-104K and the rows with a PRM rest on tuna_prm.sh: run that first. Prints Tables 1, 3 and 8, ours and the paper's,
-# and HELD_OUT's figures. The page for Table 2, which wants people, is $RESULTS/sheet.html.
+# mix-Tuna-104K and the rows with a PRM rest on tuna_prm.sh: run that first. Prints Tables 1, 3 and 8, ours and the paper's.
+# The page for Table 2, which wants people, is $RESULTS/sheet.html.
 . "$(dirname "$0")/tuna_common.sh"
 
 needs_teacher
 needs $DAVINCI $GPT4 $([[ $SYSTEMS != *mix-104K* ]] || echo "$DATA/prm-3B-39K.jsonl")
 instructions
 teacher
-system alpaca
 for system in $SYSTEMS; do
   case $system in
   llama)
@@ -18,13 +17,15 @@ for system in $SYSTEMS; do
     continue ;;
   alpaca_mul) sft alpaca_mul teacher --all_candidates ;;
   tuna_p) probabilistic tuna_p "$of_alpaca" teacher ;;
-  tuna_c) tuna_c ;;
+  tuna_c)
+    ranked_alpaca
+    by_rank tuna_c "$of_alpaca" ranked-alpaca ;;
   tuna)
     if [ -n "$GPT4" ]; then
       prepare --from_release --input "$GPT4" --references "$ALPACA" --output "$DATA/ranked-tuna_p.jsonl"
     else
       sample tuna_p "$FIRST"
-      contextual sampled-tuna_p ranked-tuna_p "$FIRST"
+      contextual tuna_p
     fi
     LR=$LR_SECOND by_rank tuna "$RUNS/tuna_p/model" ranked-tuna_p ;;
   tuna_cp-13K) LR=$LR_SECOND by_rank "$system" "$of_tuna_c" teacher-ranked-first ;;
@@ -48,10 +49,6 @@ if [ -n "$VICUNA" ]; then
   done
   run python evaluate.py sheet --systems "${people[@]}" --input "${people[0]}" --output "$RESULTS/sheet.html"
 fi
-main=(llama alpaca tuna_p tuna_c tuna_c-prm-3B-52K tuna)
-if [ -n "$SUPERNI$LMENTRY$VICUNA" ]; then
-  report table1 "${main[@]}"
-  report table3 alpaca alpaca_mul tuna_p tuna tuna_c tuna_cp-{13K,39K,52K} mix-52K mix-104K
-  report table8 alpaca tuna_p tuna_c tuna_c-prm-{3B,7B}-{39K,52K} tuna
-fi
-[ "$HELD_OUT" = 0 ] || report held-out "${main[@]}"
+report table1 llama alpaca tuna_p tuna_c tuna_c-prm-3B-52K tuna
+report table3 alpaca alpaca_mul tuna_p tuna tuna_c tuna_cp-{13K,39K,52K} mix-52K mix-104K
+report table8 alpaca tuna_p tuna_c tuna_c-prm-{3B,7B}-{39K,52K} tuna

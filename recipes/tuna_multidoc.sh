@@ -5,8 +5,6 @@
 # QUESTIONS: the lost-in-the-middle files, or a JSONL of such rows with the gold passage only.
 NAME=tuna_multidoc PAPER_GPUS=1 SCALE=${SCALE:-cpu} KEEP_MODELS=${KEEP_MODELS-1}
 . "$(dirname "$0")/lib.sh"
-tiny
-
 values tuna_multidoc
 
 answers=(--max_new_tokens "$TOKENS" --min_new_tokens "$MIN_TOKENS" ${STOP:+--stop "$STOP"} $BF16)

@@ -5,14 +5,13 @@
 # Prints Table 8, ours and the paper's; tuna.sh prints it again with its own rows. Table 4, the mean words of responses by
 # rank, is $RESULTS/table4.txt.
 . "$(dirname "$0")/tuna_common.sh"
-HELD_OUT=0               # its data are the teacher's
 values tuna_prm
 
 prm=("$PRM_3B" "$PRM_7B")
 needs
 instructions
-system alpaca
-tuna_c
+ranked_alpaca
+by_rank tuna_c "$of_alpaca" ranked-alpaca
 system tuna_c
 lengths=("$DATA/ranked-alpaca.jsonl.lengths.json") # `rank` writes it beside its output
 safetensors PRM_3B

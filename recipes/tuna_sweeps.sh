@@ -6,11 +6,10 @@
 . "$(dirname "$0")/tuna_common.sh"
 values tuna_sweeps
 
-if [ -n "$SIZES$BETAS" ]; then needs_teacher; else HELD_OUT=0; fi
+[ -z "$SIZES$BETAS" ] || needs_teacher
 needs $DAVINCI ${BETAS:+"$LIMA"}
 instructions
 [ -z "$SIZES$BETAS" ] || teacher
-system alpaca
 ranked_alpaca
 for LAMBDA in $LAMBDAS; do
   by_rank "lambda-$LAMBDA" "$of_alpaca" ranked-alpaca
@@ -26,9 +25,9 @@ report figures2-3 "${names[@]}"
 [ -n "$BETAS" ] || exit 0
 prepare --input "$LIMA" --output "$DATA/lima.jsonl"
 names=()
-figures() { evaluate nll "$1" "$2" --name "beta@${1#beta-}" --input "$DATA/lima.jsonl" --max_length 2048; }
+figures() { evaluate nll "$1" "$2" --input "$DATA/lima.jsonl" --max_length 2048; }
 for BETA in $BETAS; do
-  probabilistic "beta-$BETA" "$of_alpaca" teacher
-  system "beta-$BETA"
+  probabilistic "beta@$BETA" "$of_alpaca" teacher
+  system "beta@$BETA"
 done
 report table5 "${names[@]}"

@@ -3,10 +3,10 @@
 # responses, with a model of 1.5B that is not gated and has a chat template. Printed at the end: how the model ranks 500
 # held-out prompts before and after. SCALE=paper alone.
 NAME=ultrafeedback PAPER_GPUS=1 KEEP_MODELS=${KEEP_MODELS-1}
+[ "${SCALE:-paper}" = paper ] || { echo "recipes/ultrafeedback.sh has SCALE=paper alone" >&2 && exit 2; }
 . "$(dirname "$0")/lib.sh"
 values ultrafeedback
 
-[ "$SCALE" = paper ] || { echo "recipes/ultrafeedback.sh has SCALE=paper alone" >&2 && exit 2; }
 need 60 --models "$MODEL"
 collect prepare --task pairs --input "$DATASET" --chat_template "$MODEL" --shuffle 0 --limit $((PROMPTS + 500)) \
   --output "$DATA/all.jsonl"

@@ -1,17 +1,12 @@
 """recipes/*.sh at SCALE=tiny, from end to end, as a user types them."""
 
 import json
-import pathlib
 import re
-import shlex
 import subprocess
 
 import pytest
-from api_server import Server, chat
 from conftest import ROOT, read_jsonl, warm_environment
-from test_evaluating_lmentry import make_lmentry
 
-from recipes import helper
 from recipes import tiny as stand_in
 
 
@@ -33,24 +28,11 @@ def recipe(name, env, out, **more):
     return done
 
 
-def test_the_warm_python_is_python(env, tmp_path):
-    (tmp_path / "x.py").write_text("import sys, torch; print(sys.argv[1:], torch.ones(2).sum().item()); sys.exit(3)")
-    done = subprocess.run(["python", "x.py", "a b"], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.stdout, done.returncode) == ("['a b'] 2.0\n", 3)
-    (tmp_path / "x.py").write_text("raise KeyError('where')")
-    done = subprocess.run(["python", "x.py"], env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1 and "KeyError" in done.stderr
-
-
 def test_rescue_multidoc(env, tmp_path):
     out = recipe("rescue_multidoc", env, tmp_path).stdout
     assert "| (PO) Label Prioritization, 5 documents |" in out and "(44.88)" in out
     metrics = tmp_path / "results/rescue_multidoc-tiny/label-5-seed0/multidoc-qa.metrics.json"
     assert metrics.is_file()
-    log = tmp_path / "runs/rescue_multidoc-tiny/label-seed0/log.jsonl"
-    before = log.read_text()
-    assert recipe("rescue_multidoc", env, tmp_path).returncode == 0  # again: nothing is collected or trained twice
-    assert log.read_text() == before
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +116,11 @@ def test_tuna_prm(env, tuna_folder):
     assert [re.search(r"([\w-]+)\.jsonl", line)[1] for line in table4] == ["ranked-alpaca", "prm-3B-52K"]
     lengths = json.loads(table4[0].partition(":")[2])
     assert lengths["0"] >= lengths["1"] >= lengths["2"]  # the stand-in prefers the longer one
-    assert not list((tuna_folder / "data/tuna-tiny").glob("teacher*"))
+    ranked = tuna_folder / "data/tuna-tiny/ranked-alpaca.jsonl"
+    assert not list(ranked.parent.glob("teacher*"))
+    ranked.with_name(f"{ranked.name}.args.json").unlink()  # another ranking would now be refused
+    again = recipe("tuna_prm", env, tuna_folder)  # a model that costs money is asked once
+    assert "--by contextual" not in again.stderr and "kept: " in again.stderr
 
 
 def test_tuna(env, tuna_folder):
@@ -154,19 +140,14 @@ def test_tuna(env, tuna_folder):
     assert len(re.findall(r"\d\]? \(", table1)) == both
     table8 = out.partition("Tuna, arXiv 2310.13385, Table 8")[2]
     assert "| Tuna |" in table8 and ("| Tuna_c (PRM-3B-39K) | " in table8) == True  # noqa: E712
-    items = {p.name.removesuffix(".items.json") for p in (tuna_folder / "results/tuna-tiny/tuna").glob("*.items.json")}
-    assert items >= {"judge", "nll", "ranking-logprob", "ranking-rank"}
-    assert "| tuna_p | " in (tuna_folder / "results/tuna-tiny/held-out.md").read_text()
     assert "8 prompts are 40 examples" in out  # Alpaca-Mul
     folder = tuna_folder / "data/tuna-tiny"
     ranked = {s: read_jsonl(folder / f"ranked-{s}.jsonl") for s in ("alpaca", "tuna_p")}
     for student, records in ranked.items():
-        assert len(records) == 4 and {r["ranked_by"] for r in records} == {"stand-in"}
+        assert len(records) == 4 and {r["ranked_by"] for r in records} == {"gpt-4"}
         assert {c["source"] for r in records for c in r["candidates"]} == {"reference", student}
-    page = (tuna_folder / "results/tuna-tiny/sheet.html").read_text()
-    assert (
-        "Carry out the task" not in page and stand_in.ROWS[0]["hypothesis"] in page
-    )  # the question, without a template
+    page = (tuna_folder / "results/tuna-tiny/sheet.html").read_text()  # the question, without a template
+    assert "Carry out the task" not in page and stand_in.ROWS[0]["hypothesis"] in page
 
 
 def test_tuna_sweeps(env, tuna_folder):
@@ -193,78 +174,3 @@ def test_tuna_multidoc(env, tmp_path):
     assert {p.name for p in (tmp_path / "results/tuna_multidoc-tiny").iterdir() if p.is_dir()} == {
         *("base", "teacher"), *(f"{x}-seed0" for x in ("alpaca", "shuffled", "tuna_c"))
     }  # fmt: skip
-
-
-def test_max_requests_stops_and_the_next_start_goes_on(env, tmp_path):
-    """What was asked and sampled stays. Once a ranking is there it is not asked for again."""
-    want = {"SUPERNI": "", "N": "4", "FIRST": "3", "RESPONSES": "2"}
-    first = recipe("tuna_prm", env, tmp_path, MAX_REQUESTS="2", **want)
-    folder = tmp_path / "data/tuna-tiny"
-    asked, sampled = read_jsonl(folder / "ranked-alpaca.jsonl"), (folder / "sampled-alpaca.jsonl").read_bytes()
-    assert "2 of 3 done, 1 missing" in first.stdout and "stopped by MAX_REQUESTS" in first.stdout and len(asked) == 2
-    assert not (tmp_path / "runs/tuna-tiny/tuna_c").exists()
-    second = recipe("tuna_prm", env, tmp_path, **want)
-    ranked = read_jsonl(folder / "ranked-alpaca.jsonl")
-    assert len(ranked) == 3 and all(r in ranked for r in asked)
-    assert (folder / "sampled-alpaca.jsonl").read_bytes() == sampled and "| Tuna_c (PRM-3B-39K) |" in second.stdout
-    (folder / "ranked-alpaca.jsonl.args.json").unlink()  # another ranking would now be refused
-    third = recipe("tuna_prm", env, tmp_path, **want)
-    assert "--by contextual" not in third.stderr and "kept: " in third.stderr
-
-
-def shell_lines(section):
-    """The lines of a section's shell blocks in recipes/README.md, continued ones joined; a loop's body once."""
-    text = (ROOT / "recipes/README.md").read_text().partition(f"\n## {section}\n")[2].partition("\n## ")[0]
-    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
-        lines = [line.split("  #")[0].strip() for line in block.replace("\\\n", " ").splitlines()]
-        yield from (re.sub(r"\$\w+", "1.3", line) for line in lines if not line.startswith(("for ", "done")))
-
-
-def davinci(n):
-    """n completions of four tokens, each less likely than the one before."""
-    logprobs = [{"tokens": [*"abcd"], "token_logprobs": [-0.5 - k] * 4} for k in range(n)]
-    choices = [{"text": "abcd" * (k + 1), "finish_reason": "stop", "logprobs": p} for k, p in enumerate(logprobs)]
-    return json.dumps({"choices": choices}).encode()
-
-
-def test_the_readmes_tuna_runs(cli, tiny, tmp_path, monkeypatch):
-    """As printed, but for models and sizes: from alpaca_data.json to Tuna, beta, people, the benchmarks."""
-    monkeypatch.chdir(tmp_path)
-    stand_in.write_alpaca(tmp_path, 6)
-    (tmp_path / "superni").rename("natural-instructions")
-    make_lmentry(tmp_path / "lmentry")
-    (tmp_path / "lima").mkdir()
-    (tmp_path / "lima.jsonl").rename("lima/train.jsonl")
-    rows = json.loads((tmp_path / "alpaca_data.json").read_text())
-    rows = [{"instruct": f"### Instruction:\n{r['instruction']}\n\n### Response:"} for r in rows]
-    ranked = [r | {"generation": ["a b", "c", "d", "e"], "rank": [2, 0, 4, 1]} for r in rows]
-    (tmp_path / "gpt-4-ranking.json").write_text(json.dumps(ranked))
-    more = {
-        "--stage sft": f"--model {tiny}",
-        "--from_release": "--output released.jsonl",
-        "lmentry": "--tasks word_after",
-    }
-    more |= dict.fromkeys((" sample ", " superni ", " lmentry ", "question.jsonl"), "--max_new_tokens 4")
-    ran = []
-
-    def behave(prompt, nth, body):
-        return davinci(body["n"]) if "prompt" in body else chat(stand_in.reply(body["messages"][-1]["content"]))
-
-    with Server(behave) as server:
-        for line in [*shell_lines("Tuna on an instruction set"), *shell_lines("Tuna's benchmarks")]:
-            line = line.replace("13000", "2")
-            line = re.sub(r"https?://[a-z.:0-9]+/v1", server.url, line)
-            words = shlex.split(f"{line} {' '.join(extra for key, extra in more.items() if key in line)}")
-            words = words[next(i for i, w in enumerate(words) if w.endswith(".py")) :]
-            if "--paired" in words:  # Tuna_c's, as if it had been asked and judged the same
-                helper.same(*(pathlib.Path("runs/eval") / name for name in words[2:4]))
-            result = cli(words[0][:-3], *words[1:])
-            assert result.code == 0, (line, result.err)
-            ran.append(words[1])
-    assert "| tuna-vs-tuna-sft - tuna-contextual-vs-tuna-sft, win | 0 |" in result.out
-    assert len(ran) > 15
-    runs = {p.parent.name for p in tmp_path.glob("runs/*/model")}
-    assert runs == {"tuna-sft", "tuna-probabilistic", "tuna", "tuna-beta-1.3"}
-    settings = {run: json.loads((tmp_path / f"runs/{run}/args.json").read_text())["settings"] for run in runs}
-    assert [run for run in runs if settings[run]["lr"] == 1e-6] == ["tuna"]
-    assert {s["max_length"] for s in settings.values()} == {1024}

@@ -20,7 +20,7 @@ from recipes import helper
 
 METHODS = ("rescue", "pro", "tuna", "reward_model")
 VERBS = {"collect_candidates": collect_candidates.VERBS, "evaluate": evaluate.VERBS}
-SHELL = {"head", "tail", "cat", "grep", "sed"}  # what `into` runs
+SHELL = {"head", "tail", "cat", "grep", "sed", "cp"}
 RECIPES = [  # in the order in which a paper's recipes are run, with what a user sets
     ("rescue_esnli", {}),
     ("rescue_sweeps", {}),
@@ -105,6 +105,9 @@ class Files:
         elif kind == "rm":
             gone = {x for x in args if x != "-rf"}
             self.made, self.gone = self.made - gone, self.gone | gone
+        elif kind == "cp":
+            self.check(args[1], words)
+            self.made.add(args[2])
         elif kind in SHELL or kind == "records":
             for path in args:
                 if path in self.needed or os.path.isabs(path):
@@ -132,8 +135,6 @@ class Files:
             self.made |= {f"{args.output}/best"} if getattr(args, "eval_data", None) else set()
         elif kind == "keep":
             self.made.add(str(args.kept))
-        elif kind == "same":
-            self.made.add(str(args.other))
         else:
             self.made |= {args.output, f"{args.output}.lengths.json"}
             if kind == "prepare" and args.validation:
@@ -188,23 +189,19 @@ def test_the_designs_commands(monkeypatch, tmp_path):
     assert of(found, "rescue_multidoc unseen", "passages", "56", "65")
 
 
-def test_what_nothing_makes_is_found(monkeypatch):
+@pytest.mark.parametrize(
+    "command, error",
+    [
+        ("python collect_candidates.py prepare --task esnli --input absent.csv", "nothing makes absent.csv"),
+        ("python evaluate.py nli --model some/model --input gone.jsonl", "gone.jsonl was deleted before"),
+        ("python evaluate.py nli --model some/model --input there.csv --no_such_flag", "--no_such_flag"),
+    ],
+)
+def test_what_is_wrong_is_found(command, error, monkeypatch):
     files = Files()
-    files.follow(["python", "recipes/helper.py", "need", "--models", "some/model", "--files", "there.csv"], monkeypatch)
-    train = ["python", "rescue.py", "--ordering", "none", "--model", "some/model", "--output", "runs/a", "--data"]
-    prepare = ["python", "collect_candidates.py", "prepare", "--task", "esnli", "--output", "made.jsonl", "--input"]
-    with pytest.raises(AssertionError, match="nothing makes absent.csv"):
-        files.follow([*prepare, "absent.csv"], monkeypatch)
-    files.follow([*prepare, "there.csv"], monkeypatch)
-    with pytest.raises(AssertionError, match="nothing makes other.jsonl"):
-        files.follow([*train, "other.jsonl"], monkeypatch)
-    files.follow([*train, "made.jsonl"], monkeypatch)
-    files.follow(["rm", "-rf", "runs/a/model"], monkeypatch)
-    nli = ["python", "evaluate.py", "nli", "--model", "runs/a/model", "--input", "made.jsonl"]
-    with pytest.raises(AssertionError, match="was deleted before"):
-        files.follow(nli, monkeypatch)
-    with pytest.raises(common.UserError, match="--no_such_flag"):
-        files.follow([*nli, "--no_such_flag"], monkeypatch)
+    files.needed, files.gone = {"some/model", "there.csv"}, {"gone.jsonl"}
+    with pytest.raises((AssertionError, common.UserError), match=error):
+        files.follow(command.split(), monkeypatch)
 
 
 def of(commands, name, *words):
@@ -246,7 +243,7 @@ def test_models_go_and_what_is_the_same_is_trained_once(commands):
         gone = {word.removesuffix("/model") for c in of(commands, name, "rm") for word in c if word.endswith("/model")}
         kept = {pathlib.Path(run).name for run in runs - gone}
         assert kept <= {"alpaca", "tuna_p", "tuna_c", "prm-3B", "prm-7B"} or name in NO_PAPERS, name
-    assert len(of(commands, "pro_rankings", "same")) == 3  # pro-raw, and two of three ways at length 5
+    assert len(of(commands, "pro_rankings", "cp")) == 3  # pro-raw, and two of three ways at length 5
     assert len(trained["pro_rankings"]) == 1 + 5 * 3 - 2
     assert [flag(c, "model") for c in of(commands, "pro_hh", "convert")] == [
         "OpenAssistant/oasst-rm-2.1-pythia-1.4b-epoch-2.5",
@@ -254,45 +251,33 @@ def test_models_go_and_what_is_the_same_is_trained_once(commands):
     ]
 
 
-def preflight(name, tmp_path, **env):
-    env = {"PATH": os.environ["PATH"], "OUT": str(tmp_path), "SCALE": "paper", "HF_HUB_OFFLINE": "1"} | env
-    path = f"{pathlib.Path(sys.executable).parent}:{env['PATH']}"
-    command = ["bash", ROOT / f"recipes/{name}.sh"]
-    return subprocess.run(command, env=env | {"PATH": path}, capture_output=True, text=True, cwd=ROOT)
+TUNA_NEEDS = ["a teacher: DAVINCI=", "alpaca_data.json (tatsu-lab", "natural-instructions (a clone", "8 GPUs"]
+TUNA_NEEDS += ["question.jsonl (lm-sys", "prm-3B-39K.jsonl (recipes/tuna_prm.sh", "llama-7b: ", "OPENAI_API_KEY"]
 
 
-def test_the_preflight_says_all_at_once(tmp_path):
-    done = preflight("tuna", tmp_path)
+@pytest.mark.parametrize(
+    "name, env, said, unsaid",
+    [
+        ("tuna", {}, TUNA_NEEDS, []),
+        ("pro_rankings", {"OPENAI_API_KEY": "k"}, ["text-curie-001 is retired"], ["OPENAI_API_KEY"]),
+        ("pro_rankings", {"EXPANSIONS": "alpacas chatgpt"}, ["OPENAI_API_KEY"], ["is retired"]),
+        ("tuna", {"SCALE": "cpu"}, ["recipes/tuna_multidoc.sh"], []),
+        ("pro_hh", {"SCALE": "135m"}, ["it is paper, cpu or tiny"], []),
+    ],
+)
+def test_the_preflight_says_all_at_once(tmp_path, name, env, said, unsaid):
+    path = f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"
+    env = {"PATH": path, "OUT": str(tmp_path), "HF_HUB_OFFLINE": "1"} | env
+    done = subprocess.run(["bash", ROOT / f"recipes/{name}.sh"], env=env, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 2 and not list(tmp_path.rglob("*.jsonl"))
-    said = done.stderr.partition("missing:")[2]
-    words = ["a teacher: DAVINCI=", "alpaca_data.json (tatsu-lab", "natural-instructions (a clone", "8 GPUs"]
-    words += [
-        "question.jsonl (lm-sys",
-        "prm-3B-39K.jsonl (recipes/tuna_prm.sh",
-        "huggyllama/llama-7b: ",
-        "OPENAI_API_KEY",
-    ]
-    assert [word for word in words if word not in said] == []
-
-
-def test_a_retired_model_is_named_before_anything_is_sampled(tmp_path):
-    done = preflight("pro_rankings", tmp_path, OPENAI_API_KEY="k")
-    assert done.returncode == 2 and "text-curie-001 is retired" in done.stderr and "OPENAI_API_KEY" not in done.stderr
-    done = preflight("pro_rankings", tmp_path, OPENAI_API_KEY="k", EXPANSIONS="alpacas chatgpt")
-    assert done.returncode == 2 and "is retired" not in done.stderr
-
-
-def test_another_scale_is_refused():
-    done = subprocess.run(
-        ["bash", ROOT / "recipes/tuna.sh"], env=os.environ | {"SCALE": "135m"}, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "it is paper, cpu or tiny" in done.stderr
+    assert [words for words in said if words not in done.stderr] == []
+    assert [words for words in unsaid if words in done.stderr] == []
 
 
 def test_a_failing_figure_stops_the_recipe(tmp_path):
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     recipe = (
-        'NAME=x PAPER_GPUS=1 SCALE=tiny\n. "$(dirname "$0")/lib.sh"\nfigures() { false; echo went on; }\nmeasure a ""\n'
+        'NAME=x PAPER_GPUS=1 SCALE=cpu\n. "$(dirname "$0")/lib.sh"\nfigures() { false; echo went on; }\nmeasure a ""\n'
     )
     (tmp_path / "recipes/x.sh").write_text(recipe)
     done = subprocess.run(["bash", tmp_path / "recipes/x.sh"], capture_output=True, text=True)
