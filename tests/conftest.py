@@ -1,6 +1,7 @@
 """Fixtures: a tiny random Llama with a tokenizer trained on the spot, records, and the scripts called in this process
 or as commands."""
 
+import atexit
 import collections
 import contextlib
 import functools
@@ -249,19 +250,12 @@ def refused(result, *words):
     return message
 
 
-WARM = contextlib.ExitStack()
-
-
 @functools.cache
 def warm_environment():
-    folder = WARM.enter_context(tempfile.TemporaryDirectory(prefix="warm"))
-    return WARM.enter_context(warm.python(pathlib.Path(folder)))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def close_warm_environment():
-    yield
-    WARM.close()
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="warm"))
+    return stack.enter_context(warm.python(pathlib.Path(folder)))
 
 
 def command(*args, check=True, cold=False, **kwargs):

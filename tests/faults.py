@@ -14,6 +14,7 @@ import builtins
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import multiprocessing
 import os
@@ -311,7 +312,7 @@ class Rig:
             "collect_candidates rank --by prm": ["--model", tiny, *rank],
             "collect_candidates rank --by similarity": ["--encoder", tiny, *rank],
             "collect_candidates hindsight": ["--input", ranked],
-            "collect_candidates export": ["--input", ranked, "--format", "trl"],
+            "collect_candidates export": rank,
             "evaluate ranking": ["--input", data, "--model", tiny, "--by", "label"],
             "evaluate nli": ["--input", prompts, *answers],
             "evaluate multidoc-qa": ["--input", qa, *answers],
@@ -456,7 +457,8 @@ class Rig:
         """Exit code 0, or 2 with one sentence; what else lies there stays."""
         (folder := self.folder / "malformed").mkdir()
         rng, draw, tried, bad, refused = random.Random(0), random.Random(self.seed), 0, 0, 0
-        for what, write, script, args, must in (*self.malformed_files(folder, rng), *self.malformed_folders(rng)):
+        cases = itertools.chain(self.malformed_files(folder, rng), self.malformed_folders(rng))
+        for what, write, script, args, must in cases:
             if draw.random() >= share:
                 continue
             (place := folder / "case").mkdir()

@@ -101,13 +101,12 @@ def test_the_snippet_of_the_readme_runs(kind, tmp_path):
     torch.testing.assert_close(names["logprobs"], padded, atol=1e-3, rtol=1e-4)
 
 
-def test_an_error_is_one_line_and_exit_code_2(monkeypatch):
-    """In a fresh python, not warm.py's, which the environment calls a process among others, of no number."""
-    for name, value in {"RANK": "abc", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+def test_an_error_is_one_line_and_exit_code_2(cli, tiny, monkeypatch):
+    """Also of a process whose environment gives it no number."""
+    for name, value in {"RANK": "abc", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
-    done = command(sys.executable, "rescue.py", "--ordering", "label", check=False, cold=True)
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert done.stderr.startswith("rescue.py, process abc: error: ")
+    done = cli("rescue", "--ordering", "label", "--model", tiny)
+    assert done.code == 2 and done.err.startswith("rescue.py, process abc: error: ") and done.err.count("\n") == 1
 
 
 def readme_commands(page="README.md", section=""):

@@ -4,9 +4,7 @@ candidate scored alone, by plain transformers and the printed equations."""
 import pytest
 import torch
 from conftest import command, difference, killed_in_step, launch, ranked_records, read_jsonl, stopped_after, write_jsonl
-from test_pro import naive_loss as naive_pro
-from test_rescue import naive_ranking_loss as naive_rescue
-from test_tuna import naive_loss as naive_tuna
+from test_losses import naive_pro, naive_rescue, naive_tuna
 from transformers import AutoModelForCausalLM
 
 import common
@@ -90,19 +88,19 @@ def expected_rescue(record, logprobs, lengths):
 
 def expected_pro(record, logprobs, lengths):
     ranking = naive_pro([p / n for p, n in zip(logprobs, lengths)], [c["reward"] for c in record["candidates"]])
-    return ranking - 0.05 * 3**2 * logprobs[0]
+    return float(ranking) - 0.05 * 3**2 * logprobs[0]
 
 
 def expected_contextual(record, logprobs, lengths):
     scores = [p / n for p, n in zip(logprobs, lengths)]
-    return naive_tuna(scores, [0, 1, 2, 3], 0.1, mean_by_distance=False) - scores[0]
+    return naive_tuna(scores, [0, 1, 2, 3], 0.1) - scores[0]
 
 
 def expected_probabilistic(record, logprobs, lengths):
     scores = [p / n for p, n in zip(logprobs, lengths)]
     worth = [c["logprob"] / c["num_tokens"] ** 1.3 for c in record["candidates"]]
     ranks = [sorted(worth, reverse=True).index(w) for w in worth]
-    return naive_tuna(scores, ranks, 0.1, mean_by_distance=False) - scores[0]
+    return naive_tuna(scores, ranks, 0.1) - scores[0]
 
 
 def expected_sft(record, logprobs, lengths):
@@ -121,6 +119,7 @@ def expected_mul(record, logprobs, lengths):
         ("rescue --ordering none", expected_sft),
         ("pro --max_prompt_length 400", expected_pro),
         ("tuna --stage contextual", expected_contextual),
+        ("tuna --stage contextual --mle_weight 0", lambda r, p, n: expected_contextual(r, p, n) + p[0] / n[0]),
         ("tuna --stage probabilistic", expected_probabilistic),
         ("tuna --stage sft", expected_sft),
         ("tuna --stage sft --all_candidates", expected_mul),

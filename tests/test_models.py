@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import transformers
-from architectures import ENCODED, LONG, TREE, assert_packed_is_padded, gradients, make
+from architectures import ENCODED, FEW_SHOT, LONG, TREE, assert_packed_is_padded, gradients, make, make_encoded
 from conftest import ROOT, change, change_weights, make_model, make_tokenizer, refused, saved
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -62,9 +62,10 @@ class TestTheTable:
 
 class TestWindows:
     @pytest.mark.parametrize("size", [1, 7, 300])
-    @pytest.mark.parametrize("encoded", [LONG, TREE], ids=["long", "tree"])
+    @pytest.mark.parametrize("encoded", [LONG, FEW_SHOT, TREE, make_encoded((128, [64, 64]))])
     def test_all_forms_of_the_mask_say_the_same(self, size, encoded):
-        """Token by token against the naive rule, on the path from the root: the last `size` ancestors."""
+        """Token by token against the naive rule, on the path from the root: the last `size` ancestors. FlexAttention's
+        blocks are partly visible, wholly visible, or absent, as the T x T mask says."""
         end, depth = pack(encoded, lambda *tree: tree).attention_mask
         T = len(end)
         dense = common.dense_mask(end, depth, depth - size + 1)[0, 0]
@@ -78,9 +79,18 @@ class TestWindows:
         for i, (keys, visible) in enumerate(common.key_blocks(end, depth, depth - size + 1).blocks):
             blocks[i * common.CPU_BLOCK : i * common.CPU_BLOCK + len(visible), keys] = visible == 0
         assert torch.equal(blocks, dense)
-        flex = pack(encoded, lambda end, depth: common.block_mask(end, depth, depth - size + 1), common.FLEX_BLOCK)
-        index = torch.arange(T)
-        assert torch.equal(flex.attention_mask.mask_mod(0, 0, index[:, None], index[None]), dense)
+        row = pack(encoded, lambda end, depth: common.block_mask(end, depth, depth - size + 1), common.FLEX_BLOCK)
+        flex, index = row.attention_mask, torch.arange(row.input_ids.shape[1])
+        filled = flex.mask_mod(0, 0, index[:, None], index[None])
+        assert torch.equal(filled[:T, :T], dense) and not filled[:T, T:].any() and not filled[T:, :T].any()
+        blocks = filled.view(len(index) // 128, 128, -1, 128)
+        some, every = blocks.any(3).any(1), blocks.all(3).all(1)
+        for want, number, indices in (
+            (some & ~every, flex.kv_num_blocks, flex.kv_indices),
+            (every, flex.full_kv_num_blocks, flex.full_kv_indices),
+        ):
+            for line, n, order in zip(want, number[0, 0], indices[0, 0]):
+                assert sorted(order[:n].tolist()) == line.nonzero().flatten().tolist()
 
     def test_attention_that_follows_the_place_in_the_row(self):
         """Llama 4 scales queries by how many tokens of the row stand before them, from `floor_scale` tokens on."""
@@ -89,13 +99,6 @@ class TestWindows:
         with pytest.raises(common.UserError, match=f"set --max_tokens_per_row below {rows}"):
             common.pack_for(model, ENCODED)
         assert common.pack_for(make("llama4_text", floor_scale=rows + 1), ENCODED)
-
-    def test_one_mask_where_no_window_binds(self):
-        """The longest sequence has 18 tokens: at a window of 18 a row is packed as before, with one mask for all."""
-        model = make("gemma3_text", sliding_window=18)
-        assert isinstance(common.pack_for(model, ENCODED).attention_mask, torch.Tensor)
-        model = make("gemma3_text", sliding_window=17)
-        assert common.pack_for(model, ENCODED).attention_mask.keys() == {"full_attention", "sliding_attention"}
 
     def test_the_check_makes_the_window_matter(self):
         """A model that reads its window packed and not padded is found out, though the check's rows are short."""

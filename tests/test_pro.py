@@ -1,126 +1,27 @@
-"""pro.py: the loss by hand and against Eq. 8-11 term by term, every ablation, Algorithm 1 from end to end."""
+"""pro.py: rankings, every ablation, Algorithm 1 from end to end."""
 
 import json
-import math
 import signal
 
 import pytest
 import torch
-from conftest import command, killed_in_step, launch, read_jsonl, refused, weights, write_jsonl
+from conftest import command, killed_in_step, launch, make_records, read_jsonl, refused, weights, write_jsonl
 
-import common
 import pro
 from collecting import generation
-
-
-def naive_loss(scores, rewards=None, first_only=False):
-    """Eq. 8, or Eq. 9-11 with T = 1 / gap, as printed: exponentials and no log-sum-exp. Double precision, distinct
-    rewards."""
-    n, loss = len(scores), 0.0
-    for k in range(1 if first_only else n - 1):
-        temperature = [1.0] * n
-        if rewards is not None:
-            temperature[k + 1 :] = [1 / (rewards[k] - rewards[i]) for i in range(k + 1, n)]  # Eq. 10
-            temperature[k] = min(temperature[k + 1 :])  # Eq. 11
-        terms = [math.exp(scores[i] / temperature[i]) for i in range(k, n)]
-        loss -= math.log(terms[0] / sum(terms))
-    return loss
-
-
-def test_two_responses_are_bradley_terry():
-    scores = torch.tensor([-1.0, -3.0])
-    assert pro.pro_loss(scores).item() == pytest.approx(math.log1p(math.exp(-2)), abs=1e-6)  # -log sigmoid(2) = 0.1269
-    # a reward gap of 3 multiplies both scores: -log sigmoid(3 * 2)
-    assert pro.pro_loss(scores, torch.tensor([1.0, -2.0])).item() == pytest.approx(math.log1p(math.exp(-6)), abs=1e-6)
-
-
-def test_three_responses_by_hand():
-    scores, rewards = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([3.0, 2.0, 0.0])
-    # Eq. 8: log(1 + e^-1 + e^-2) + log(1 + e^-1) = 0.40761 + 0.31326
-    assert pro.pro_loss(scores).item() == pytest.approx(0.72087, abs=1e-5)
-    # Eq. 9, k = 1: gaps 1 and 3, own multiplier 3: z = -3, -2, -9 -> log(e^-3 + e^-2 + e^-9) + 3 = 1.31393
-    #        k = 2: gap 2, own multiplier 2: z = -4, -6 -> log(1 + e^-2) = 0.12693
-    assert pro.pro_loss(scores, rewards).item() == pytest.approx(1.31393 + 0.12693, abs=1e-4)
-    assert pro.pro_loss(scores, rewards, first_only=True).item() == pytest.approx(1.31393, abs=1e-4)
-    assert pro.pro_loss(scores, first_only=True).item() == pytest.approx(0.40761, abs=1e-5)
-
-
-@pytest.mark.parametrize("n", [2, 3, 4, 5])
-@pytest.mark.parametrize("first_only", [False, True])
-def test_against_the_printed_equations(n, first_only):
-    generator = torch.Generator().manual_seed(n)
-    scores = torch.randn(n, generator=generator) - 2
-    rewards = torch.randn(n, generator=generator).sort(descending=True).values
-    want = naive_loss(scores.double().tolist(), rewards.double().tolist(), first_only)
-    assert pro.pro_loss(scores, rewards, first_only).item() == pytest.approx(want, rel=1e-4)
-    want = naive_loss(scores.double().tolist(), None, first_only)
-    assert pro.pro_loss(scores, None, first_only).item() == pytest.approx(want, rel=1e-4)
-
-
-@pytest.mark.parametrize("gap", [0.0, 10.0, 60.0, 1e4])
-def test_large_gaps_give_the_true_value(gap):
-    scores = torch.tensor([-3.0, -4.0], requires_grad=True)
-    loss = pro.pro_loss(scores, torch.tensor([gap, 0.0]))
-    assert loss.item() == pytest.approx(math.log1p(math.exp(-gap)), rel=2e-3, abs=1e-12)  # gap 10: 4.54e-5
-    loss.backward()
-    assert torch.isfinite(scores.grad).all()
-    wrong = pro.pro_loss(torch.tensor([-4.0, -3.0]), torch.tensor([gap, 0.0]))
-    assert wrong.item() == pytest.approx(gap + math.log1p(math.exp(-gap)), rel=1e-5)
-
-
-def test_ascending_rewards_are_no_number():
-    for rewards in ([0.0, 60.0, -1.0], [3.0, 1.0, 2.0]):
-        assert pro.pro_loss(torch.tensor([-3.0, -4.0, -5.0]), torch.tensor(rewards)).isnan()
-
-
-def test_equal_rewards_are_the_limit():
-    scores = torch.tensor([-1.0, -7.0, -2.0], requires_grad=True)
-    loss = pro.pro_loss(scores, torch.tensor([1.0, 1.0, 1.0]))
-    assert loss.item() == pytest.approx(math.log(3) + math.log(2), abs=1e-6)
-    loss.backward()
-    assert scores.grad.tolist() == [0.0, 0.0, 0.0]
-    near = naive_loss([-1.0, -7.0, -2.0], [1.0, 1.0 - 1e-6, 1.0 - 2e-6])
-    assert loss.item() == pytest.approx(near, abs=1e-4)
-
-
-def test_one_response_has_no_ranking():
-    assert pro.pro_loss(torch.tensor([-1.0]), torch.tensor([2.0])).item() == 0.0
-    assert pro.pro_loss(torch.tensor([-1.0]), first_only=True).item() == 0.0
-
-
-def test_sft_loss_takes_the_best():
-    logprobs, lengths = torch.tensor([-6.0, -1.0]), torch.tensor([3.0, 1.0])
-    assert pro.sft_loss(logprobs, lengths, "sum").item() == 6.0
-    assert pro.sft_loss(logprobs, lengths, "mean").item() == 2.0
 
 
 def rewarded(*rewards):
     return [{"text": f"{i}", "source": "m", "reward": r} for i, r in enumerate(rewards)]
 
 
-def test_the_new_candidate_never_takes_the_first_place():
-    new = {"text": "new", "source": "bootstrap", "reward": 9.0}
-    ranking = pro.insert_candidate(rewarded(2.0, 1.0), new)
-    assert [c["text"] for c in ranking] == ["0", "new", "1"]
-    assert [c["reward"] for c in ranking] == [2.0, 9.0, 1.0]  # as the reward model gave them
-    assert pro.ranking_levels(ranking).tolist() == [9.0, 2.0, 1.0]  # handed out anew, descending: what the loss reads
-    assert [c["rank"] for c in ranking] == [0, 1, 2]
-
-
-@pytest.mark.parametrize("reward, place", [(1.5, 1), (1.0, 2), (0.5, 2), (-3.0, 3)])
-def test_the_new_candidate_is_inserted_by_its_reward(reward, place):
+@pytest.mark.parametrize("reward, place", [(9.0, 1), (1.5, 1), (1.0, 2), (0.5, 2), (-3.0, 3)])
+def test_the_new_candidate_is_inserted_by_its_reward_and_never_first(reward, place):
     ranking = pro.insert_candidate(rewarded(2.0, 1.0, 0.0), {"text": "new", "source": "bootstrap", "reward": reward})
-    assert [c["text"] for c in ranking].index("new") == place
-    levels = pro.ranking_levels(ranking).tolist()
-    assert levels == [c["reward"] for c in ranking] == sorted([2.0, 1.0, 0.0, reward], reverse=True)
-
-
-def test_equal_rewards_are_no_pair():
-    """Of rewards 2, 1, 1 two pairs are ordered; a mistake between the equals costs nothing."""
-    levels = pro.ranking_levels(rewarded(2.0, 1.0, 1.0))
-    for scores in ([-1.0, -2.0, -3.0], [-1.0, -3.0, -2.0]):
-        best, in_order, pairs, gap = common.pair_statistics(torch.tensor(scores), levels)
-        assert (best.item(), in_order.item(), pairs.item(), gap.item()) == (-1.0, 2, 2, 3.0)
+    assert [c["text"] for c in ranking].index("new") == place and [c["rank"] for c in ranking] == [0, 1, 2, 3]
+    assert ranking[place]["reward"] == reward  # as the reward model gave it
+    # handed out anew, descending: what the loss reads
+    assert pro.ranking_levels(ranking).tolist() == sorted([2.0, 1.0, 0.0, reward], reverse=True)
     ranks = [{"text": "x", "source": "m", "rank": r} for r in (0, 1, 1)]
     assert pro.ranking_levels(ranks).tolist() == [0, -1, -1]
 
@@ -202,14 +103,11 @@ def test_mistakes_are_one_sentence(cli, tiny, tmp_path, rewards, more, words):
 
 
 def test_ranks_alone_are_enough_without_temperature(cli, tiny, tmp_path):
-    rows = read_jsonl(write_data(tmp_path / "a.jsonl", rewards=(None, None)))
-    for row in rows:
-        row["candidates"] = [c | {"rank": 1 - k} for k, c in enumerate(row["candidates"])]
-    data = write_jsonl(tmp_path / "d.jsonl", rows)
-    argv = [*FLAGS, "--model", tiny, "--data", data, "--output", tmp_path / "run"]
+    argv = ["--model", tiny, "--output", tmp_path / "run", "--data"]
+    records = [{**r, "candidates": [c | {"rank": k} for k, c in enumerate(r["candidates"])]} for r in make_records(3)]
+    argv.append(write_jsonl(tmp_path / "d.jsonl", records))
     refused(cli("pro", *argv), "(or train on ranks only: --no_temperature)")
     assert cli("pro", *argv, "--no_temperature").code == 0
-    assert read_jsonl(tmp_path / "run/log.jsonl")[-1]["step"] == 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -239,18 +137,6 @@ def test_the_best_step_is_kept_and_is_not_the_last(cli, tiny, reward_folder, tmp
     document = json.loads((tmp_path / "hh.metrics.json").read_text())
     assert document["name"] == "run-best"
     assert document["metrics"]["reward"] == pytest.approx(best["eval_reward"], abs=1e-3)
-    figure = ["report", tmp_path, "--plot", "training", "--output", tmp_path / "report.md"]
-    assert cli("evaluate", *figure).code == 0 and (tmp_path / "training-run-best.png").exists()
-
-
-def test_sft_is_held_out_on_whole_rankings(cli, tiny, tmp_path):
-    data = write_data(tmp_path / "d.jsonl")
-    argv = [*FLAGS, "--model", tiny, "--data", data, "--eval_data", write_data(tmp_path / "e.jsonl", 4), "--no_ranking"]
-    assert cli("pro", *argv, "--output", tmp_path / "run").code == 0
-    lines = eval_lines(tmp_path / "run")
-    assert [line["step"] for line in lines] == [0, 2] and lines[0]["eval_gap"] != 0  # there are pairs
-    assert all(line["eval_pro_loss"] == 0 and line["eval_loss"] == line["eval_sft_loss"] for line in lines)
-    assert lines[-1]["eval_loss"] < lines[0]["eval_loss"] and lines[-1]["best"]  # by the loss, where there is no reward
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -260,6 +146,10 @@ def test_sft_is_held_out_on_whole_rankings(cli, tiny, tmp_path):
 def bootstrap_flags(tiny, reward_folder, data, output):
     argv = [*FLAGS, "--batch_size", 10, "--max_new_tokens", 12, "--model", tiny, "--data", data]
     return [*argv, "--bootstrap_splits", 2, "--reward_model", reward_folder, "--output", output]
+
+
+def is_new(candidate):
+    return candidate["source"] == "bootstrap"
 
 
 def split_files(output):
@@ -276,9 +166,9 @@ def check_splits(output, data):
         rewards = [c["reward"] for c in candidates]
         assert len(candidates) == 4 and rewards[1:] == sorted(rewards[1:], reverse=True)
         assert [c["rank"] for c in candidates] == [0, 1, 2, 3]
-        assert [c["source"] == "bootstrap" for c in candidates].count(True) == 1
+        assert sum(map(is_new, candidates)) == 1
         best = max(before[record["id"]]["candidates"], key=lambda c: c["reward"])
-        assert candidates[0]["text"] == best["text"] and candidates[0]["source"] != "bootstrap"
+        assert candidates[0]["text"] == best["text"] and not is_new(candidates[0])
 
 
 @pytest.fixture(scope="module")
@@ -294,24 +184,22 @@ def test_bootstrap_inserts_scored_answers(whole_run):
     data, output = whole_run
     check_splits(output, data)
     first, second = split_files(output)
-    assert sum(c["text"] != "" for r in first + second for c in r["candidates"] if c["source"] == "bootstrap") > 20
+    assert sum(c["text"] != "" for r in first + second for c in r["candidates"] if is_new(c)) > 20
     log = read_jsonl(output / "log.jsonl")
     assert [line["step"] for line in log] == [1, 2, 3, 4]
     assert log[0]["loss"] == pytest.approx(log[0]["pro_loss"] + 0.05 * 3**2 * log[0]["sft_loss"], rel=1e-5)  # n = 4
 
 
-def test_rewards_of_a_bootstrapped_ranking_are_those_of_rank(cli, tiny, reward_folder, tmp_path):
-    """One scale in one ranking: each stored reward is what `rank --by reward` gives the same response."""
-    raw = write_data(tmp_path / "raw.jsonl", 20, rewards=(None, None, None))
-    rank = ["rank", "--by", "reward", "--reward_model", reward_folder, "--input"]
-    assert cli("collect_candidates", *rank, raw, "--output", tmp_path / "d.jsonl").code == 0
-    argv = bootstrap_flags(tiny, reward_folder, tmp_path / "d.jsonl", tmp_path / "run")
-    assert cli("pro", *argv, "--bootstrap_splits", 1).code == 0
-    split = tmp_path / "run" / "bootstrap" / "split-1.jsonl"
-    assert cli("collect_candidates", *rank, split, "--output", tmp_path / "again.jsonl").code == 0
-    for one, again in zip(read_jsonl(split), read_jsonl(tmp_path / "again.jsonl"), strict=True):
-        want = {c["text"]: c["reward"] for c in again["candidates"]}
-        assert {c["text"]: c["reward"] for c in one["candidates"]} == pytest.approx(want, abs=1e-5)
+def test_rewards_of_answers_are_those_of_rank(cli, reward_folder, whole_run, tmp_path):
+    """One scale in one ranking: an answer's reward is what `rank --by reward` gives it."""
+    split, again = whole_run[1] / "bootstrap/split-1.jsonl", tmp_path / "again.jsonl"
+    rank = ["rank", "--by", "reward", "--reward_model", reward_folder, "--input", split, "--output", again]
+    assert cli("collect_candidates", *rank).code == 0
+    answers = [
+        [c["reward"] for r in sorted(read_jsonl(path), key=lambda r: r["id"]) for c in r["candidates"] if is_new(c)]
+        for path in (split, again)
+    ]
+    assert answers[0] == pytest.approx(answers[1], abs=1e-5) and len(answers[0]) == 20
 
 
 def same_run(one, other):

@@ -6,7 +6,7 @@ import json
 import datasets
 import pytest
 import torch
-from conftest import ROOT, command, make_tokenizer, refused, write_jsonl
+from conftest import make_tokenizer, refused, write_jsonl
 
 import common
 import rescue
@@ -21,28 +21,42 @@ def ranks(record):
 # ------------------------------------------------------------------------------------------------- shapes of a row
 
 
-LISTS = [{"prompt": "2 + 2 =", "chosen": "4", "rejected": ["5", "22"]}]
+LISTS = [{"prompt": "2 + 2 =", "chosen": "4", "rejected": ["5", "22"]}]  # TRL#1831, LlamaFactory#6509
+BOTH = {"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"]}
+OBJECTS = {"prompt": "Say hello.", "responses": [{"text": t, "rank": r} for t, r in zip("abc", (2, 0, 1))]}
+FROM_1 = {"prompt": "p", "responses": [{"text": t, "rank": r} for t, r in zip("abc", (3, 1, 2))]}
+ANSWERS = [("Seven.", "m1", 3.0), ("Blue.", "m2", 1.0), ("Red.", "m3", 1.0), ("Colour.", "m4", 2.0)]
+NECTAR = {"prompt": "\n\nHuman: Name a colour.\n\nAssistant: ", "turns": 1}
+NECTAR["answers"] = [dict(zip(("answer", "model", "rank"), a)) for a in ANSWERS]
+OPO = {"prompt_id": "x", "prompt": "p", "all_responses": ["a", "b", "c"], "overall_scores": [0.25, 0.75, 0.5]}
 
 
-def test_a_list_of_rejected_responses(prepare):
-    """TRL#1831, LlamaFactory#6509: the rejected ones are equal, and rescue compares them with the best alone."""
-    [record] = prepare(LISTS)
-    assert ranks(record) == {"4": 0, "5": 1, "22": 1}
-    assert [c["source"] for c in record["candidates"]] == ["chosen", "rejected", "rejected"]
+@pytest.mark.parametrize(
+    "row, flags, want",
+    [
+        (LISTS[0], [], {"4": 0, "5": 1, "22": 1}),
+        (LISTS[0], ["--rejected_ordered"], {"4": 0, "5": 1, "22": 2}),
+        (BOTH, [], {"a": 0, "b": 0, "c": 2, "d": 2}),
+        (BOTH, ["--rejected_ordered"], {"a": 0, "b": 0, "c": 2, "d": 3}),
+        (BOTH | {"chosen_reward": [3, 1], "rejected_reward": [2, 0.5]}, [], {"a": 0, "c": 1, "b": 2, "d": 3}),
+        (OBJECTS, [], {"b": 0, "c": 1, "a": 2}),
+        (
+            OBJECTS | {"responses": [r | {"rank": r["rank"] + 1} for r in OBJECTS["responses"]]},
+            [],
+            {"b": 0, "c": 1, "a": 2},
+        ),
+        (NECTAR, [], {"Blue.": 0, "Red.": 0, "Colour.": 2, "Seven.": 3}),
+        (NECTAR, ["--columns", "responses=answers"], {"Blue.": 0, "Red.": 0, "Colour.": 2, "Seven.": 3}),
+        (OPO, [], {"b": 0, "c": 1, "a": 2}),  # ListUltraFeedback: unordered, and their scores
+    ],
+)
+def test_lists(prepare, row, flags, want):
+    """The record's candidates stand best first; equal ones share a rank, and rescue does not compare them."""
+    [record] = prepare([row], *flags)
+    assert ranks(record) == want and record["prompt"] == row["prompt"]
+    assert [c["text"] for c in record["candidates"]] == [*want]
     levels = torch.tensor([float(x) for x in rescue.preference(record, "gpt")])
-    scores = torch.tensor([1.0, 3.0, 4.0])
-    assert rescue.ranking_loss(scores, levels) == (3 - 1) + (4 - 1)  # not 4 - 3
-    [record] = prepare(LISTS, "--rejected_ordered")
-    assert ranks(record) == {"4": 0, "5": 1, "22": 2}
-
-
-def test_lists_on_both_sides(prepare):
-    row = {"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d"]}
-    assert ranks(prepare([row])[0]) == {"a": 0, "b": 0, "c": 2, "d": 2}
-    assert ranks(prepare([row], "--rejected_ordered")[0]) == {"a": 0, "b": 0, "c": 2, "d": 3}
-    rewards = {"chosen_reward": [3, 1], "rejected_reward": [2, 0.5]}
-    assert ranks(prepare([row | rewards])[0]) == {"a": 0, "c": 1, "b": 2, "d": 3}
-    assert ranks(prepare([row | {"chosen": ["a"], "rejected": "c"}])[0]) == {"a": 0, "c": 1}
+    assert int((levels[:, None] > levels).sum()) == sum(a < b for a in want.values() for b in want.values())
 
 
 def said(*texts):
@@ -67,32 +81,6 @@ def test_the_prompt_is_in_the_messages(prepare, chat):
         )
     row = {"prompt": "Why?", "chosen": said("Yes.")[1:], "rejected": said("No.", "So.")[1:]}
     assert ranks(prepare([row])[0]) == {"Yes.": 0, "No.": 1, "So.": 1}
-
-
-@pytest.mark.parametrize("first", [0, 1])
-def test_ranks_inside_responses(prepare, first):
-    objects = [("Go away.", first + 2), ("Hello!", first), ("Hi", first + 1)]
-    row = {"prompt": "Say hello.", "responses": [{"text": t, "rank": r} for t, r in objects]}
-    [record] = prepare([row])
-    assert ranks(record) == {"Hello!": 0, "Hi": 1, "Go away.": 2}
-    assert [c["text"] for c in record["candidates"]] == ["Hello!", "Hi", "Go away."]
-
-
-def test_nectar(prepare):
-    answers = [("Seven.", "m1", 3.0), ("Blue.", "m2", 1.0), ("Red.", "m3", 1.0), ("Colour.", "m4", 2.0)]
-    answers = [dict(zip(("answer", "model", "rank"), a)) for a in answers]
-    prompt = "\n\nHuman: Name a colour.\n\nAssistant: "
-    for flags in ([], ["--columns", "responses=answers"]):
-        [record] = prepare([{"prompt": prompt, "answers": answers, "turns": 1}], *flags)
-        assert ranks(record) == {"Blue.": 0, "Red.": 0, "Colour.": 2, "Seven.": 3} and record["prompt"] == prompt
-        assert [c["source"] for c in record["candidates"]] == ["m2", "m3", "m4", "m1"]
-
-
-def test_list_ultrafeedback(prepare):
-    """OPO-alignment: all_responses, unordered, and their overall_scores."""
-    row = {"prompt_id": "x", "prompt": "p", "all_responses": ["a", "b", "c"], "overall_scores": [0.25, 0.75, 0.5]}
-    [record] = prepare([row])
-    assert ranks(record) == {"b": 0, "c": 1, "a": 2} and record["candidates"][0]["reward"] == 0.75
 
 
 def test_a_list_that_nothing_ranks(cli, prepare, tmp_path):
@@ -208,30 +196,6 @@ def test_the_working_directory_is_no_data_set(cli, here):
     write_jsonl(here / "train.jsonl", LISTS)
     done = cli("collect_candidates", "prepare", "--task", "pairs", "--input", "text", "--output", "o.jsonl")
     refused(done, "text names a file outside of it")
-
-
-BOMBS = {"jsonl": b'{"prompt": "', "json": b'[{"prompt": "', "csv": b"prompt,chosen,rejected\n"}
-BOUNDED = """
-import resource, sys
-import collect_candidates, datasets, pyarrow.parquet
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-for path in sys.argv[1:]:
-    before = peak()
-    sys.argv[1:] = f"prepare --task pairs --input {path} --output {path}.jsonl".split()
-    try:
-        collect_candidates.main()
-    except Exception as e:
-        print(type(e).__name__, peak() - before)
-"""
-
-
-def test_a_bomb_through_pairs(tmp_path):
-    """A few KB that unpack to 600 MB: refused in a process that may have 300 MB more than it begins with."""
-    (tmp_path / "bounded.py").write_text(f"import sys\nsys.path[:0] = [{str(ROOT)!r}]\n{BOUNDED}")
-    for kind, head in BOMBS.items():
-        (tmp_path / f"x.{kind}.gz").write_bytes(gzip.compress(head) + gzip.compress(b"x" * 2**20) * 600)
-    found = command("python", tmp_path / "bounded.py", *(tmp_path / f"x.{kind}.gz" for kind in BOMBS)).stdout.split()
-    assert found[::2] == ["UserError"] * 3 and all(int(grown) < 300 for grown in found[1::2])
 
 
 # ------------------------------------------------------------------------------------------------- metrics

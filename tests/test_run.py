@@ -1,8 +1,6 @@
 """common.py's run: a run's folder, steps and end, as README promises them: nothing stale, nothing lost, no code from
 data."""
 
-import argparse
-import contextlib
 import fcntl
 import pathlib
 import shutil
@@ -12,7 +10,6 @@ import types
 
 import pytest
 import torch
-from architectures import ENCODED, make
 from conftest import (
     ROOT,
     change,
@@ -27,12 +24,12 @@ from conftest import (
     weights,
     write_jsonl,
 )
+from huggingface_hub import ModelCard
 from safetensors import SafetensorError
 from transformers import LlamaForCausalLM
 
 import common
 import rescue
-from common import pack
 
 
 @pytest.fixture
@@ -59,15 +56,19 @@ class TestTheFolder:
         make_model(seed=5).save_pretrained(own)
         refused(cli("evaluate", "ranking", *flags), "content of", own)
 
-    @pytest.mark.parametrize("flag", ["--data", "--eval_data"])
-    def test_data_that_changed_is_not_resumed(self, train, data, tmp_path, flag):
+    @pytest.mark.parametrize("changed", ["--data", "--eval_data", "--alpha"])
+    def test_a_run_whose_arguments_or_data_changed_is_not_resumed(self, train, data, tmp_path, changed):
         held_out = write_jsonl(tmp_path / "e.jsonl", read_jsonl(data)[:3])
+        flags = ["--eval_data", held_out, "--max_train_samples", 8]
         with stopped_after(1):
-            train("run", "--eval_data", held_out)
-        path = {"--data": data, "--eval_data": held_out}[flag]
-        path.write_text(path.read_text() + "\n")
-        done = train("run", "--eval_data", held_out, "--resume", code=2)
-        refused(done, "arguments differ from the run's", f"content of {path}")
+            train("run", *flags)
+        if changed == "--alpha":
+            refused(train("run", *flags, "--resume", "--alpha", "0.2", code=2), "--alpha 0.1 -> 0.2")
+            train("run", *flags, "--resume", "--checkpoint_every", 1, "--max_tokens_per_row", 90)  # change no figure
+        else:
+            path = {"--data": data, "--eval_data": held_out}[changed]
+            path.write_text(path.read_text() + "\n")
+            refused(train("run", *flags, "--resume", code=2), "arguments differ from the run's", f"content of {path}")
 
     @pytest.mark.parametrize("content", ["", "[]", "{}", "null", '{"settings'])
     def test_an_empty_args_file_is_no_free_pass(self, train, half, content):
@@ -143,20 +144,15 @@ class TestSignals:
         monkeypatch.setattr(signal, "SIGTERM", number)  # what stopped_after raises
         with stopped_after(2):
             out = train("run").out
-        assert "continue with: python" in out and "--resume" in out
+        assert "continue with: python rescue.py" in out and "--resume" in out
         assert (tmp_path / "run/checkpoints/step-00000002").exists() and len(losses(tmp_path / "run")) == 2
 
-    def test_the_command_that_it_prints_continues(self, train, tiny, data, tmp_path):
-        """On one process after a stop of two."""
-        stop = (
-            "import conftest\n    sys.argv[0] = 'rescue.py'\n    stop = conftest.stopped_after(2)\n    stop.__enter__()"
-        )
+    def test_two_processes_stop_and_one_continues(self, train, tiny, data, tmp_path):
+        stop = "import conftest; sys.argv[0] = 'rescue.py'; stop = conftest.stopped_after(2); stop.__enter__()"
         flags = ["--ordering", "label", "--lr", "1e-3", "--batch_size", 4, "--model", tiny, "--data", data]
         done = on_two(tmp_path, [*flags, "--output", tmp_path / "run"], stop)
-        [said] = [x for x in done.stdout.splitlines() if "continue with: " in x]
-        again = said.partition("continue with: ")[2].split()
-        assert again[:4] == ["torchrun", "--nproc_per_node", "2", "rescue.py"]
-        command(*again)
+        assert "continue with: torchrun --nproc_per_node 2 rescue.py" in done.stdout
+        train("run", "--resume")
         train("one")
         assert difference(tmp_path / "run", tmp_path / "one") < 2e-6
         assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3]
@@ -244,6 +240,14 @@ def test_the_log_has_a_line_a_step(train, data, tmp_path):
     assert not lines[0]["best"]  # the untrained model
 
 
+def test_a_trained_model_has_a_card(train, data, tmp_path):
+    train("run", "--alpha", 0.2)
+    card = ModelCard.load(tmp_path / "run/model/README.md")
+    assert card.data.library_name == "transformers" and card.data.base_model is None  # a folder is no hub id
+    said = ["https://arxiv.org/abs/2311.09136", "rescue.py --ordering label", '"alpha": 0.2', f"content of {data}"]
+    assert all(text in card.text for text in said)
+
+
 def test_a_torn_line_and_steps_after_the_checkpoint_leave_the_log(train, half):
     before = (half / "log.jsonl").read_text()
     with open(half / "log.jsonl", "a") as f:
@@ -274,7 +278,6 @@ def on_two(tmp_path, argv, change):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ("sys.argv += ['--alpha', '0.5']", "process 1: error: --output"),
         ("sys.argv[sys.argv.index('--output') + 1] += 'x'", "process 1: error: --output"),
         ("torch.Tensor.backward = lambda *a, **k: 1 / 0", "process 1: error: ZeroDivisionError"),
         (
@@ -292,20 +295,6 @@ def test_a_process_that_differs_says_so(tiny, data, tmp_path, change, words):
     assert not (tmp_path / "out/model").exists()
 
 
-def test_rows_are_the_plan_in_order():
-    """Each row with its own prompts' tokens and values."""
-    common.init_distributed()
-    args = argparse.Namespace(padded=False, max_tokens_per_row=1)
-    model, levels = make("llama"), [torch.tensor([2.0, 1.0, 0.0]), torch.tensor([5.0, 4.0])]
-    common.STOP["save"] = None
-    rows = list(common.rows(list(zip(ENCODED, levels)), model, None, args))
-    torch.distributed.destroy_process_group()
-    assert [(weight, batch.ids) for weight, batch, _ in rows] == [(1.0, ["0"]), (1.0, ["1"])]
-    for i, (_, batch, values) in enumerate(rows):
-        assert torch.equal(batch.input_ids, pack([ENCODED[i]]).input_ids)
-        assert torch.equal(values, levels[i]) and batch.sizes == [len(values)]
-
-
 def test_learning_rate():
     args = types.SimpleNamespace(lr=1.0, warmup=2, schedule="cosine")
     rates = [common.learning_rate(s, 10, args) for s in range(10)]
@@ -316,21 +305,22 @@ def test_learning_rate():
 
 
 def test_bf16_on_a_cpu(train, tmp_path):
-    """--bf16 computes otherwise than fp32, to a bf16's precision alike, keeps fp32 masters and resumes bit by bit. A
+    """--bf16 computes otherwise than fp32, to a bf16's precision alike, resumes bit by bit and keeps fp32 masters. A
     next stage moves at --lr 1e-6, as Tuna's: written in bf16, nearly every weight would come out as it went in."""
-    for name, flags in {"fp32": [], "bf16": ["--bf16"], "half": ["--bf16"]}.items():
-        with stopped_after(2) if name == "half" else contextlib.nullcontext():
-            train(name, *flags)
+    train("fp32")
+    train("bf16", "--bf16")
+    with stopped_after(2):
+        train("half", "--bf16")
     train("half", "--bf16", "--resume")
-    full, coarse = ([x["loss"] for x in read_jsonl(tmp_path / name / "log.jsonl")] for name in ("fp32", "bf16"))
-    assert full != coarse and coarse == pytest.approx(full, rel=0.02)
     assert difference(tmp_path / "bf16", tmp_path / "half") == 0
+    full, coarse = ([loss for _, loss in losses(tmp_path / name)] for name in ("fp32", "bf16"))
+    assert full != coarse and coarse == pytest.approx(full, rel=0.02)
     train("second", "--model", tmp_path / "bf16/model", "--bf16", "--lr", "1e-6")
     first, second = weights(tmp_path / "bf16"), weights(tmp_path / "second")
-    layers = [name for name in first if "proj" in name]  # of the embeddings few rows are read
-    moved = lambda cast: torch.cat([(cast(first[k]) != cast(second[k])).flatten() for k in layers]).float().mean()  # noqa: E731
-    assert {w.dtype for w in second.values()} == {torch.float32}
-    assert moved(torch.Tensor.float) > 0.9 > 0.1 > moved(torch.Tensor.bfloat16)
+    a, b = (torch.cat([w[k].flatten() for k in w if "proj" in k]) for w in (first, second))  # few embeddings are read
+    assert (
+        b.dtype == torch.float32 and (a != b).float().mean() > 0.9 > 0.1 > (a.bfloat16() != b.bfloat16()).float().mean()
+    )
 
 
 @pytest.mark.parametrize(
@@ -352,11 +342,8 @@ def test_a_model_that_gives_nan_stops(cli, own, data, tmp_path, verb):
     assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_counts_that_would_fill_the_memory(train):
+def test_counts_that_no_text_has_or_no_memory_holds(train, tmp_path):
     refused(train("run", "--epochs", 10_001, code=2), "out of range")
-
-
-def test_a_count_of_tokens_that_no_text_has(train, tmp_path):
     [record] = make_records(1)
     record["candidates"] = [c | {"num_tokens": 1e300, "logprob": -1.0} for c in record["candidates"]]
     data = write_jsonl(tmp_path / "d.jsonl", [record])

@@ -95,8 +95,6 @@ def run(connection):
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
         else:
             sys.argv, sys.path[0] = argv, str(pathlib.Path(argv[0]).resolve().parent)
-            if sys.path[0] != str(ROOT):
-                forget_the_project()
             runpy.run_path(argv[0], run_name="__main__")
     except SystemExit as e:
         code = e.code if isinstance(e.code, int) else int(e.code is not None)
@@ -113,18 +111,6 @@ def follow(connection):
     """End with the client: torchrun, or a test, has killed it."""
     if not connection.recv(1):
         os._exit(1)
-
-
-def forget_the_project():
-    """A script elsewhere imports what lies beside it, as in a fresh python."""
-    sys.path[:] = [p for p in sys.path if p != str(ROOT)]
-    for name, module in list(sys.modules.items()):
-        if (getattr(module, "__file__", None) or "").startswith(f"{ROOT}{os.sep}") and ".venv" not in module.__file__:
-            del sys.modules[name]
-    from transformers import CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-
-    for mapping in (CONFIG_MAPPING, MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING):
-        mapping._extra_content.clear()  # a class is registered once
 
 
 if __name__ == "__main__":
