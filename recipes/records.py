@@ -7,6 +7,7 @@ python recipes/records.py under CANDIDATES PROMPTS      the candidates of one fi
 python recipes/records.py original RECORDS              the first candidate becomes the original response: not ranked
 python recipes/records.py with_original FROM RECORDS    the original responses of FROM in front
 python recipes/records.py key RECORDS                   rank by the answer key, ties by `logprob` a token
+python recipes/records.py unranked RECORDS              no candidate is ranked
 python recipes/records.py shuffled RECORDS              rank by chance, seeded by the id
 python recipes/records.py length RECORDS                rank by words, the longer one first
 python recipes/records.py mixed RECORDS                 how many have both a right and a wrong candidate
@@ -77,6 +78,10 @@ def key(path):
     return ranked(path, "key", lambda c, _: (c["correct"], c["logprob"] / c["num_tokens"]))
 
 
+def unranked(path):
+    return [r | {"candidates": [c | {"rank": None} for c in r["candidates"]]} for r in read(path)]
+
+
 def shuffled(path):
     return ranked(path, "shuffled", lambda c, draw: draw.random())
 
@@ -95,7 +100,7 @@ def best(figure, *paths):
 
 
 if __name__ == "__main__":
-    verbs = (only, answered, passages, under, original, with_original, key, shuffled, length, mixed, best)
+    verbs = (only, answered, passages, under, original, with_original, key, unranked, shuffled, length, mixed, best)
     if not (verb := [v for v in verbs if [v.__name__] == sys.argv[1:2]]):
         sys.exit(__doc__)
     for line in verb[0](*sys.argv[2:]):

@@ -48,7 +48,8 @@ stage() { # stage STAGE SYSTEM FROM DATA FLAGS...: from the model of another sys
 make() { # make SYSTEM: what it rests on comes before it in SYSTEMS
   case $1 in
   alpaca) LR=$LR_SFT stage sft alpaca '' train-teacher ;;
-  alpaca_mul) LR=$LR_SFT stage sft alpaca_mul '' train-teacher --all_candidates ;;
+  # --stage sft --all_candidates would read a prompt once for each response: five times the hours
+  alpaca_mul) LR=$LR_SFT stage contextual alpaca_mul '' unranked --mle_on all ;;
   tuna_p) stage probabilistic tuna_p alpaca train-teacher --length_penalty "$BETA" "${ranking[@]}" ;;
   tuna_c)
     own alpaca
@@ -74,6 +75,7 @@ questions validation "$TRAIN" "$VALIDATION"
 questions test $((TRAIN + VALIDATION)) "$TEST"
 teach train
 teach validation
+records unranked unranked "$DATA/train-teacher.jsonl"
 records shuffled shuffled "$DATA/train-teacher.jsonl"
 records length length "$DATA/train-teacher.jsonl"
 measure base "$MODEL"
