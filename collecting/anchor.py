@@ -7,7 +7,7 @@ from collecting import generation
 from collecting.files import read_records
 from collecting.flags import collected_flags, generation_flags
 from collecting.journal import LONGEST_WAIT, open_collected
-from collecting.prompts import QA_TEMPLATE, qa_prompt, read_template
+from collecting.prompts import TEMPLATES, qa_prompt, read_template
 from common import UserError, in_range
 
 
@@ -27,7 +27,7 @@ def anchor(args):
     """Add candidates for multi-document QA: each generated from one passage alone, the gold one or a random other."""
     process, processes, device = common.init_distributed(LONGEST_WAIT)
     args.source = args.source or common.run_name(args.model)
-    template = read_template(args, QA_TEMPLATE)
+    template = read_template(args, TEMPLATES["multidoc_qa"])
     records, journal = open_collected(args, "train", "anchored", with_documents, process, processes)
     batch_size = max(1, args.batch_size // (1 + args.num_distractors))
     batches = generation.seeded_batches(args, records, journal, batch_size, process, processes, device)

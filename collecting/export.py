@@ -5,7 +5,7 @@ import pathlib
 import common
 from collecting.files import load_candidates
 from collecting.journal import write_all
-from collecting.prompts import HINDSIGHT_TEMPLATES, fill
+from collecting.prompts import HINDSIGHT, fill
 from common import UserError
 
 
@@ -29,7 +29,7 @@ def hindsight(args):
     rows = []
     for number, record in enumerate(load_candidates(args.input)):
         best, worst = pair_of(record, args.input)
-        head, template = HINDSIGHT_TEMPLATES[number % len(HINDSIGHT_TEMPLATES)]
+        head, template = HINDSIGHT[number % len(HINDSIGHT)]
         text = fill(template, {"better": best["text"], "worse": worst["text"]}, "the template").strip()
         last = worst if template.endswith("{worse}") else best
         candidate = {"text": text, "source": "hindsight", "rank": 0}

@@ -11,7 +11,7 @@ from collecting import asking
 from collecting.answers import NLI_LABELS, Refusal, normalize_answer, one_label
 from collecting.flags import api_flags, collected_flags
 from collecting.journal import open_collected
-from collecting.prompts import FLIP_TEMPLATE, LABEL_TEMPLATE, fill, read_template
+from collecting.prompts import TEMPLATES, fill, read_template
 from common import UserError, in_range, say
 
 FLIP_AGAIN = "That is not what was asked for. Answer with one line: the sentence, rewritten to say the opposite."
@@ -41,7 +41,7 @@ def flip(args):
     wanted = {"models": (False,), "human": (True,), "all": (False, True)}[args.of]
     if not any((c["source"] in common.HUMAN) in wanted for r in records for c in r.get("candidates", [])):
         raise UserError(f"{args.input}: no response to flip with --of {args.of}: run sample or teacher first")
-    template = read_template(args, FLIP_TEMPLATE)
+    template = read_template(args, TEMPLATES["flip"])
     labeler = argparse.Namespace(**vars(args) | {"model": args.label_model, "base_url": args.label_base_url})
     provenance = {"explanation_by": pathlib.Path(args.model).name, "label_by": pathlib.Path(labeler.model).name}
     source = "flip-{explanation_by}-{label_by}".format(**provenance)
@@ -79,7 +79,7 @@ def flip(args):
         read = lambda job, text: clean_sentence(text, job["explanation"])  # noqa: E731
         jobs = ask(args, "rewriting", jobs, prompts, read, FLIP_AGAIN, args.temperature)
         contexts = [{"prompt": j["record"]["prompt"].rstrip(), "explanation": j["rewriting"]} for j in jobs]
-        prompts = [fill(LABEL_TEMPLATE, context, "the template") for context in contexts]
+        prompts = [fill(TEMPLATES["label"], context, "the template") for context in contexts]
         jobs = ask(labeler, "label", jobs, prompts, lambda _, text: one_label(text), LABEL_AGAIN)
         for record in (r for r in chunk if r["id"] not in failed | journal.done):
             old, new = record.get("candidates", []), []

@@ -35,19 +35,21 @@ def prepare_pair(row, where, index, template, args):
     if wrong := names.keys() - COLUMNS.keys():
         raise UserError(f"--columns {wrong.pop()}: write NAME=COLUMN, NAME one of {', '.join(COLUMNS)}")
     given, row = row, {ours: column(row, names, ours) for ours in COLUMNS}
-    responses, rewards, ranks, places = None, row["rewards"], row["ranks"], None
+    responses, rewards, ranks, places = row["responses"], row["rewards"], row["ranks"], None
     if row["chosen"] is not None and row["rejected"] is not None:
         chosen, rejected = several(row["chosen"]), several(row["rejected"])
         responses, sources = chosen + rejected, ["chosen"] * len(chosen) + ["rejected"] * len(rejected)
         rewards, ranks = several(row["chosen_reward"]) + several(row["rejected_reward"]), None
         rewards = None if rewards == [None, None] else rewards
         places = [0] * len(chosen) + [1 + i * args.rejected_ordered for i in range(len(rejected))]
-    elif isinstance(row["responses"], list):
-        responses, sources = row["responses"], [None] * len(row["responses"])
+    elif isinstance(responses, list):
+        sources = [None] * len(responses)
         if "responses" in names or given.get("responses") is not None:  # best first; another name does not say that
             places = range(len(responses))
     elif all(names.get(k, k) in given for k in ("chosen", "rejected")):
         return []  # one of the two is null
+    else:
+        responses = None
     contexts = [r[:-1] for r in responses or () if isinstance(r, list) and len(r) > 1]  # the prompt is in them
     context = contexts[0] if contexts else row["prompt"] or row["messages"]
     if not context or responses is None:
@@ -66,9 +68,8 @@ def prepare_pair(row, where, index, template, args):
         candidates = [{"text": response_text(row["reference"]), "source": "reference"}, *candidates]
     if not prompt[-1:].isspace():  # what common.space_before puts there, and export writes
         candidates = [c | {"text": c["text"].removeprefix(" ")} for c in candidates]
-    record = {"id": row_id(row, f"pairs-{index}"), "task": "pairs", "prompt": prompt}
-    record |= {"messages": messages} if messages else {}
-    return [record | {"label": None, "answers": None, "candidates": candidates}]
+    record = {"id": row_id(row, f"pairs-{index}"), "task": "pairs", "prompt": prompt, "label": None, "answers": None}
+    return [record | ({"messages": messages} if messages else {}) | {"candidates": candidates}]
 
 
 def column(row, names, ours):

@@ -15,14 +15,13 @@ from collections import Counter
 
 from tqdm import tqdm
 
-from collecting import prompts
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
 from collecting.files import check_record, read_source, row_id, text_field
 from collecting.flags import TEMPLATE_HELP, group
 from collecting.hh import SUBSETS, hh_rows, prepare_hh
 from collecting.journal import write_all
 from collecting.pairs import prepare_pair
-from collecting.prompts import alpaca_prompt, fill, qa_prompt, read_template
+from collecting.prompts import TEMPLATES, alpaca_prompt, fill, qa_prompt, read_template
 from common import UserError, in_range, say
 
 ESNLI_FIELDS = {"Sentence1": "premise", "Sentence2": "hypothesis", "gold_label": "label", "pairID": "id"}
@@ -173,12 +172,12 @@ def prepare_multidoc_qa(row, where, index, template, args):
     return records
 
 
-TASKS = {
-    "esnli": (prepare_esnli, prompts.NLI_TEMPLATE),
-    "multidoc_qa": (prepare_multidoc_qa, prompts.QA_TEMPLATE),
-    "hh": (prepare_hh, prompts.HH_TEMPLATE),
-    "alpaca": (prepare_alpaca, prompts.ALPACA_TEMPLATE),
-    "pairs": (prepare_pair, "{prompt}"),  # your own preferences
+TASKS = {  # "pairs": your own preferences
+    "esnli": (prepare_esnli, TEMPLATES["nli"]),
+    "multidoc_qa": (prepare_multidoc_qa, TEMPLATES["multidoc_qa"]),
+    "hh": (prepare_hh, TEMPLATES["hh"]),
+    "alpaca": (prepare_alpaca, TEMPLATES["alpaca"]),
+    "pairs": (prepare_pair, "{prompt}"),
 }
 ROWS = {"hh": hh_rows, "multidoc_qa": question_rows}  # what is read otherwise than by source_rows
 

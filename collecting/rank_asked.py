@@ -6,7 +6,7 @@ from collections import Counter
 
 import common
 from collecting import asking
-from collecting.prompts import CONTEXTUAL_TEMPLATE, GPT_TEMPLATE, alpaca_prompt, fill, read_template, task_of
+from collecting.prompts import TEMPLATES, alpaca_prompt, fill, read_template, task_of
 from common import HUMAN, UserError, say
 
 
@@ -36,7 +36,7 @@ def rank_by_gpt(records, args, journal):
 
     The responses are shown in a seeded random order: models prefer some places. What the journal holds is not yielded.
     """
-    records, template, orders, prompts = list(records), read_template(args, GPT_TEMPLATE), [], []
+    records, template, orders, prompts = list(records), read_template(args, TEMPLATES["gpt"]), [], []
     for r in records:
         candidates = r["candidates"]
         humans = [c for c in candidates if c["source"] in HUMAN]
@@ -87,7 +87,7 @@ def rank_by_contextual(records, args, journal):
     only with --rank_original; repetitions get rank null. So do all responses where the reply could not be read after
     re-asking; the record then has the reply as `unparsed`. What the journal holds is not yielded.
     """
-    template, asked, orders = read_template(args, CONTEXTUAL_TEMPLATE), [], []
+    template, asked, orders = read_template(args, TEMPLATES["contextual"]), [], []
     by = {"ranked_by": common.run_name(args.model)}
     for record in records:
         candidates = record["candidates"]

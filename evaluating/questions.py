@@ -11,7 +11,7 @@ import pandas
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
 from collecting.files import read_records, read_rows
 from collecting.flags import alpaca_flags, generation_flags, prompt_flags
-from collecting.prompts import ALPACA_TEMPLATE, alpaca_prompt, read_template, shown_prompts
+from collecting.prompts import TEMPLATES, alpaca_prompt, read_template, shown_prompts
 from common import UserError, in_range, say
 from evaluating.plots import plot_nli, plot_positions
 from evaluating.shared import (
@@ -129,7 +129,7 @@ def vicuna_flags(add):
 
 def vicuna(args):
     """Answer the questions' first turns, greedily."""
-    template, records = read_template(args, ALPACA_TEMPLATE), []
+    template, records = read_template(args, TEMPLATES["alpaca"]), []
     for where, row in itertools.islice(read_rows(args.input), args.limit):
         turns = row.get("turns", [row.get("text")])  # text: of FastChat's first files
         if not (isinstance(turns, list) and turns and isinstance(turns[0], str)):

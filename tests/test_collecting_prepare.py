@@ -186,7 +186,7 @@ def test_template_own_is_the_prompt_that_training_reads(prepare):
     """For the benchmarks: a model trained on prepare's prompts meets an instruction as it has learnt to."""
     record = prepare(ALPACA, "--task", "alpaca", "--template", "own")[0]
     assert (record["instruction"], record["input"]) == ("Add the numbers.", "2 and {3}")
-    prompt = superni.superni_prompt("Add the numbers.", [], "2 and {3}", None, 9, prompts.ALPACA_TEMPLATE)
+    prompt = superni.superni_prompt("Add the numbers.", [], "2 and {3}", None, 9, prompts.TEMPLATES["alpaca"])
     assert prompt == record["prompt"].replace("Add the", "Definition: Add the")
 
 
@@ -211,7 +211,7 @@ def test_what_tunas_authors_released(prepare, tmp_path):
     first, second = prepare(rows, "--task", "alpaca", *flags)
     assert [(c["text"], c.get("rank")) for c in first["candidates"]] == [("5", None), ("5", 1), ("6", 0), ("6", None)]
     assert [c["source"] for c in first["candidates"]] == ["reference"] + ["tuna-probabilistic"] * 3
-    assert first["prompt"] == prompts.alpaca_prompt(prompts.ALPACA_TEMPLATE, ALPACA[0], "")
+    assert first["prompt"] == prompts.alpaca_prompt(prompts.TEMPLATES["alpaca"], ALPACA[0], "")
     assert (first["id"], second["id"], second["ranked_by"]) == ("release-0", "release-2", "gpt-4")
 
 

@@ -287,12 +287,12 @@ def test_a_failing_figure_stops_the_recipe(tmp_path):
 def test_the_prompts_that_ship():
     """Three shots: in the form that training teaches, before the training prompt. Tuna's: both parts take a record."""
     from collecting.answers import parse_nli
-    from collecting.prompts import NLI_TEMPLATE
+    from collecting.prompts import TEMPLATES
     from collecting.rank_asked import contextual_prompt
 
     shots = (ROOT / "recipes/prompts/nli_three_shots.txt").read_text()
-    assert shots.endswith("\n\n" + NLI_TEMPLATE)
-    examples = [block.splitlines()[-1] for block in shots.removesuffix(NLI_TEMPLATE).strip().split("\n\n")]
+    assert shots.endswith("\n\n" + TEMPLATES["nli"])
+    examples = [block.splitlines()[-1] for block in shots.removesuffix(TEMPLATES["nli"]).strip().split("\n\n")]
     assert [parse_nli(x) for x in examples] == [(x, True) for x in ("contradiction", "neutral", "entailment")]
     assert all(x.count("####") == 1 and x.rpartition(" ")[2].istitle() for x in examples)
     template = (ROOT / "recipes/prompts/tuna_rank.txt").read_text()
