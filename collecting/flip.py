@@ -6,13 +6,12 @@ from collections import Counter
 
 from tqdm import tqdm
 
-import common
 from collecting import asking
 from collecting.answers import NLI_LABELS, Refusal, normalize_answer, one_label
 from collecting.flags import api_flags, collected_flags
 from collecting.journal import open_collected
 from collecting.prompts import TEMPLATES, fill, read_template
-from common import UserError, in_range, say
+from common import HUMAN, UserError, in_range, say
 
 FLIP_AGAIN = "That is not what was asked for. Answer with one line: the sentence, rewritten to say the opposite."
 LABEL_AGAIN = f"Answer with one word, the label that fits the explanation: {', '.join(NLI_LABELS)}."
@@ -20,8 +19,7 @@ LABEL_AGAIN = f"Answer with one word, the label that fits the explanation: {', '
 
 def flip_flags(add):
     collected_flags(add, "sampled", "flipped")
-    add("--of", choices=["models", "human", "all"], default="models", help="which responses to flip (paper: models)")
-    add("--replace", action="store_true", help="drop the responses that were to be flipped, as the released code does")
+    add("--replace", action="store_true", help="drop the model responses, as the released code does")
     add("--prompt_file", help="a template of your own for the rewriting, with {explanation}")
     add("--label_model", help="the model that labels the rewritten explanation (default: --model)")
     add("--label_base_url", help="its server; none: it runs here (default with no --label_model: --base_url)")
@@ -38,9 +36,8 @@ def flip(args):
     args.label_base_url = args.label_base_url or (None if args.label_model else args.base_url)
     args.label_model = args.label_model or args.model
     records, journal = open_collected(args, "sampled", "flipped")
-    wanted = {"models": (False,), "human": (True,), "all": (False, True)}[args.of]
-    if not any((c["source"] in common.HUMAN) in wanted for r in records for c in r.get("candidates", [])):
-        raise UserError(f"{args.input}: no response to flip with --of {args.of}: run sample or teacher first")
+    if not any(c["source"] not in HUMAN for r in records for c in r.get("candidates", [])):
+        raise UserError(f"{args.input}: no model response to flip: run sample or teacher first")
     template = read_template(args, TEMPLATES["flip"])
     labeler = argparse.Namespace(**vars(args) | {"model": args.label_model, "base_url": args.label_base_url})
     provenance = {"explanation_by": pathlib.Path(args.model).name, "label_by": pathlib.Path(labeler.model).name}
@@ -54,7 +51,7 @@ def flip(args):
             continue
         jobs, failed = [], set()  # what is to be flipped; ids that are left for another run
         for record in chunk:
-            for c in (c for c in record.get("candidates", []) if (c["source"] in common.HUMAN) in wanted):
+            for c in (c for c in record.get("candidates", []) if c["source"] not in HUMAN):
                 explanation = explanation_of(c["text"])
                 jobs += [{"record": record, "flipped": c, "explanation": explanation}] if explanation else []
                 outcome["malformed response"] += not explanation
@@ -88,7 +85,7 @@ def flip(args):
                 more = {"text": text, "source": source, "label": job["label"]} | provenance
                 new.append(more | {"flip_of": job["flipped"]["source"]})
             outcome["labelled"] += len(new)
-            kept = [c for c in old if not args.replace or (c["source"] in common.HUMAN) not in wanted]
+            kept = [c for c in old if not args.replace or c["source"] in HUMAN]
             journal.write([record | {"candidates": kept + new} if old else record])
     journal.finish()
     say("flipped:", ", ".join(f"{n} {what}" for what, n in outcome.items() if n) or "nothing")

@@ -59,8 +59,8 @@ def answers(model, tokenizer, records, args, step, *, what, temperature, done=()
 
 def rewards(batch, candidates, args):
     """The raw logits of --reward_model for a candidate each of some records, as `rank --by reward` gives them."""
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    return reward_logits(args.reward_model, device, list(zip(batch, candidates)), allow_pickle=args.allow_pickle)
+    pairs = list(zip(batch, candidates))
+    return reward_logits(args.reward_model, generation.local_device(), pairs, allow_pickle=args.allow_pickle)
 
 
 def mean_reward(model, tokenizer, records, args, step):

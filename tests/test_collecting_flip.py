@@ -2,10 +2,9 @@
 
 import pytest
 from api_server import Server, chat
-from conftest import call, nli, read_jsonl, write_jsonl
+from conftest import call, nli, read_jsonl, refused, write_jsonl
 
 from collecting.flip import clean_sentence
-from common import UserError
 
 
 def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path, monkeypatch, capsys):
@@ -56,13 +55,11 @@ def test_flip_keeps_both_halves_provenance_and_counts_what_is_unusable(tmp_path,
     assert two.bodies[0]["temperature"] == 0 and one.bodies[0]["temperature"] == 1
 
 
-def test_flip_of_the_human_responses_shares_one_budget(tmp_path, monkeypatch):
-    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, f"Sentence {i}. #### Neutral") for i in range(4)])
-    with pytest.raises(UserError):
-        call(monkeypatch, "flip", "--input", records, "--output", tmp_path / "none.jsonl", "--model", "m")
-    with Server(lambda *a: None) as server, pytest.raises(UserError, match="4 missing, and nothing new was done"):
-        call(monkeypatch, "flip", "--of", "human", "--input", records, "--output", tmp_path / "o.jsonl",
-            "--base_url", server.url, "--model", "m", "--max_requests", "6")  # fmt: skip
+def test_both_models_share_one_budget(tmp_path, cli):
+    records = write_jsonl(tmp_path / "in.jsonl", [nli(i, "h", f"Sentence {i}. #### Neutral") for i in range(4)])
+    flags = ("flip", "--input", records, "--output", tmp_path / "o.jsonl", "--model", "m", "--max_requests", "6")
+    with Server(lambda *a: None) as server:
+        refused(cli("collect_candidates", *flags, "--base_url", server.url), "4 missing, and nothing new was done")
     assert sum(server.asked.values()) == 6
 
 

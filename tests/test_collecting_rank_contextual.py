@@ -171,20 +171,18 @@ def test_rank_by_contextual(ranking, tmp_path, capfd):
 
 
 def test_a_template_of_ones_own_can_hold_table_9():
-    """Each response by its name, the reference's number, and the prompt as the model met it."""
+    """Each response by its name, the reference's number, and the prompt as the model met it; or the task's parts."""
     template = "{prompt}\n###Response 0:\n{response_0}\n###Response 3:\n{response_3}\n0-{last}, yours: {reference}"
     record = RANKABLE | {"candidates": RANKABLE["candidates"][1:]}
     prompt = contextual_prompt(template, record, [3, 1, 2, 0], "t")
     assert prompt == f"{RANKABLE['prompt']}\n###Response 0:\ncccc\n###Response 3:\nbb\n0-3, yours: 4"
     with pytest.raises(common.UserError, match="response_3"):  # three responses cannot fill it
         contextual_prompt(template, record, [3, 1, 2], "t")
-    template = "I {instruction} N {input} R {response_0}\n---\nI {instruction} R {response_0}"  # as its text has them
-    assert contextual_prompt(template, record | {"input": "of {x}"}, [3], "t") == (
-        "I name the capital {city} N of {x} R cccc"
-    )
+    template = "I {instruction} N {input} R {response_0}\n---\nI {instruction} R {response_0}"
     assert contextual_prompt(template, record, [3], "t") == "I name the capital {city} R cccc"
-    task = contextual_prompt("{task}", record | {"input": "of {x}"}, [3], "t")
-    assert task == "name the capital {city}\n\nof {x}"
+    record["input"] = "of {x}"
+    assert contextual_prompt(template, record, [3], "t") == "I name the capital {city} N of {x} R cccc"
+    assert contextual_prompt("{task}", record, [3], "t") == "name the capital {city}\n\nof {x}"
 
 
 def test_unparsed_replies_are_kept_and_failures_asked_again(ranking, capfd):

@@ -84,12 +84,11 @@ def test_shown_prompts(tmp_path):
     record = {"prompt": "P", "premise": "A {man} sits.", "hypothesis": "He sleeps.", "candidates": []}
     args = types.SimpleNamespace(shots=0, prompt_file=None)
     assert shown_prompts(args, [record]) == ["P"]
-    (tmp_path / "t.txt").write_text("Look: {prompt} {hypothesis}")
-    args.prompt_file = str(tmp_path / "t.txt")
+    args.prompt_file = tmp_path / "t.txt"
+    args.prompt_file.write_text("Look: {prompt} {hypothesis}")
     assert shown_prompts(args, [record]) == ["Look: P He sleeps."]
     args.shots = 3
-    [text] = shown_prompts(args, [record])
-    *examples, asked = text.split("\n\n")
+    *examples, asked = shown_prompts(args, [record])[0].split("\n\n")
     answers = [(label, True) for label in ("contradiction", "neutral", "entailment")]
     assert [parse_nli(e.split(":\n")[1]) for e in examples] == answers
     assert "Premise: A {man} sits.\nHypothesis: He sleeps.\n" in asked and asked.endswith("entailment:\n")
@@ -151,12 +150,10 @@ def test_each_prompt_gets_what_it_lacks():
 
 def test_sample_with_the_rule(tmp_path, tiny, monkeypatch, capsys):
     """At temperature 0 all four samples agree, so the rule must run; the first one stays as it was."""
-    write_jsonl(tmp_path / "d.jsonl", [{"id": f"r{i}", "prompt": f"Word {i}:"} for i in range(3)])
-    flags = ["--input", tmp_path / "d.jsonl", "--model", tiny, "--temperature", 0, "--max_new_tokens", 8]
-    for name, extra in (("plain", []), ("diverse", ["--max_rouge_l", 0.5, "--temperature_step", 1])):
-        run(monkeypatch, "sample", *flags, "--output", tmp_path / f"{name}.jsonl", *extra)
+    data = write_jsonl(tmp_path / "d.jsonl", [{"id": f"r{i}", "prompt": f"Word {i}:"} for i in range(3)])
+    flags = ["--input", data, "--model", tiny, "--temperature", 0, "--max_new_tokens", 8, "--max_rouge_l", 0.5]
+    run(monkeypatch, "sample", *flags, "--output", tmp_path / "o.jsonl", "--temperature_step", 1)
     assert "responses: 12 drawn, 12 cut at --max_new_tokens, 0 empty" in capsys.readouterr().out
-    for plain, new in zip(read_jsonl(tmp_path / "plain.jsonl"), read_jsonl(tmp_path / "diverse.jsonl")):
-        texts = [c["text"] for c in new["candidates"]]
-        assert texts[0] == plain["candidates"][0]["text"] and len(set(texts)) == 4
-        assert "temperature" not in new["candidates"][0] and new["candidates"][1]["temperature"] >= 1.0
+    for record in read_jsonl(tmp_path / "o.jsonl"):
+        assert len({c["text"] for c in record["candidates"]}) == 4
+        assert [c.get("temperature", 0) >= 1 for c in record["candidates"]] == [False, True, True, True]

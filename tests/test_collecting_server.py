@@ -125,16 +125,6 @@ def test_fewer_samples_than_asked_for_are_completed():
     assert [b.get("n") for b in server.bodies] == [4, 2, None]
 
 
-def test_log_probabilities_and_the_newer_name_of_the_limit():
-    tokens = {"content": [{"token": "h", "logprob": -0.5}, {"token": "i", "logprob": -1.25}]}
-    reply = replies(said_by("hi", "length") | {"logprobs": tokens})
-    refusal = error_reply(400, "use 'max_completion_tokens' instead")
-    behave = lambda prompt, nth, body: reply if "max_completion_tokens" in body else refusal  # noqa: E731
-    [response], _, server = ask_one(behave, logprobs=True)
-    assert response == {"text": "hi", "finished": False, "logprob": -1.75, "num_tokens": 2}
-    assert server.bodies[1]["max_completion_tokens"] == 12 and "max_tokens" not in server.bodies[1]
-
-
 def test_re_asks_carry_the_dialogue_and_end():
     found, server = ask(None, ["a", "b"], follow_up=lambda i, text: None if i == 0 else "again, please")
     assert sorted(found) == [0, 1] and server.asked == {"a": 1, "b": 3}
@@ -262,11 +252,13 @@ def test_a_refused_sample_costs_one_more_request_and_not_the_others():
         said_by("Let me see.</think>4"),  # the opening tag was in the prompt
         said_by("4", reasoning_content="Let me see."),
         said_by("4", reasoning="Let me see."),
+        said_by([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "4 "}])
+        | {"logprobs": None},
     ],
 )
 def test_thinking_is_no_part_of_a_response(choice):
     tokens = {"content": [{"token": "thought and text", "logprob": -9.0}]}
-    [response], _ = read_reply(replies(choice | {"logprobs": tokens}))
+    [response], _ = read_reply(replies({"logprobs": tokens} | choice))
     assert response == {"text": "4", "finished": True}  # what is known of the thinking's tokens is not said of it
 
 
@@ -275,12 +267,6 @@ def test_a_local_models_thinking(tiny, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, **more: [[found]] * len(prompts))
     [(_, [response], _)] = asking.complete(arguments(None, tiny), ["a"])
     assert response == {"text": "4", "finished": True}
-
-
-def test_content_in_parts():
-    parts = [{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "4 "}]
-    [response], _ = read_reply(replies(said_by([*parts, {"type": "text", "text": "apples"}])))
-    assert response["text"] == "4 apples"
 
 
 def test_after_a_first_success_a_refusal_concerns_one_prompt():
@@ -304,6 +290,7 @@ def test_after_a_first_success_a_refusal_concerns_one_prompt():
         ("temperature", 422, "`temperature` must be strictly positive"),
         ("n", 400, "'n' : number must be at most 1"),
         ("top_p", 400, "top_p must be 1"),
+        ("max_tokens", 400, "use 'max_completion_tokens' instead"),
     ],
 )
 def test_a_field_that_the_server_refuses_is_left_out(field, status, said, capsys):
@@ -312,6 +299,7 @@ def test_a_field_that_the_server_refuses_is_left_out(field, status, said, capsys
     assert all(len(responses) == 2 for responses, _ in found.values())
     assert capsys.readouterr().out.count("is asked without") == 1
     sent = {"messages", "model", "max_tokens", "temperature", "top_p"} - {field}
+    sent |= {"max_completion_tokens"} if field == "max_tokens" else set()
     assert server.bodies[-1].keys() - {"n"} == sent
 
 

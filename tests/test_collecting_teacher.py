@@ -124,27 +124,6 @@ def test_eos_is_found_by_the_bytes_where_token_strings_are_numbers():
     assert (response["num_tokens"], response["logprob"]) == (1, -1.0)
 
 
-def test_one_response_without_log_probabilities_stops_nothing(tmp_path, ask):
-    """An empty response, or one behind thinking, has none. Only a server that gives none at all is refused."""
-    given = {"content": [{"token": "yes", "logprob": -0.5}]}
-    said = [("yes", given), ("", None), ("<think>hm</think>yes", given)]
-
-    def behave(prompt, nth, body):
-        text, logprobs = said[int(prompt)]
-        return json.dumps({"choices": [{"message": {"content": text}, "logprobs": logprobs}]}).encode()
-
-    with Server(behave) as server:
-        records = [{"id": f"{i}", "prompt": f"{i}"} for i in range(3)]
-        result = ask(records, server, "--concurrency", 1, "--logprobs")
-    assert result.code == 0 and "3 responses, 1 empty" in result.out
-    by = {"finished": True, "source": "m"}
-    assert [r["candidates"][0] for r in read_jsonl(tmp_path / "o.jsonl")] == [
-        {"text": "yes", "logprob": -0.5, "num_tokens": 1, "teacher": "m"} | by,
-        {"text": ""} | by,
-        {"text": "yes"} | by,
-    ]
-
-
 def test_a_server_that_ignores_logprobs_is_named(ask):
     with Server(lambda prompt, nth, body: None) as server:
         result = ask([TASK], server, "--logprobs")
