@@ -1,6 +1,5 @@
 """The verb lmentry: LMentry from a clone, scored by its own scorers."""
 
-import itertools
 import json
 import pathlib
 import sys
@@ -10,7 +9,7 @@ import pandas
 
 from collecting.flags import alpaca_flags, generation_flags
 from collecting.prompts import alpaca_prompt, read_template
-from common import UserError, in_range
+from common import UserError
 from evaluating.shared import answer, mean, model_flags, write_metrics
 
 ARGUMENT_ORDER = {  # core tasks whose two arguments may change places
@@ -33,7 +32,6 @@ def lmentry_flags(add):
     model_flags(add, "lmentry", None)
     add("--lmentry_dir", required=True, help="clone of aviaefrat/lmentry: data/ and its scorers")
     add("--tasks", nargs="+", help="only these of the 41 files in data/ (no LMentry score then)")
-    add("--max_examples", type=in_range(int, 1), help="only so many of each file, equally many a template")
     alpaca_flags(add, "{instruction}, the task's own prompt")
     generation_flags(add, 50)
 # fmt: on
@@ -47,7 +45,7 @@ def lmentry(args):
     args.input = [str(root / f"data/{name}.json") for name in names]
     for task, file in zip(names, args.input):
         try:
-            for number, example in spread(json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["examples"], args):
+            for number, example in json.loads(pathlib.Path(file).read_text(encoding="utf-8"))["examples"].items():
                 prompt = alpaca_prompt(template, {"instruction": example["input"], "input": ""}, "--prompt_file")
                 core = max((core for core in scorers if task.startswith(core)), key=len)  # some files are parts of one
                 record = {"id": f"{task}/{number}", "task": task, "core": core, "prompt": prompt}
@@ -63,17 +61,8 @@ def lmentry(args):
         except Exception as e:  # another project's code
             raise UserError(f"--lmentry_dir {root}: its scorer fails on {row['id']} ({e})") from e
         needed = {task for pair in ADJACENT for task in pair} | ARGUMENT_ORDER  # a clone may have lost files
-        metrics = lmentry_metrics(rows, complete=not args.max_examples and needed <= {*names})
+        metrics = lmentry_metrics(rows, complete=needed <= {*names})
         write_metrics(args, "lmentry", metrics, lmentry_items(rows))
-
-
-def spread(examples, args):
-    """A file's {number: example} -> --max_examples of them, equally many a template."""
-    templates = {}
-    for number, example in examples.items():
-        templates.setdefault(example["metadata"]["template_id"], []).append((number, example))
-    turns = itertools.chain.from_iterable(itertools.zip_longest(*templates.values()))
-    return list(filter(None, turns))[: args.max_examples]
 
 
 def lmentry_scorers(root):

@@ -35,21 +35,20 @@ def test_lmentry(cli, tiny, here):
     make_lmentry(here / "lm")
     flags = ["--model", tiny, "--name", "tiny", "--lmentry_dir", "lm", "--max_new_tokens", 6]
     tasks = ["--tasks", "word_after", "more_letters_length_diff_1"]
-    assert cli("evaluate", "lmentry", *flags, *tasks, "--max_examples", 4).code == 0
+    assert cli("evaluate", "lmentry", *flags, *tasks).code == 0
     (here / "t.txt").write_text("T {instruction} I {input}\n---\nT {instruction} R:\n")
-    told = [*flags, *tasks, "--max_examples", 4, "--prompt_file", "t.txt", "--output", "told.jsonl"]
+    told = [*flags, *tasks, "--prompt_file", "t.txt", "--output", "told.jsonl"]
     assert cli("evaluate", "lmentry", *told).code == 0
     plain, wrapped = read_jsonl(here / "runs/eval/tiny/lmentry.jsonl"), read_jsonl("told.jsonl")
     assert [r["prompt"] for r in wrapped] == [f"T {r['prompt']} R:" for r in plain]
     rows = read_jsonl(here / "runs/eval/tiny/lmentry.jsonl")
-    assert [r["id"] for r in rows[:4]] == [f"word_after/{i}" for i in (1, 3, 5, 2)]  # spread over the templates
     got = metrics_of(here, "lmentry")
     right = sum("e" in r["text"] for r in rows if r["task"] == "word_after")
-    assert got["accuracy"] == 25 * right and "lmentry_score" not in got
+    assert got["accuracy"] == pytest.approx(100 * right / 6) and "lmentry_score" not in got
     assert got["core_tasks"] == 1 and got["files"] == 2
     items = json.loads((here / "runs/eval/tiny/lmentry.items.json").read_text())["accuracy"]
     assert items.keys() == {r["id"] for r in rows if r["task"] == "word_after"}
-    assert sum(items.values()) / len(items) == got["accuracy"]
+    assert sum(items.values()) / len(items) == pytest.approx(got["accuracy"])
     refused(cli("evaluate", "lmentry", *flags, "--tasks", "nope"), "lm", "nope")
 
 
