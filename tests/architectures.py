@@ -103,6 +103,15 @@ LONG = make_encoded((150, [40, 90, 1]), (1, [1, 1]), (300, [128] * 3), (20, [60,
 FEW_SHOT = [dataclasses.replace(e, prompt_ids=LONG[2].prompt_ids + e.prompt_ids) for e in LONG]
 
 
+@torch.no_grad()
+def score_alone(model, encoded):
+    """-> (the sum of log-probabilities, the number of tokens) of each candidate in the plainest way: one sequence at a
+    time, no mask, no padding."""
+    for response in encoded.responses:
+        logits = model(torch.tensor([encoded.prompt_ids + response])).logits[0, len(encoded.prompt_ids) - 1 : -1]
+        yield logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum().item(), len(response)
+
+
 def gradients(model, batch):
     """-> (log-probabilities [N], {parameter: gradient}) of a weighted sum of scores."""
     model.zero_grad()

@@ -47,16 +47,16 @@ def test_a_row_reads_nothing_back(script, flags, cli, tiny, tmp_path, monkeypatc
     assert result.code == 0 and rows, result.err
 
 
-class Counts(TorchDispatchMode):
-    """Counts the operations that have one of these names."""
+class Collectives(TorchDispatchMode):
+    """Counts the collective operations of FSDP2."""
 
-    def __init__(self, *names):
+    def __init__(self):
         super().__init__()
-        self.names, self.found = names, collections.Counter()
+        self.found = collections.Counter()
 
     def __torch_dispatch__(self, function, kinds, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        self.found[name] += name in self.names
+        self.found[name] += name in ("_allgather_base_", "_reduce_scatter_base_")
         return function(*args, **(kwargs or {}))
 
 
@@ -69,7 +69,7 @@ def step_of_rows(process, world, folder, whole, results):
     model = common.shard(make_model().train(), torch.device("cpu"))
     prompts = [(e,) for e in make_encoded(*[(20 + i, [5, 3 + i]) for i in range(8)])]
     args = types.SimpleNamespace(max_tokens_per_row=40, padded=False)
-    with Counts("_allgather_base_", "_reduce_scatter_base_") as collectives:
+    with Collectives() as collectives:
         for weight, batch in common.rows(prompts, model, None, args):
             logprobs, lengths = common.candidate_logprobs(model, batch)
             (weight * (logprobs / lengths).sum() * world).backward()

@@ -2,7 +2,7 @@
 candidate scored alone, by plain transformers and the printed equations."""
 
 import pytest
-import torch
+from architectures import score_alone
 from conftest import command, difference, killed_in_step, launch, ranked_records, read_jsonl, stopped_after, write_jsonl
 from test_losses import naive_pro, naive_rescue, naive_tuna
 from transformers import AutoModelForCausalLM
@@ -70,15 +70,6 @@ def test_resumed_is_uninterrupted_bit_for_bit(whole, tmp_path, capsys, how):
     assert_same_steps(folder, tmp_path / "parts", rel=0)
 
 
-def score_alone(model, tokenizer, record):
-    """-> (the sum of log-probabilities, the number of tokens) of each candidate, in a forward of its own."""
-    encoded = common.encode(tokenizer, record)
-    for response in encoded.responses:
-        with torch.no_grad():
-            logits = model(torch.tensor([encoded.prompt_ids + response])).logits[0, len(encoded.prompt_ids) - 1 : -1]
-        yield logits.log_softmax(-1).gather(-1, torch.tensor(response)[:, None]).sum().item(), len(response)
-
-
 def expected_rescue(record, logprobs, lengths):
     lambdas = [1.0, 0.85, 0.85, 0.85]  # the human one first
     right = [c["correct"] for c in record["candidates"]]
@@ -136,7 +127,7 @@ def test_the_first_loss_is_that_of_the_records(cli, tiny, tmp_path, command, exp
     flags += ["--model", tiny, "--data", data, "--eval_data", data, "--epochs", 1, "--batch_size", 12]
     assert cli(script, *flags, "--output", tmp_path / "run").code == 0
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny).eval(), common.load_tokenizer(tiny)
-    want = [expected(r, *zip(*score_alone(model, tokenizer, r))) for r in records]
+    want = [expected(r, *zip(*score_alone(model, common.encode(tokenizer, r)))) for r in records]
     before, step, _ = read_jsonl(tmp_path / "run/log.jsonl")
     assert before["eval_loss"] == pytest.approx(sum(want) / 3, rel=1e-4)  # before the first step
     assert step["loss"] == pytest.approx(sum(want) / 3, rel=1e-4)
