@@ -44,11 +44,11 @@ def anchor(args):
 
 
 def with_documents(path):
-    """Yield the records of a file; UserError for one without documents."""
-    for r in read_records(path):
-        if not (isinstance(r.get("question"), str) and isinstance(r.get("documents"), list)):
-            raise UserError(f"{path}: record {r['id']!r} has no documents; prepare --task multidoc_qa gives them")
-        yield r
+    """The records of a file; UserError for one without documents."""
+    records = list(read_records(path))
+    if lacking := [r["id"] for r in records if not {"question", "documents"} <= r.keys()]:
+        raise UserError(f"{path}: record {lacking[0]!r} has no documents; prepare --task multidoc_qa gives them")
+    return records
 
 
 def anchors(record, num_distractors, seed):

@@ -84,19 +84,10 @@ class TestReaders:
             load(path)
         assert len(load(path, limit=2)) == 2
 
-    @pytest.mark.parametrize(
-        "content, words",
-        [
-            (b"\n\n", "no records"),
-            (b'{"id": "a"', "c.jsonl:1"),
-            (b'\n{"id": "\xff"}\n', "c.jsonl"),
-            (b"[1]\n", "c.jsonl:1"),
-            (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}\n", "c.jsonl:1"),
-        ],
-    )
-    def test_broken_files_for_training(self, tmp_path, content, words):
-        (tmp_path / "c.jsonl").write_bytes(content)
-        with pytest.raises(UserError, match=words) as e:
+    @pytest.mark.parametrize("content", [b"\n\n", b'{"id": "a"', b'{"id": "\xff"}', b"[1]", b'{"a": ' + b"[" * 100_000])
+    def test_broken_files_for_training(self, tmp_path, content):
+        (tmp_path / "c.jsonl").write_bytes(content + b"\n")
+        with pytest.raises(UserError, match="c.jsonl:") as e:
             common.load_candidates(tmp_path / "c.jsonl")
         assert "\n" not in str(e.value)
 

@@ -47,19 +47,6 @@ def test_likelihoods_are_those_of_one_sequence_at_a_time(monkeypatch):
         torch.testing.assert_close(logprobs, want, atol=1e-3, rtol=1e-5)
 
 
-def test_candidates_of_one_prompt_are_shared_out_over_rows(small_rows):
-    """A thousand candidates take rows of 300 tokens."""
-    texts = [f"{i} of them" for i in range(1000)]
-    record = {"id": "a", "prompt": "one prompt", "candidates": [{"text": t, "source": "m"} for t in texts]}
-    sizes, model, encoded = [], make_model().eval(), common.encode(make_tokenizer(), record)
-    model.register_forward_pre_hook(lambda m, x, inputs: sizes.append(inputs["input_ids"].shape[1]), with_kwargs=True)
-    [(logprobs, _)] = scoring.score_encoded(model, [encoded])
-    assert len(sizes) > 30 and max(sizes) <= 300
-    encoded.responses = encoded.responses[500:503]
-    [(some, _)] = scoring.score_encoded(model, [encoded])
-    torch.testing.assert_close(logprobs[500:503], some, atol=1e-4, rtol=1e-5)
-
-
 def rewards(model, records):
     """-> (the rewards of the records' dialogues in rows, and those of the model's own forward, one at a time)"""
     tokenizer = make_tokenizer()
