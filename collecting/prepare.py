@@ -190,7 +190,7 @@ def prepare_flags(add):
     add("--input", nargs="+", help="files as downloaded: CSV, JSON, JSONL, plain or .gz, Parquet; folders of them; hub "
         "ids (default of hh, alpaca: the hub)")
     add("--output", help="default: data/TASK/train.jsonl")
-    add("--prompt_file", help="a template of your own, {names} as in the built-in one")
+    add("--prompt_file", help="a template of your own, {names} as in collecting/templates/")
     add("--template", choices=["own", "alpaca"], help=f"alpaca's: {TEMPLATE_HELP} (default: own)")
     add("--shuffle", type=in_range(int, 0), metavar="SEED", help="shuffle first: --limit draws from all rows")
     add("--skip", type=in_range(int, 0), default=0, help="leave out the first rows")
