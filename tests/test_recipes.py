@@ -22,7 +22,7 @@ def recipe(name, env, out, **more):
         cwd=out,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done
