@@ -7,26 +7,9 @@ from collecting import asking
 from collecting.files import read_rows
 from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
-from collecting.prompts import fill, read_template
+from collecting.prompts import TEMPLATES, fill, read_template
 from common import UserError, in_range
 from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, num_words, write_metrics
-
-JUDGE_TEMPLATE = """Two assistants, A and B, answered one question. Which answer serves the user better?
-
-Question:
-{question}
-
-[A's answer]
-{a}
-[End of A's answer]
-
-[B's answer]
-{b}
-[End of B's answer]
-
-Weigh how correct, relevant, and helpful each answer is. Let neither its length nor its place sway you. Explain your
-choice in a few sentences. Then end with your verdict: [[A]] if A is better, [[B]] if B is better, [[C]] for a tie.
-"""
 
 
 # fmt: off
@@ -54,7 +37,7 @@ def judge(args):
     asked = draw_per_subset(shared, args.limit, args.seed)
     args.name = args.name or "-vs-".join(pathlib.Path(p).resolve().parent.name for p in args.answers)
     args.output = args.output or str(EVAL_FOLDER / args.name / "judge.jsonl")
-    template, prompts = read_template(args, JUDGE_TEMPLATE), {}
+    template, prompts = read_template(args, TEMPLATES["judge"]), {}
     for row in asked:
         texts = [system[row["id"]]["text"] for system in systems]
         for order, (a, b) in (("12", texts), ("21", texts[::-1])):
