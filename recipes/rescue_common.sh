@@ -1,10 +1,5 @@
 # Sourced by rescue_esnli.sh and rescue_sweeps.sh: how prompts and candidates of e-SNLI are made (RESCUE, arXiv 2311.09136).
-# The values: recipes/values.md.
-#
-# ESNLI_TRAIN, ESNLI_TEST: OanaMariaCamburu/e-SNLI, dataset/esnli_{train_1,train_2,test}.csv; or ESNLI, one JSONL for both.
-# The paper's models behind APIs, -0613 of each, are retired: TEACHER, RANKER, FLIPPER name others, all at BASE_URL (their
-# key: OPENAI_API_KEY). TEACHER="" does without. A model that does not know the form can first be trained to sample, on
-# SAMPLER_PROMPTS; one trained on TEACHER_PROMPTS, those included, stands in for TEACHER.
+# The values, and what they mean: recipes/values.md.
 NAME=rescue_esnli PAPER_GPUS=4 # Sec. 6: 4 A100
 . "$(dirname "$0")/lib.sh"
 [ "$SCALE" != tiny ] || tiny_server

@@ -3,10 +3,7 @@
 # from single passages; it learns to rank the answers that hold a gold answer before the others (label, no SFT term),
 # and answers test questions from 5 and from 10 documents, the gold one at three places.
 # Prints Table 2, ours and the paper's. Its values: recipes/values.md.
-#
-# QUESTIONS: nelson-liu/lost-in-the-middle, qa_data/10_total_documents/nq-open-10_total_documents_gold_at_0.jsonl.gz
-# holds 2,655 questions. The paper says 1k for training and 665 for the test, not which: here a seeded draw, apart.
-# At SCALE=cpu (results/DESIGNS.md) UNSEEN=1 tests the same models on questions with 56 to 65 words, which are left out else.
+# The paper says 1k questions for training and 665 for the test, not which: here a seeded draw, apart.
 NAME=rescue_multidoc PAPER_GPUS=4 # Sec. 6: 4 A100
 . "$(dirname "$0")/lib.sh"
 values rescue_multidoc

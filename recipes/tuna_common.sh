@@ -1,10 +1,5 @@
 # Sourced by Tuna's three recipes (arXiv 2310.13385), which share what they collect and train: how a stage is collected,
-# trained and measured. The values: recipes/values.md. First tuna_prm.sh, then tuna.sh, then tuna_sweeps.sh.
-#
-# ALPACA: alpaca_data.json (52K). DAVINCI: the authors' released responses of text-davinci-003 with their log-probabilities,
-# the only way to the paper's teacher, which is retired; without it TEACHER answers, a folder or a hub id. GPT4: their
-# released rankings of Tuna_p's responses, for Tuna. RANKER at RANKER_URL ranks and judges. SUPERNI, LMENTRY: clones of the
-# benchmarks; VICUNA: its questions; empty: left out.
+# trained and measured. The values, and what they mean: recipes/values.md. First tuna_prm.sh, then tuna.sh, tuna_sweeps.sh.
 NAME=tuna PAPER_GPUS=8 # App. C: 8 V100 of 32 GB; ours computes in bf16, which wants an A100 or newer
 [ "${SCALE:-paper}" != cpu ] || { echo "at SCALE=cpu Tuna is recipes/tuna_multidoc.sh" >&2 && exit 2; }
 . "$(dirname "$0")/lib.sh"

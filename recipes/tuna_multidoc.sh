@@ -2,7 +2,6 @@
 # Tuna (arXiv 2310.13385) with a teacher that knows more, on multi-document QA. The teacher is the base model itself, which
 # reads the gold passage alone; the student reads all documents. Systems: Alpaca, Alpaca-Mul, Tuna_p, Tuna_c, Tuna, Tuna_cp,
 # and two controls, Tuna_p's candidates with ranks by chance and by length. No paper's table: results/DESIGNS.md says why.
-# QUESTIONS: the lost-in-the-middle files, or a JSONL of such rows with the gold passage only.
 NAME=tuna_multidoc PAPER_GPUS=1 SCALE=${SCALE:-cpu} KEEP_MODELS=${KEEP_MODELS-1}
 . "$(dirname "$0")/lib.sh"
 values tuna_multidoc
