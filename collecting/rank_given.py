@@ -2,8 +2,6 @@
 
 from collections import Counter, defaultdict
 
-from scipy.stats import spearmanr
-
 from collecting.answers import NLI_LABELS, has_answer, parse_nli
 from common import HUMAN, UserError, length_normalized, say
 
@@ -85,8 +83,3 @@ def with_ranks(candidates, scores):
     """The candidates, each with its `rank`: 0 has the highest score, equal ones share it, null has no score."""
     ranks = [None if s is None else sum(x > s for x in scores if x is not None) for s in scores]
     return [c | {"rank": rank} for c, rank in zip(candidates, ranks)]
-
-
-def spearman(a, b):
-    """Spearman's rank correlation of two lists of n > 1 numbers; 0 where one is constant, which orders nothing."""
-    return float(spearmanr(a, b).statistic) if len({*a}) > 1 and len({*b}) > 1 else 0.0
