@@ -108,6 +108,7 @@ def test_paired_bootstrap(cli, two_systems):
 
     middle, (low, high), p = intervals.paired_bootstrap([-1.0, 1.0, 1.0, 1.0, 1.0], resamples=50000)
     exact = 2 * binom.sf(2, 5, 0.2)  # three or more draws of the -1 (a mean of 0 needs an even number)
+    assert intervals.paired_bootstrap([2.0]) == (2.0, (2.0, 2.0), 1.0)
     assert middle == pytest.approx(0.6) and p == pytest.approx(exact, abs=0.01) and low < middle < high
     for name, values in (("a", [1.0, 2.0, 3.0]), ("b", [0.0, 1.5, 2.0])):
         document = {"name": name, "metrics": {"x": 2.0}}
