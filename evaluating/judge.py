@@ -95,13 +95,11 @@ def outcome(pair, verdicts):
 
 
 def judge_metrics(pairs, verdicts):
-    """[(verdict with system 1 as A, verdict with system 1 as B)] -> the mean outcome; of the questions parsed in both
-    orders, how many change with the order; of the verdicts for an answer, how many are for the first."""
+    """[(verdict with system 1 as A, with system 1 as B)] -> the mean outcome; of the questions with two verdicts, the
+    share that changes with the order."""
     outcomes = [outcome(pair, verdicts) for pair in pairs]
     flips = [a != SWAPPED[b] for a, b in pairs if None not in (a, b)]
-    first = [v == "A" for pair in pairs for v in pair if v in ("A", "B")]
     return {name: mean(x[name] for x in outcomes) for name in outcomes[0]} | {
         "flip_rate": mean(flips or [0.0]),
-        "first_place_preferred": mean(first or [0.0]),
         "questions": len(pairs),
     }

@@ -10,7 +10,7 @@ from common import UserError, is_number
 from evaluating.intervals import student, wilson
 
 SHARES = ("accuracy", "first_line", "well_formed", "unparsed", "unfinished", "pair_accuracy", "margin_violations")
-SHARES += ("win", "tie", "lose", "flip_rate", "first_place_preferred")
+SHARES += ("win", "tie", "lose", "flip_rate")
 
 
 def read_document(path, **fields):
