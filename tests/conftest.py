@@ -5,7 +5,6 @@ import atexit
 import collections
 import contextlib
 import functools
-import gzip
 import importlib
 import itertools
 import json
@@ -319,29 +318,3 @@ RANKABLE = {
         {"text": "cccc", "source": "m"},
     ],
 }
-
-
-def pair(chosen, rejected):
-    return {"chosen": chosen, "rejected": rejected}
-
-
-TWO_TURNS = "\n\nHuman: Hi {there}\n\nAssistant: Hello.\n\nSecond paragraph.\n\nHuman: Why?\n\nAssistant:"
-HH = [
-    pair("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No"),
-    pair(TWO_TURNS + " Because.", TWO_TURNS + " "),  # an empty answer, braces
-    pair("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Ho\n\nAssistant: No"),  # another context
-    pair(TWO_TURNS + " Because.", "\n\nHuman: Hi\n\nAssistant: No"),  # fewer turns
-    pair("\n\nHuman: Hi\n\nAssistant: A\n\nAssistant: B", "\n\nHuman: Hi\n\nAssistant: C"),  # one turn in two parts
-    pair("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B", "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: C"),  # no answer
-    pair("no dialogue at all", "\n\nHuman: Hi\n\nAssistant: C"),
-]
-
-
-@pytest.fixture
-def prepared(monkeypatch, tmp_path, capsys):
-    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as f:
-        f.writelines(json.dumps(r) + "\n" for r in HH)
-    argv = ["--task", "hh", "--input", tmp_path / "train.jsonl.gz", "--subset", "helpful-base"]
-    run(monkeypatch, "prepare", *argv, "--output", tmp_path / "train.jsonl")
-    assert "helpful-base: 7 rows read, 3 records" in capsys.readouterr().out
-    return tmp_path / "train.jsonl"

@@ -1,13 +1,29 @@
 """collect_candidates.py for PRO: HH-RLHF and its filter, hindsight, export."""
 
 import pytest
-from conftest import HH, TWO_TURNS, pair, read_jsonl, refused, run, write_jsonl
+from conftest import read_jsonl, refused, run, write_jsonl
 
 from collecting.files import load_candidates
 
 
-def test_prepare_hh(prepared):
-    one, two, merged = read_jsonl(prepared)
+def pair(chosen, rejected):
+    return {"chosen": chosen, "rejected": rejected}
+
+
+TWO_TURNS = "\n\nHuman: Hi {there}\n\nAssistant: Hello.\n\nSecond paragraph.\n\nHuman: Why?\n\nAssistant:"
+HH = [
+    pair("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Hi\n\nAssistant: No"),
+    pair(TWO_TURNS + " Because.", TWO_TURNS + " "),  # an empty answer, braces
+    pair("\n\nHuman: Hi\n\nAssistant: Yes", "\n\nHuman: Ho\n\nAssistant: No"),  # another context
+    pair(TWO_TURNS + " Because.", "\n\nHuman: Hi\n\nAssistant: No"),  # fewer turns
+    pair("\n\nHuman: Hi\n\nAssistant: A\n\nAssistant: B", "\n\nHuman: Hi\n\nAssistant: C"),  # one turn in two parts
+    pair("\n\nHuman: Hi\n\nAssistant: A\n\nHuman: B", "\n\nHuman: Hi\n\nAssistant: A\n\nHuman: C"),  # no answer
+    pair("no dialogue at all", "\n\nHuman: Hi\n\nAssistant: C"),
+]
+
+
+def test_prepare_hh(prepare):
+    one, two, merged = prepare(HH, "--task", "hh", "--subset", "helpful-base")
     assert one["id"] == "helpful-base-0" and one["subset"] == "helpful-base"
     assert one["prompt"] == "\n\nHuman: Hi\n\nAssistant:"
     found = [(c["text"], c["source"], c["rank"]) for c in one["candidates"]]
