@@ -51,13 +51,14 @@ def hh(args):
 
     def compute(records, device):
         if args.source:
-            answers = [response(r, args.source) for r in records]
+            answers = [own_response(r, args.source) for r in records]
         else:
             answers = generate_answers(args, [r | {"prompt": r["prompt"] + args.cue} for r in records], device)
         rows = []
         for r, a in zip(records, answers):
-            chosen = response(r, "chosen", *HUMAN)["text"]
-            rows.append({"subset": r.get("subset"), "question": r["prompt"], "reference": chosen} | a)
+            # what people chose or wrote, else the best ranked
+            best = min(r["candidates"], key=lambda c: (c["source"] not in ("chosen", *HUMAN), c.get("rank") or 0))
+            rows.append({"subset": r.get("subset"), "question": r["prompt"], "reference": best["text"]} | a)
         if args.reward_model != "none":
             pairs = list(zip(records, answers))
             logits = reward_models.reward_logits(args.reward_model, device, pairs, allow_pickle=args.allow_pickle)
@@ -74,12 +75,12 @@ def hh(args):
         write_metrics(args, "hh", by_subset(rows, hh_metrics), items)
 
 
-def response(record, *sources):
-    """-> {text, finished} of the record's first candidate of one of these sources; UserError where it has none."""
+def own_response(record, source):
+    """-> {text, finished} of the record's first candidate of this source; UserError where it has none."""
     for c in record["candidates"]:
-        if c["source"] in sources:
+        if c["source"] == source:
             return {"text": c["text"], "finished": c.get("finished", True)}
-    raise UserError(f"record {record['id']!r} has no response of {sources[0]!r}")
+    raise UserError(f"record {record['id']!r} has no response of {source!r}")
 
 
 def hh_metrics(rows):

@@ -30,8 +30,8 @@ def paired_bootstrap(differences, resamples=9999):
     from scipy.stats import bootstrap
 
     middle = sum(differences) / len(differences)
-    if len(differences) == 1:  # nothing to resample
-        return middle, (middle, middle), 1.0
+    if len(set(differences)) == 1:  # nothing to resample: the sign test's p
+        return middle, (middle, middle), min(1.0, 2 * 0.5 ** len(differences)) if middle else 1.0
     found = bootstrap((differences,), np.mean, n_resamples=resamples, method="percentile", random_state=0)
     means, (low, high) = found.bootstrap_distribution, found.confidence_interval
     beyond = min((means <= 0).sum(), (means >= 0).sum())

@@ -8,7 +8,7 @@ from collecting.files import read_rows
 from collecting.flags import api_flags
 from collecting.journal import Journal, settings_of
 from collecting.prompts import TEMPLATES, fill, read_template
-from common import UserError, in_range
+from common import UserError, in_range, say
 from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, num_words, write_metrics
 
 
@@ -57,6 +57,8 @@ def judge(args):
         raise UserError(f"--output {args.output}: no question has a verdict in both orders")
     metrics = by_subset(rows, lambda some: judge_metrics([row["pair"] for row in some], args.verdicts))
     metrics["refused"] = len(asked) - len(rows)
+    if metrics["unparsed"] > 0.5:
+        say(f"WARNING: most verdicts cannot be read: look at the texts in {args.output}")
     for k, system in enumerate(systems, 1):
         metrics[f"mean_words_{k}"] = mean(num_words(system[row["id"]]) for row in rows)
     items = {row["id"]: outcome(row["pair"], args.verdicts) for row in rows}

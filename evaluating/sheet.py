@@ -4,10 +4,11 @@ import hashlib
 import json
 import pathlib
 import random
+import statistics
 
 import pandas
 
-from collecting.files import read_records, read_rows, write_atomically
+from collecting.files import load_candidates, read_records, read_rows, write_atomically
 from collecting.prompts import task_of
 from common import UserError, in_range, say
 from evaluating.intervals import paired_bootstrap, student, wilson
@@ -22,6 +23,7 @@ def sheet_flags(add):
     add("--systems", nargs="+", metavar="PREDICTIONS", help="2 to 9 files with id and text: runs/eval/A/nli.jsonl")
     add("--names", nargs="+", help="the systems' names (default: the files' folders)")
     add("--input", help="records with the prompts")
+    add("--within", action="store_true", help="compare each record's own candidates, by rank (Tuna App. G)")
     add("--limit", type=in_range(int, 1), default=100, help="prompts on the sheet, drawn by --seed")
     add("--seed", type=in_range(int, 0, 2**32), default=0, help="which prompts, and the order of the responses")
     add("--output", default=str(EVAL_FOLDER / "sheet.html"), help="the page; who is who goes to OUTPUT.key.json")
@@ -37,7 +39,7 @@ def sheet(args):
         write_atomically(pathlib.Path(f"{output}.score.json"), json.dumps(table, indent=1))
         say(markdown(table))
         return
-    names, shown = answered(args)
+    names, shown = (ranked if args.within else answered)(args)
     draw = random.Random(args.seed)
     shown = draw.sample(shown, min(args.limit, len(shown)))
     orders = [draw.sample(range(len(names)), len(names)) for _ in shown]
@@ -46,7 +48,7 @@ def sheet(args):
         for (record, texts), order in zip(shown, orders)
     ]
     number = hashlib.sha256(json.dumps([items, args.seed]).encode()).hexdigest()[:12]
-    key = {"sheet": number, "systems": names, "ids": [record["id"] for record, _ in shown], "orders": orders}
+    key = {"sheet": number, "within": args.within, "systems": names, "ids": [record["id"] for record, _ in shown], "orders": orders}
     data = json.dumps({"sheet": number, "items": items}).replace("<", "\\u003c")  # no text can end the script element
     files = {key_file: json.dumps(key), output: PAGE.read_text(encoding="utf-8").replace("@DATA@", data)}
     for file, text in files.items():  # killed between the two, the same command writes the other
@@ -73,13 +75,29 @@ def answered(args):
     return names, shown
 
 
+def ranked(args):
+    """-> "rank 0", "rank 1", ..., and [(record, its ranked candidates' texts, best first)] of the records that have as
+    many as most have."""
+    if not args.input or args.systems:
+        raise UserError("sheet --within needs --input, ranked records, and no --systems")
+    shown = []
+    for record in load_candidates(args.input):
+        candidates = sorted((c for c in record["candidates"] if c.get("rank") is not None), key=lambda c: c["rank"])
+        shown += [(record, [c["text"] for c in candidates])] if 2 <= len(candidates) <= 9 else []
+    if not shown:
+        raise UserError(f"{args.input}: no record has 2 to 9 candidates with a rank")
+    n = statistics.mode(len(texts) for _, texts in shown)
+    return [f"rank {k}" for k in range(n)], [x for x in shown if len(x[1]) == n]
+
+
 def score_sheet(paths, key):
     """The annotators' results -> {system: its figures}. Two systems: win, tie, lose, and the win rate (a tie counts
     half); more: the mean of n + 1 - place (Tuna: 6 - i).
 
     Each annotator counts alike, each prompt once (its mean over annotators); 95% intervals over prompts: Wilson's for
     the win rate, which ties make too wide rather than too narrow, Student's for the mean score, with p against each
-    other system by a paired bootstrap (the paper of Table 2, Tuna's, names no test).
+    other system by a paired bootstrap (the paper of Table 2, Tuna's, names no test). --within: also Spearman's
+    correlation of people's order and the ranks, the mean over prompts (App. G does not say whether its 0.72 is one).
     """
     rows = []
     for path in paths:
@@ -108,6 +126,9 @@ def score_sheet(paths, key):
                 if o != s:
                     row[f"p, {other}"] = paired_bootstrap((means[s] - means[o]).tolist())[2]
         table[name] = row
+    if key.get("within"):
+        correlations = means.T.corrwith(-means.columns.to_series(), method="spearman")
+        table["people against rank"] = {"spearman": correlations.mean(), "prompts": len(means)}
     return table
 
 

@@ -83,8 +83,28 @@ def test_score_of_five_systems_is_six_minus_place(cli, two_systems):
     table = json.loads((two_systems / "s.html.score.json").read_text())
     assert {k: v["score"] for k, v in table.items()} == {"a": 4, "b": 3, "c": 5, "d": 1, "e": 2}
     assert table["a"]["prompts"] == 4
-    # system c is always the best one, e never: p against another by a paired bootstrap, at least 2 / 10000
-    assert table["c"]["p, e"] == 0.0002 and "p, c" not in table["c"]
+    # system c is always three places above e, so that nothing can be resampled: 2 * 0.5 ** 4
+    assert table["c"]["p, e"] == 0.125 and "p, c" not in table["c"]
+
+
+def test_people_against_the_ranks_of_each_prompts_own_candidates(cli, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    records = [
+        {"id": f"q{i}", "prompt": "p", "candidates": [{"text": f"{r}", "source": "m", "rank": r} for r in ranks]}
+        for i, ranks in enumerate(([2, 0, 1], [1, 2, 0], [0, 1, 2], [0, 1]))  # the last one has too few
+    ]
+    records[0]["candidates"].append({"text": "again", "source": "m", "rank": None})
+    write_jsonl(tmp_path / "ranked.jsonl", records)
+    sheet = ("evaluate", "sheet", "--output", "s.html")
+    assert cli(*sheet, "--within", "--input", "ranked.jsonl").code == 0
+    key = json.loads(open("s.html.key.json").read())
+    assert sorted(key["ids"]) == ["q0", "q1", "q2"] and key["systems"] == ["rank 0", "rank 1", "rank 2"]
+    opinions = ([0, 1, 2], [0, 1, 2], [1, 0, 2])  # Spearman 1, 1 and 0.5 with the ranks
+    save_results(key, [[o.index(r) for r in opinion] for o, opinion in zip(key["orders"], opinions)])
+    assert cli(*sheet, "--score", "r.json").code == 0
+    table = json.loads(open("s.html.score.json").read())
+    assert table["people against rank"] == {"spearman": pytest.approx(2.5 / 3), "prompts": 3}
+    refused(cli(*sheet[:2], "--within", "--output", "t.html"), "--input")
 
 
 @pytest.mark.parametrize(
