@@ -48,7 +48,8 @@ def sheet(args):
         for (record, texts), order in zip(shown, orders)
     ]
     number = hashlib.sha256(json.dumps([items, args.seed]).encode()).hexdigest()[:12]
-    key = {"sheet": number, "within": args.within, "systems": names, "ids": [record["id"] for record, _ in shown], "orders": orders}
+    key = {"sheet": number, "systems": names, "ids": [record["id"] for record, _ in shown], "orders": orders}
+    key["within"] = args.within
     data = json.dumps({"sheet": number, "items": items}).replace("<", "\\u003c")  # no text can end the script element
     files = {key_file: json.dumps(key), output: PAGE.read_text(encoding="utf-8").replace("@DATA@", data)}
     for file, text in files.items():  # killed between the two, the same command writes the other

@@ -97,12 +97,12 @@ def test_people_against_the_ranks_of_each_prompts_own_candidates(cli, tmp_path, 
     write_jsonl(tmp_path / "ranked.jsonl", records)
     sheet = ("evaluate", "sheet", "--output", "s.html")
     assert cli(*sheet, "--within", "--input", "ranked.jsonl").code == 0
-    key = json.loads(open("s.html.key.json").read())
+    key = json.loads(pathlib.Path("s.html.key.json").read_text())
     assert sorted(key["ids"]) == ["q0", "q1", "q2"] and key["systems"] == ["rank 0", "rank 1", "rank 2"]
     opinions = ([0, 1, 2], [0, 1, 2], [1, 0, 2])  # Spearman 1, 1 and 0.5 with the ranks
     save_results(key, [[o.index(r) for r in opinion] for o, opinion in zip(key["orders"], opinions)])
     assert cli(*sheet, "--score", "r.json").code == 0
-    table = json.loads(open("s.html.score.json").read())
+    table = json.loads(pathlib.Path("s.html.score.json").read_text())
     assert table["people against rank"] == {"spearman": pytest.approx(2.5 / 3), "prompts": 3}
     refused(cli(*sheet[:2], "--within", "--output", "t.html"), "--input")
 
