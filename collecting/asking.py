@@ -110,7 +110,8 @@ def ask_local(args, count, dialogues, *, completions, logprobs, **options):
     responses = generation.generate(model, tokenizer, texts, **options)
     for i, samples in zip(dialogues, responses):
         for k, r in enumerate(samples):
-            if (text := without_thinking(r["text"])) != r["text"]:  # the likelihood was the thinking's too
+            text = r["text"] if args.keep_thinking else without_thinking(r["text"])
+            if text != r["text"]:  # the likelihood was the thinking's too
                 samples[k] = r = {"text": text.strip(), "finished": r["finished"]}
             count.update({"responses": 1, "cut at --max_new_tokens": not r["finished"], "empty": not r["text"]})
         yield i, samples, None

@@ -77,5 +77,6 @@ def api_flags(add, max_new_tokens, required=True, alpaca=None):
     ask("--retries", type=in_range(int, 0), default=5, help="repeat a failed request this often, with growing pauses")
     ask("--timeout", type=in_range(float, above=0), default=120.0, help="seconds that the server may be silent")
     ask("--seed", type=in_range(int, 0, 2**32), default=0, help="of a local model's samples")
+    ask("--keep_thinking", action="store_true", help="a response keeps the thinking before it, in <think> tags")
     generation_flags(add, max_new_tokens, alpaca)
 # fmt: on

@@ -35,6 +35,9 @@ class Journal:
         if process == 0:
             self._claim(settings)
         self._wait()
+        about = self.path.with_name(f"{self.path.name}.args.json")
+        if processes > 1 and not (about.exists() and json.loads(about.read_text()) == settings):
+            raise UserError(f"--output {path}: this process has other arguments or files than process 0")
         self.done = set(self._records())
         self._wait()  # nobody writes while another still reads
         self._part = open(f"{path}.part{process}", "ab")  # noqa: SIM115
@@ -65,10 +68,13 @@ class Journal:
 
     def _records(self):
         """-> {id: record} of all files."""
-        records = {}
+        records, wanted = {}, set(self.ids)
         for file in self._files():
             with open(file, "rb") as f:
-                records |= {record.get("id"): record for _, record in read_lines(file, f)}
+                for where, record in read_lines(file, f):
+                    if record.get("id") not in wanted:
+                        raise UserError(f"{where}: id {record.get('id')!r} is not in the input: name another --output")
+                    records[record["id"]] = record
         return records
 
     def write(self, records):

@@ -82,7 +82,7 @@ async def respond(client, args, count, dialogue, *, num_samples, logprobs, compl
         sent |= {} if "max_tokens" in sent else {"max_completion_tokens": args.max_new_tokens}
         try:
             reply = await client.post(path, body=sent, cast_to=httpx2.Response)
-            more, kinds = read_reply(reply.content)
+            more, kinds = read_reply(reply.content, args.keep_thinking)
             responses += more[:missing]
             count.update(kinds)
         except openai.APIStatusError as e:
@@ -166,7 +166,7 @@ def address(args):
     return f"--base_url {args.base_url}{hint}"
 
 
-def read_reply(content):
+def read_reply(content, keep_thinking=False):
     """A completion's JSON, chat or text -> (its responses, a Counter of what they are). Raises NoResponse where another
     try would not help, httpx2.DecodingError where the reply is no completion."""
     count, text = Counter(), content.decode(errors="replace")
@@ -174,7 +174,7 @@ def read_reply(content):
         reply = json.loads(content)
         if (error := reply.get("error")) and not reply.get("choices") and not may_pass(as_dict(error).get("code")):
             raise NoResponse(f"the server replies: {words(text)}")
-        found = [read_choice(choice, count) for choice in reply["choices"]]
+        found = [read_choice(choice, keep_thinking, count) for choice in reply["choices"]]
         if not any(found):
             raise NoResponse([*count][0])
     except (LookupError, TypeError, AttributeError, ValueError, RecursionError) as e:
@@ -182,7 +182,7 @@ def read_reply(content):
     return [response for response in found if response], count
 
 
-def read_choice(choice, count):
+def read_choice(choice, keep_thinking, count):
     """-> its response, or None; `count` gains what it is."""
     message = choice["message"] if "message" in choice else {"content": choice["text"]}
     content = message.get("content") or ""
@@ -190,7 +190,7 @@ def read_choice(choice, count):
         content = "".join(part.get("text") or "" for part in content)
     content.encode()  # a lone surrogate cannot be written to a file
     thinking = message.get("reasoning_content") or message.get("reasoning")
-    text = without_thinking(content).strip()
+    text = (content if keep_thinking else without_thinking(content)).strip()
     finish = str(choice.get("finish_reason") or "").lower()
     cut = next((kind for kind, reasons in CUT.items() if finish in reasons), None)
     said = message.get("refusal") or choice.get("error")
@@ -202,6 +202,8 @@ def read_choice(choice, count):
     count.update([cut] if cut else [] if finish in WHOLE else [f"of finish_reason {words(finish)}"])
     alone = text == content.strip() and not thinking  # what is known of thinking's tokens is not said of the text
     known = likelihood(choice.get("logprobs") or {}, content) if alone else {}
+    if thinking and keep_thinking:
+        text = f"<think>\n{thinking}\n</think>\n\n{text}"
     return {"text": text, "finished": not cut} | known
 
 

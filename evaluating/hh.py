@@ -56,9 +56,7 @@ def hh(args):
             answers = generate_answers(args, [r | {"prompt": r["prompt"] + args.cue} for r in records], device)
         rows = []
         for r, a in zip(records, answers):
-            # what people chose or wrote, else the best ranked
-            best = min(r["candidates"], key=lambda c: (c["source"] not in ("chosen", *HUMAN), c.get("rank") or 0))
-            rows.append({"subset": r.get("subset"), "question": r["prompt"], "reference": best["text"]} | a)
+            rows.append({"subset": r.get("subset"), "question": r["prompt"], "reference": reference(r)} | a)
         if args.reward_model != "none":
             pairs = list(zip(records, answers))
             logits = reward_models.reward_logits(args.reward_model, device, pairs, allow_pickle=args.allow_pickle)
@@ -73,6 +71,13 @@ def hh(args):
         for figure in ("char_bleu", "reward"):
             items[figure] = {r["id"]: 100 * r[figure] for r in rows if figure in r}
         write_metrics(args, "hh", by_subset(rows, hh_metrics), items)
+
+
+def reference(record):
+    """The response that people chose, else wrote, else the best ranked."""
+    candidates = record["candidates"]
+    preferred = [c for source in ("chosen", *HUMAN) for c in candidates if c["source"] == source]
+    return (preferred or sorted(candidates, key=lambda c: c.get("rank") or 0))[0]["text"]
 
 
 def own_response(record, source):

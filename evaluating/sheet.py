@@ -128,7 +128,7 @@ def score_sheet(paths, key):
                     row[f"p, {other}"] = paired_bootstrap((means[s] - means[o]).tolist())[2]
         table[name] = row
     if key.get("within"):
-        correlations = means.T.corrwith(-means.columns.to_series(), method="spearman")
+        correlations = means.T.corrwith(-means.columns.to_series(), method="spearman").fillna(0)  # NaN: all are equal
         table["people against rank"] = {"spearman": correlations.mean(), "prompts": len(means)}
     return table
 

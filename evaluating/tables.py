@@ -131,6 +131,8 @@ def own_figures(systems, columns):
         for verb, document in documents.items():
             for figure, (value, _) in figures_of(document).items():
                 row.setdefault(f"{verb} {figure}", []).append(value)
+    if unknown := [c for c in columns if not any(c in row for row in rows.values())]:
+        raise UserError(f"no system has the figure {unknown[0]!r}")
     cells = {name: {c: with_spread(row[c], ".3g") for c in columns if c in row} for name, row in rows.items()}
     return markdown(cells, columns)
 

@@ -78,6 +78,22 @@ class TestJournal:
                 begin(tmp_path / name)
         assert [p.name for p in tmp_path.iterdir()] == ["null"]
 
+    def test_a_process_that_differs(self, tmp_path, monkeypatch):
+        """As the second of two processes sees it: process 0 has other settings, or another folder."""
+        monkeypatch.setattr("torch.distributed.barrier", lambda: None)
+        path, second = tmp_path / "o.jsonl", {"process": 1, "processes": 2}
+        first = begin(path, settings={"--seed": 0})
+        assert begin(path, settings={"--seed": 0}, **second).done == first.done
+        for output, seed in ((path, 1), (tmp_path / "else/o.jsonl", 0)):
+            with pytest.raises(UserError, match="other arguments or files than process 0"):
+                begin(output, settings={"--seed": seed}, **second)
+
+    def test_a_record_that_is_not_in_the_input(self, tmp_path):
+        begin(tmp_path / "o.jsonl")
+        (tmp_path / "o.jsonl.part0").write_text('{"id": "c"}\n')
+        with pytest.raises(UserError, match="part0:1: id 'c' is not in the input"):
+            begin(tmp_path / "o.jsonl")
+
     def test_a_file_of_the_users_stays(self, tmp_path):
         mine = tmp_path / "keep.jsonl.part0.backup"
         mine.write_text("mine")

@@ -246,20 +246,20 @@ def test_a_refused_sample_costs_one_more_request_and_not_the_others():
 
 
 @pytest.mark.parametrize(
-    "choice",
+    "choice, kept",
     [
-        said_by("<think>\nLet me see.\n</think>\n\n4"),
-        said_by("Let me see.</think>4"),  # the opening tag was in the prompt
-        said_by("4", reasoning_content="Let me see."),
-        said_by("4", reasoning="Let me see."),
-        said_by([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "4 "}])
-        | {"logprobs": None},
+        (said_by("<think>\nLet me see.\n</think>\n\n4"), "<think>\nLet me see.\n</think>\n\n4"),
+        (said_by("Let me see.</think>4"), "Let me see.</think>4"),  # the opening tag was in the prompt
+        (said_by("4", reasoning_content="Let me see."), "<think>\nLet me see.\n</think>\n\n4"),
+        (said_by("4", reasoning="Let me see."), "<think>\nLet me see.\n</think>\n\n4"),
+        (said_by([{"type": "thinking", "thinking": [{"text": "hm"}]}, {"text": "4 "}]) | {"logprobs": None}, "4"),
     ],
 )
-def test_thinking_is_no_part_of_a_response(choice):
+def test_thinking_is_no_part_of_a_response(choice, kept):
     tokens = {"content": [{"token": "thought and text", "logprob": -9.0}]}
     [response], _ = read_reply(replies({"logprobs": tokens} | choice))
     assert response == {"text": "4", "finished": True}  # what is known of the thinking's tokens is not said of it
+    assert ask_one(replies(choice), "--keep_thinking")[0][0]["text"] == kept
 
 
 def test_a_local_models_thinking(tiny, monkeypatch):
@@ -267,6 +267,8 @@ def test_a_local_models_thinking(tiny, monkeypatch):
     monkeypatch.setattr(generation, "generate", lambda model, tokenizer, prompts, **more: [[found]] * len(prompts))
     [(_, [response], _)] = asking.complete(arguments(None, tiny), ["a"])
     assert response == {"text": "4", "finished": True}
+    [(_, [response], _)] = asking.complete(arguments(None, tiny, "--keep_thinking"), ["a"])
+    assert response == found
 
 
 def test_after_a_first_success_a_refusal_concerns_one_prompt():
