@@ -2,7 +2,7 @@
 VERB.metrics.json beside it.
 
     ranking   does the model rank a candidates file's responses as their annotations do: pair accuracy, Kendall's tau
-    nli       generate answers to NLI prompts: accuracy, per-class figures, confusion matrix, share unparsed
+    nli       generate answers to NLI prompts: accuracy, confusion matrix, share unparsed
     multidoc-qa   answer questions from several documents: accuracy by the place of the one that has the answer
     nll       token NLL of the reference responses (Tuna App. A chooses beta by it)
     superni   Super-NaturalInstructions from a clone: ROUGE-L and exact match

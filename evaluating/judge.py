@@ -15,7 +15,7 @@ from evaluating.shared import EVAL_FOLDER, by_subset, draw_per_subset, mean, num
 # fmt: off
 def judge_flags(add):
     add("--answers", nargs=2, required=True, metavar="JSONL", help="two systems' answers, as vicuna writes them")
-    add("--name", help="in reports (default: NAME-vs-NAME, the answers' folders)")
+    add("--name", help="the folder of the default --output (default: NAME-vs-NAME, the answers' folders)")
     add("--output", help=f"verdicts (default: {EVAL_FOLDER}/NAME/judge.jsonl)")
     add("--prompt_file", help="a template of your own with {question}, {a}, {b}")
     add("--limit", type=in_range(int, 1), help="so many questions of each subset, drawn by --seed")

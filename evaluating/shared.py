@@ -23,7 +23,7 @@ def model_flags(add, verb, data="records, JSONL", required=True):
     add("--model", required=required, help="hub id or folder")
     if data:
         add("--input", required=True, help=data)
-    add("--name", help="the system's name in reports (default: from --model)")
+    add("--name", help="the folder of the default --output, which names the system (default: from --model)")
     add("--output", help=f"predictions (default: {EVAL_FOLDER}/NAME/{verb}.jsonl)")
 # fmt: on
 
