@@ -18,7 +18,7 @@ from tqdm import tqdm
 from collecting.answers import NLI_LABELS, has_answer, normalize_answer
 from collecting.files import check_record, read_source, row_id, text_field
 from collecting.flags import TEMPLATE_HELP, group
-from collecting.hh import SUBSETS, hh_rows, prepare_hh
+from collecting.hh import SUBSETS, hh_rows, prepare_hh, prepare_pros
 from collecting.journal import write_all
 from collecting.pairs import prepare_pair
 from collecting.prompts import TEMPLATES, alpaca_prompt, fill, qa_prompt, read_template
@@ -65,29 +65,48 @@ def prepare_alpaca(row, where, index, template, args):
 
 
 def prepare_tunas(row, where, index, template, args):
-    """A row of the Tuna authors' files, --from_release. Two kinds are known by their fields:
+    """A row of the Tuna authors' files, --from_release. Three kinds are known by their fields:
 
     orig, text, logprob, length              text-davinci-003's responses, and Alpaca's as reference. Whether EOS counts
                                              in the log-probabilities is not said
     instruct, generation, ranks (or rank)    GPT-4's ranking of Tuna_p's responses; the number after theirs is its own
-                                             response. They lack the original response: --references gives it, and a
-                                             row that is not there is left out
+                                             response. They lack the original response: --references gives it
+    instruction, output, score               their training files. The original response is among the others, which one
+                                             is not said: --references does, else the prompt is the file's, and the
+                                             released code trains them all (--mle_on all)
+
+    With --references the prompt is in `template`, and a row that is not there is left out.
     """
+    more, training = {"id": f"release-{index}"}, "score" in row
     if "orig" in row:
-        original, by, more = row["orig"], {}, {"source": "text-davinci-003", "teacher": "text-davinci-003"}
+        original, by = row["orig"], {"source": "text-davinci-003", "teacher": "text-davinci-003"}
         scored = zip(row["text"], row["logprob"], row["length"], strict=True)
-        candidates = [{"text": strip_lines(t), "logprob": p, "num_tokens": n} | more for t, p, n in scored]
+        candidates = [{"text": strip_lines(t), "logprob": p, "num_tokens": n} | by for t, p, n in scored]
     else:
-        texts, by = row["generation"], {"ranked_by": "gpt-4"}
-        order = [k for k in dict.fromkeys(row.get("ranks", row.get("rank"))) if k in range(len(texts))]
-        ranked = ((text, order.index(k) if k in order else None) for k, text in enumerate(texts))
-        candidates = [{"text": strip_lines(t), "source": "tuna-probabilistic", "rank": rank} for t, rank in ranked]
-        parts = re.fullmatch(r"(?s).*?### Instruction:(.*?)(?:### Input:(.*))?### Response:\s*", row["instruct"])
+        if training:
+            prompt, texts, source, by = text_field(row, "instruction", where), row["output"], "model", "score"
+            ranks = [sum(other > score for other in row["score"]) for score in row["score"]]
+        else:
+            prompt, texts, source, by = row["instruct"], row["generation"], "tuna-probabilistic", "gpt-4"
+            order = [k for k in dict.fromkeys(row.get("ranks", row.get("rank"))) if k in range(len(texts))]
+            ranks = [order.index(k) if k in order else None for k in range(len(texts))]
+        ranked = zip(texts, ranks, strict=True)
+        candidates = [{"text": strip_lines(t), "source": source, "rank": rank} for t, rank in ranked]
+        more |= {"ranked_by": by}
+        if training and not args.references:
+            record = {"task": "alpaca", "prompt": prompt, "label": None, "answers": None, "candidates": candidates}
+            return [record | more]
+        parts = re.fullmatch(r"(?s).*?### Instruction:(.*?)(?:### Input:(.*))?### Response:\s*", prompt)
         if not parts or not args.references:
             raise ValueError("a released ranking needs ### Instruction: and ### Response:, and --references")
         original = read_references(*args.references).get((parts[1].strip(), (parts[2] or "").strip()))
     found = prepare_alpaca(original, where, index, template, args) if original else []
-    return [r | by | {"id": f"release-{index}", "candidates": r["candidates"] + candidates} for r in found]
+    for record in found:
+        same = [c for c in candidates if training and c["text"] == record["candidates"][0]["text"]]
+        if same:  # it keeps its rank
+            same[0]["source"] = "reference"
+        record |= more | {"candidates": candidates if same else record["candidates"] + candidates}
+    return found
 
 
 @functools.cache
@@ -141,12 +160,21 @@ def most_similar(words, pool, holders):
     yield from sorted(pool, key=likeness, reverse=True)
 
 
+def qa_record(name, row, documents, where, template, args):
+    """The record of a question and its documents, without candidates. With --gold_prompt, as in the released code's
+    training, the prompt shows the gold document alone."""
+    question, places = text_field(row, "question", where), [i for i, d in enumerate(documents, 1) if d["gold"]]
+    shown = [d for d in documents if d["gold"] or not args.gold_prompt]
+    record = {"id": name, "answers": row["answers"], "gold_position": places[0] if places else None}
+    record |= {"documents": documents, "task": "multidoc_qa", "prompt": qa_prompt(template, question, shown, where)}
+    return record | {"label": None, "question": question, "candidates": []}
+
+
 def prepare_multidoc_qa(row, where, index, template, args):
     """A question -> a record for each --gold_position, without candidates: `anchor` adds them.
 
     Distractors are the row's own passages, in the file's order, and then the most similar ones of all of --input. A
-    passage that holds an answer of the question is no distractor. With --gold_prompt, as in the released code's
-    training, the prompt shows the gold document alone.
+    passage that holds an answer of the question is no distractor.
     """
     gold = next((c for c in row["ctxs"] if c.get("isgold")), None)
     if gold is None:
@@ -158,18 +186,33 @@ def prepare_multidoc_qa(row, where, index, template, args):
     others = [{"title": t, "text": text, "gold": False} for t, text in itertools.islice(others, wanted)]
     if len(others) < wanted:
         raise ValueError(f"only {len(others)} passages without the answer for --num_documents")
-    records, question = [], text_field(row, "question", where)
+    records = []
     for position in args.gold_position or [None]:
         if position and position > args.num_documents:
             raise UserError(f"--gold_position {position} is above --num_documents {args.num_documents}")
         place = position or random.Random(f"{args.seed}-{index}").randint(1, args.num_documents)
         found = {"title": gold["title"], "text": gold["text"], "gold": True}
         documents = [*others[: place - 1], found, *others[place - 1 :]]
-        record = {"id": f"nq-{index}" + (f"-gold{position}" if position else ""), "answers": row["answers"]}
-        record |= {"gold_position": place, "documents": documents, "task": "multidoc_qa"}
-        record["prompt"] = qa_prompt(template, question, [found] if args.gold_prompt else documents, where)
-        records.append(record | {"label": None, "question": question, "candidates": []})
+        name = f"nq-{index}" + (f"-gold{position}" if position else "")
+        records.append(qa_record(name, row, documents, where, template, args))
     return records
+
+
+def prepare_rescues(row, where, index, template, args):
+    """A row of the RESCUE authors' ranked files, --from_release: data_dict, responses, scores.
+
+    The responses stay as they are, ``` around them included (their prompt has that too: --prompt_file). The first of
+    an e-SNLI row is the human one. `scores` become `reward`: rescue.py --ordering reward compares and chooses y* as
+    their trainer does, with --length_scaling 1 on multi-document QA.
+    """
+    data, name, sources = row["data_dict"], f"release-{index}", ["model"] * len(row["responses"])
+    if "ctxs" in data:
+        documents = [{"title": c["title"], "text": c["text"], "gold": c.get("isgold") is True} for c in data["ctxs"]]
+        record = qa_record(name, data, documents, where, template, args)
+    else:
+        [record], sources[0] = prepare_esnli(data, where, index, template, args), "human"
+    candidates = zip(row["responses"], sources, row["scores"], strict=True)
+    return [record | {"id": name, "candidates": [{"text": t, "source": s, "reward": r} for t, s, r in candidates]}]
 
 
 TASKS = {  # "pairs": your own preferences
@@ -180,6 +223,7 @@ TASKS = {  # "pairs": your own preferences
     "pairs": (prepare_pair, "{prompt}"),
 }
 ROWS = {"hh": hh_rows, "multidoc_qa": question_rows}  # what is read otherwise than by source_rows
+RELEASED = {"esnli": prepare_rescues, "multidoc_qa": prepare_rescues, "hh": prepare_pros, "alpaca": prepare_tunas}
 
 # -------------------- the verb
 
@@ -197,7 +241,7 @@ def prepare_flags(add):
     add("--limit", type=in_range(int, 1), help="then take this many rows")
     add("--validation", type=in_range(int, 0), default=0, help="move so many, drawn, to validation.jsonl")
     add("--keep_validation", action="store_true", help="copy them instead (PRO: 280 of the test data)")
-    add("--from_release", action="store_true", help="alpaca: the rows are what Tuna's authors released")
+    add("--from_release", action="store_true", help="the rows are what the paper's authors released, ranked")
     add("--references", nargs="+", help="alpaca --from_release: alpaca_data.json, which has the original responses")
     add("--split", default="train", help="of the folder or the hub's data set")
     add("--config", metavar="NAME", help="which part of it, where it has several")
@@ -228,15 +272,17 @@ def source_rows(args):
 
 def prepare(args):
     convert, template = TASKS[args.task]
-    template = read_template(args, template)
+    template, read_rows = read_template(args, template), ROWS.get(args.task, source_rows)
     if args.from_release:
-        convert = prepare_tunas
-    rows = enumerate(ROWS.get(args.task, source_rows)(args))
+        convert, read_rows = RELEASED.get(args.task), source_rows
+    if not convert:
+        raise UserError("--from_release reads no --task pairs")
+    rows = enumerate(read_rows(args))
     if args.shuffle is not None:
         rows = list(rows)
         random.Random(args.shuffle).shuffle(rows)
     rows = itertools.islice(rows, args.skip, args.limit and args.skip + args.limit)
-    records, read = [], Counter()
+    records, read, kept = [], Counter(), Counter()  # kept: a row without a response, or two different ones, is left out
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
         read[row.get("subset")] += 1
         try:
@@ -248,6 +294,7 @@ def prepare(args):
         for record in made:
             check_record(record, where, bare=True)
         records += made
+        kept[row.get("subset")] += len(made)
     if len(records) <= args.validation:
         found = f"{len(records)} records of {read.total()} rows after --skip {args.skip}"
         raise UserError(f"{found}: more than --validation {args.validation} are needed, see --input")
@@ -256,6 +303,5 @@ def prepare(args):
     write_all(output, [r for r in records if args.keep_validation or r["id"] not in held_out], args)
     if held_out:
         write_all(output.with_name("validation.jsonl"), [r for r in records if r["id"] in held_out], args)
-    made = Counter(r.get("subset") for r in records)  # rows without a response, or two different ones, are left out
     for subset, number in read.items():
-        say(f"{subset or args.task}: {number} rows read, {made[subset]} records")
+        say(f"{subset or args.task}: {number} rows read, {kept[subset]} records")

@@ -46,6 +46,38 @@ def test_a_file_for_each_subset_and_the_papers_filter(prepare, preparing, tmp_pa
     refused(preparing(files[:1], *flags)[0], "name a file a subset")
 
 
+def release_row(*texts, rewards, **more):
+    turns = ["<|prompter|>Hi", "<|assistant|>Hello.", "<|prompter|>Why?", "<|assistant|>"]
+    meta = {"path": "../../data/raw_data/hhrlhf/helpful-rejection/train.jsonl"}
+    return {"meta": meta, "prefix": [turns] * len(texts), "suffix": texts, "reward": rewards} | more
+
+
+def test_the_authors_files(preparing, tmp_path):
+    rows = [release_row("Because.", "No.", rewards=[1.5, 0.5]), release_row("A", "B", "C", rewards=[0.5, 2, -1])]
+    source = write_jsonl(tmp_path / "train.json", rows)  # .json, and a row a line
+    result, output = preparing(source, "--task", "hh", "--from_release")
+    assert "hh: 2 rows read, 2 records" in result.out
+    one, two = read_jsonl(output)
+    assert one["id"] == "helpful-rejection-sampled-0"
+    assert one["prompt"] == "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nAssistant:"
+    assert [m["role"] for m in one["messages"]] == ["user", "assistant", "user"]
+    found = [(c["text"], c["reward"], c["rank"]) for c in two["candidates"]]
+    assert found == [("A", 0.5, 0), ("B", 2, 1), ("C", -1, 2)]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        (release_row("A", rewards=[1, 2]), "argument 2 is longer"),
+        (release_row("A", "B", rewards=[1, 2], prefix=[["<|assistant|>"], ["<|prompter|>x"]]), "one prefix"),
+        (release_row("A", rewards=[1], prefix=[["A"]]), "one prefix"),
+        (release_row("A", rewards=[1], prefix=[["A", "<|assistant|>"]]), "not a row of a file of --task hh"),
+    ],
+)
+def test_not_the_authors_files(preparing, row, words):
+    refused(preparing([row], "--task", "hh", "--from_release")[0], "in.jsonl:1", words)
+
+
 @pytest.fixture
 def ranked(tmp_path):
     texts = [("worse", 1), ("best", 0), ("middle {x}", 0.5)]

@@ -1,4 +1,4 @@
-"""collecting/prepare.py: e-SNLI, multi-document QA, Alpaca and LIMA, and what Tuna's authors released."""
+"""collecting/prepare.py: e-SNLI, multi-document QA, Alpaca and LIMA, and what RESCUE's and Tuna's authors released."""
 
 import csv
 import gzip
@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import read_jsonl, refused, write_jsonl
 
+import rescue
 from collecting import prompts
 from evaluating import superni
 
@@ -130,7 +131,9 @@ def changed(change):
     [
         ("esnli", [ESNLI, ESNLI | {"label": "maybe"}], [], [":2", "label", "maybe"]),
         ("esnli", [ESNLI, ESNLI | {"premise": " "}], [], [":2", "premise"]),
-        ("esnli", [ESNLI], ["--from_release"], [":1", "not a row", "generation"]),
+        ("esnli", [ESNLI], ["--from_release"], [":1", "not a row", "data_dict"]),
+        ("pairs", ALPACA, ["--from_release"], ["--from_release reads no --task pairs"]),
+        ("esnli", [{"data_dict": ESNLI, "responses": ["a"], "scores": []}], ["--from_release"], [":1", "shorter"]),
         ("esnli", [ESNLI], ["--validation", 1], ["1 records", "--validation 1"]),
         ("alpaca", [{"orig": ALPACA[1], "text": ["a"], "logprob": [-1], "length": []}], ["--from_release"], [":1"]),
         ("alpaca", [{"instruct": "I R:", "generation": ["a"], "rank": [0]}], ["--from_release"], [":1", "Instruction"]),
@@ -190,6 +193,24 @@ def test_template_own_is_the_prompt_that_training_reads(prepare):
     assert prompt == record["prompt"].replace("Add the", "Definition: Add the")
 
 
+def test_what_rescues_authors_released(prepare):
+    """Their records train as they are: --ordering reward chooses y* and the pairs by their scores."""
+    responses = ["```e #### Contradiction```", "```No. #### Neutral```", "```Never. #### Contradiction```"]
+    row = {"data_dict": ESNLI | {"label": "contradiction", "index": 7}, "responses": responses, "scores": [2, 1, 2]}
+    [record] = prepare([row], "--task", "esnli", "--from_release")
+    assert [(c["text"], c["source"]) for c in record["candidates"]] == list(zip(responses, ["human", "model", "model"]))
+    levels = rescue.preference(record, "reward")
+    assert levels == [2, 1, 2] and rescue.sft_target(record, levels, "reward") == 0
+
+    question = questions()[0] | {"ctxs": [passage("Faust", "A play by Goethe."), *questions()[0]["ctxs"]]}
+    row = {"data_dict": question, "responses": ["Shakespeare #### Correct", "Goethe"], "scores": [2, 1]}
+    flags = ("--task", "multidoc_qa", "--from_release")
+    [whole], [gold] = prepare([row], *flags), prepare([row], *flags, "--gold_prompt")
+    assert whole["gold_position"] == 2 and [c["reward"] for c in whole["candidates"]] == [2, 1]
+    assert (whole["id"], whole["candidates"][0]["source"]) == ("release-0", "model")
+    assert "Goethe" in whole["prompt"] and "Goethe" not in gold["prompt"] and "Shakespeare" in gold["prompt"]
+
+
 def test_what_tunas_authors_released(prepare, tmp_path):
     """--references: Eq. 6's MLE term has what it wants; the prompts are in the template that all others have."""
     log_probabilities = {"orig": ALPACA[1], "text": ["\nBlue", "Red"], "logprob": [-2.0, -2.0], "length": [2, 1]}
@@ -213,6 +234,13 @@ def test_what_tunas_authors_released(prepare, tmp_path):
     assert [c["source"] for c in first["candidates"]] == ["reference"] + ["tuna-probabilistic"] * 3
     assert first["prompt"] == prompts.alpaca_prompt(prompts.TEMPLATES["alpaca"], ALPACA[0], "")
     assert (first["id"], second["id"], second["ranked_by"]) == ("release-0", "release-2", "gpt-4")
+
+    rows = [{"instruction": one, "output": ["Blue", "Red.", "Green"], "score": [2, 0.5, 0.5]}]
+    for more, source, prompt in (((), "model", one), (flags[1:], "reference", second["prompt"])):
+        [record] = prepare(rows, "--task", "alpaca", "--from_release", *more)
+        found = [(c["text"], c["source"], c["rank"]) for c in record["candidates"]]
+        assert found == [("Blue", "model", 0), ("Red.", source, 1), ("Green", "model", 1)]
+        assert (record["prompt"], record["ranked_by"]) == (prompt, "score")
 
 
 def test_alpaca_from_the_hub(tmp_path, cli, monkeypatch):
