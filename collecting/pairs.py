@@ -104,6 +104,7 @@ def as_candidates(responses, sources, rewards, ranks, places):
             own = (fields[k] for k in ("source", "model") if isinstance(fields.get(k), str) and fields[k])
             rank = sum(other < cost for other in costs if other is not None)
             candidate = {"text": response_text(response), "source": source or next(own, "response"), "rank": rank}
+            candidate |= {"finished": False} if fields.get("finished") is False else {}  # cut: it gets no EOS
             candidates.append(candidate if reward is None else candidate | {"reward": reward})
     return sorted(candidates, key=lambda c: c["rank"])
 

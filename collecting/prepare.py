@@ -277,6 +277,8 @@ def prepare(args):
         convert, read_rows = RELEASED.get(args.task), source_rows
     if not convert:
         raise UserError("--from_release reads no --task pairs")
+    if args.references and not (args.from_release and args.task == "alpaca"):
+        raise UserError("--references belongs to --task alpaca --from_release")
     rows = enumerate(read_rows(args))
     if args.shuffle is not None:
         rows = list(rows)
@@ -284,7 +286,8 @@ def prepare(args):
     rows = itertools.islice(rows, args.skip, args.limit and args.skip + args.limit)
     records, read, kept = [], Counter(), Counter()  # kept: a row without a response, or two different ones, is left out
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
-        read[row.get("subset")] += 1
+        subset = row["subset"] if args.task == "hh" and "subset" in row else None  # others' may be anything
+        read[subset] += 1
         try:
             made = convert(row, where, index, template, args)
         except ValueError as e:
@@ -294,7 +297,7 @@ def prepare(args):
         for record in made:
             check_record(record, where, bare=True)
         records += made
-        kept[row.get("subset")] += len(made)
+        kept[subset] += len(made)
     if len(records) <= args.validation:
         found = f"{len(records)} records of {read.total()} rows after --skip {args.skip}"
         raise UserError(f"{found}: more than --validation {args.validation} are needed, see --input")

@@ -93,6 +93,13 @@ def test_a_row_with_a_null_for_a_response_is_left_out(prepare, null):
     assert [r["id"] for r in prepare([row | {null: None}, row])] == ["pairs-1"]
 
 
+def test_a_response_that_was_cut_and_a_subset_that_is_no_text(preparing):
+    row = {"prompt": "2 + 2 =", "responses": [{"text": "4", "finished": False}, {"text": "5"}], "rewards": [1, 0]}
+    result, output = preparing([row | {"subset": ["hard"]}])
+    assert result.code == 0 and "pairs: 1 rows read, 1 records" in result.out
+    assert [c.get("finished") for c in read_jsonl(output)[0]["candidates"]] == [False, None]
+
+
 def test_a_part_of_a_data_set(prepare, preparing, tmp_path):
     """A folder as the hub has it, with two configurations in its README."""
     folder = tmp_path / "hub"
