@@ -8,12 +8,15 @@ import shlex
 import shutil
 import sys
 
+import pandas
 import pytest
 import torch
 from architectures import make
-from conftest import ROOT, command, ranked_records, saved, write_jsonl
+from conftest import LABELS, ROOT, command, ranked_records, saved, write_jsonl
 
 import common
+from collecting import generation
+from recipes.tiny import esnli_rows
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if "__main__" in p.read_text())
 FLOORS = {  # a script, or a package as a whole: what it may import; inside a package no import goes round
@@ -143,3 +146,19 @@ def parse(words, monkeypatch):
 @pytest.mark.parametrize("line", [*readme_commands(), *readme_commands("recipes/README.md")])
 def test_readme_commands_parse(line, monkeypatch):
     parse(shlex.split(line), monkeypatch)
+
+
+def test_rescues_commands_in_the_readme_hand_on_their_files(cli, tiny, here, monkeypatch):
+    """In order, as printed but for torchrun, the models and the sizes; a random model gets its labels from here."""
+    for i, name in enumerate(("train_1", "train_2", "test")):
+        pandas.DataFrame(esnli_rows()[4 * i : 4 * i + 4]).to_csv(f"esnli_{name}.csv", index=False)
+    (here / "recipes").symlink_to(ROOT / "recipes")  # its prompts
+    draw = generation.generate
+    give = lambda drawn: [r | {"text": f"So.\n#### {label}"} for r, label in zip(drawn, LABELS)]  # noqa: E731
+    monkeypatch.setattr(generation, "generate", lambda *args, **more: [*map(give, draw(*args, **more))])
+    small = {" sample ": ["--max_new_tokens", 4], " nli ": ["--max_new_tokens", 4], "rescue.py": ["--model", tiny]}
+    for line in readme_commands(section="RESCUE on e-SNLI"):
+        words = shlex.split(line[re.search(r"\w+\.py", line).start() :].replace("meta-llama/Llama-2-7b-hf", str(tiny)))
+        done = cli(words[0][:-3], *words[1:], *next((flags for key, flags in small.items() if key in line), []))
+        assert done.code == 0, (line, done.err)
+    assert "| rescue-label |" in done.out and "| rescue-none |" in done.out

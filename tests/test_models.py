@@ -78,6 +78,7 @@ class TestWindows:
         blocks = torch.zeros(T, T, dtype=torch.bool)
         for i, (keys, visible) in enumerate(common.key_blocks(end, depth, depth - size + 1).blocks):
             blocks[i * common.CPU_BLOCK : i * common.CPU_BLOCK + len(visible), keys] = visible == 0
+            assert (visible == 0).any(0).all()  # a key that no query of the block sees is not there
         assert torch.equal(blocks, dense)
         row = pack(encoded, lambda end, depth: common.block_mask(end, depth, depth - size + 1), common.FLEX_BLOCK)
         flex, index = row.attention_mask, torch.arange(row.input_ids.shape[1])
@@ -99,6 +100,12 @@ class TestWindows:
         with pytest.raises(common.UserError, match=f"set --max_tokens_per_row below {rows}"):
             common.pack_for(model, ENCODED)
         assert common.pack_for(make("llama4_text", floor_scale=rows + 1), ENCODED)
+
+    @pytest.mark.parametrize("kind, size", [("gemma3_text", "sliding_window"), ("llama4_text", "attention_chunk_size")])
+    def test_one_mask_where_no_window_binds(self, kind, size):
+        """The longest sequence has 18 tokens: 18 leave out nothing, 17 do."""
+        one, two = (common.pack_for(make(kind, **{size: n}), ENCODED).attention_mask for n in (18, 17))
+        assert isinstance(one, torch.Tensor) and len(two) == 2
 
     def test_the_check_makes_the_window_matter(self):
         """A model that reads its window packed and not padded is found out, though the check's rows are short."""

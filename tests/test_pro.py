@@ -139,6 +139,16 @@ def test_the_best_step_is_kept_and_is_not_the_last(cli, tiny, reward_folder, tmp
     assert document["metrics"]["reward"] == pytest.approx(best["eval_reward"], abs=1e-3)
 
 
+def test_sft_is_held_out_on_whole_rankings(cli, tiny, tmp_path):
+    argv = ["--no_ranking", "--data", write_data(tmp_path / "d.jsonl"), "--eval_data", write_data(tmp_path / "e.jsonl")]
+    done = cli("pro", *FLAGS, "--model", tiny, *argv, "--output", tmp_path / "run")
+    assert "d.jsonl: 6 prompts, ranking lengths 1\n" in done.out and "e.jsonl: 6 prompts, ranking lengths 3" in done.out
+    lines = eval_lines(tmp_path / "run")
+    assert len(lines) == 2
+    for x in lines:
+        assert x["eval_gap"] != 0 == x["eval_pro_loss"] and x["eval_loss"] == x["eval_sft_loss"]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Algorithm 1
 

@@ -3,6 +3,8 @@ data."""
 
 import fcntl
 import pathlib
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -143,9 +145,10 @@ class TestSignals:
     def test_each_saves_and_says_how_to_continue(self, train, tmp_path, number, monkeypatch):
         monkeypatch.setattr(signal, "SIGTERM", number)  # what stopped_after raises
         with stopped_after(2):
-            out = train("run").out
-        assert "continue with: python rescue.py" in out and "--resume" in out
-        assert (tmp_path / "run/checkpoints/step-00000002").exists() and len(losses(tmp_path / "run")) == 2
+            out = train("a run").out
+        assert (tmp_path / "a run/checkpoints/step-00000002").exists() and len(losses(tmp_path / "a run")) == 2
+        [again] = re.findall("continue with: (python rescue.py .*)", out)
+        assert "resuming after step 2" in command(*shlex.split(again)).stdout and (tmp_path / "a run/model").exists()
 
     def test_two_processes_stop_and_one_continues(self, train, tiny, data, tmp_path):
         stop = "import conftest; sys.argv[0] = 'rescue.py'; stop = conftest.stopped_after(2); stop.__enter__()"
@@ -263,6 +266,7 @@ sys.path[:0] = [{root!r}, {root!r} + "/tests"]
 import torch
 import common, rescue
 sys.argv = ["rescue.py", *{argv!r}]
+leave, os._exit = os._exit, lambda code: (print("exit code", code, file=sys.stderr, flush=True), leave(code))
 if os.environ["RANK"] == "1":
     {change}
 common.run_cli(rescue.main)
@@ -279,6 +283,7 @@ def on_two(tmp_path, argv, change):
     "change, words",
     [
         ("sys.argv[sys.argv.index('--output') + 1] += 'x'", "process 1: error: --output"),
+        ("sys.argv += ['--alpha', '0.5']", "other arguments, or sees another folder, than process 0\nexit code 2\n"),
         ("torch.Tensor.backward = lambda *a, **k: 1 / 0", "process 1: error: ZeroDivisionError"),
         (
             "score = rescue.candidate_logprobs\n"
