@@ -80,8 +80,10 @@ records length length "$DATA/train-teacher.jsonl"
 measure base "$MODEL"
 measure teacher "$MODEL"
 for seed in $SEEDS; do
+  rest_on="alpaca-seed$seed tuna_p-seed$seed tuna_c-seed$seed" whole=1 # in a round that is not whole these are made anew
+  for system in alpaca $SYSTEMS; do kept "$system-seed$seed" || whole=; done
   for system in alpaca $SYSTEMS; do
-    kept "$system-seed$seed" || make "$system"
+    [ -n "$whole" ] || make "$system"
     measure "$system-seed$seed" "$RUNS/$system-seed$seed/model"
   done
 done
