@@ -51,8 +51,8 @@ def superni_records(file, tokenizer, args):
         definition, examples, instances = task["Definition"], task["Positive Examples"], task["Instances"]
         definition = definition if isinstance(definition, str) else definition[0]
         for i, instance in enumerate(instances[: args.max_instances]):
-            outputs = instance["output"]
-            if not (isinstance(outputs, list) and outputs and all(isinstance(text, str) for text in outputs)):
+            outputs = instance["output"] if isinstance(instance["output"], list) else [instance["output"]]
+            if not outputs or not all(isinstance(text, str) for text in outputs):
                 raise ValueError(f"instance {i} has no output")
             shots = examples[: args.shots]
             prompt = superni_prompt(definition, shots, instance["input"], tokenizer, args.max_prompt_length, template)
