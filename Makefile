@@ -21,7 +21,7 @@ demo: .venv/installed  ## RESCUE's whole pipeline on a real 135M model, on a lap
 test: .venv/installed  ## ruff, then every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n 2 --dist loadfile $(ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: .venv/installed  ## step time and memory beside the padded step and peers; ARGS=--help
 	$(BIN)/python benchmarks/bench.py $(ARGS)

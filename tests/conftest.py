@@ -32,6 +32,11 @@ from recipes.tiny import ROWS, make_model, make_reward_model, make_tokenizer  # 
 LABELS = ("entailment", "neutral", "contradiction")
 
 
+def pytest_collection_modifyitems(items):
+    """The recipes first: they are the longest file, and a worker that begins it last works alone."""
+    items.sort(key=lambda item: item.path.name != "test_recipes.py")
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return make_tokenizer()
