@@ -32,19 +32,18 @@ class Journal:
             raise UserError(f"--output {path}: the name must end in .jsonl")
         if twice := [i for i, n in Counter(self.ids).items() if n > 1]:
             raise UserError(f"id {twice[0]!r} occurs twice in the input")
-        if process == 0:
-            self._claim(settings)
-        self._wait()
         about = self.path.with_name(f"{self.path.name}.args.json")
+        if process == 0:
+            self._claim(about, settings)
+        self._wait()
         if processes > 1 and not (about.exists() and json.loads(about.read_text()) == settings):
             raise UserError(f"--output {path}: this process has other arguments or files than process 0")
         self.done = set(self._records())
         self._wait()  # nobody writes while another still reads
         self._part = open(f"{path}.part{process}", "ab")  # noqa: SIM115
 
-    def _claim(self, settings):
-        """Lock the output, and compare its settings with those before."""
-        about = self.path.with_name(f"{self.path.name}.args.json")
+    def _claim(self, about, settings):
+        """Lock the output by its file `about`, and compare its settings with those before."""
         self._lock = common.lock(about, f"--output {self.path}")
         begun = [str(file) for file in self._files() if file.stat().st_size]  # a run that failed at its start: none
         if not begun:

@@ -98,7 +98,7 @@ def prepare_tunas(row, where, index, template, args):
             return [record | more]
         parts = re.fullmatch(r"(?s).*?### Instruction:(.*?)(?:### Input:(.*))?### Response:\s*", prompt)
         if not parts or not args.references:
-            raise ValueError("a released ranking needs ### Instruction: and ### Response:, and --references")
+            raise ValueError("--references are found by the ### Instruction: and ### Response: of the prompt")
         original = read_references(*args.references).get((parts[1].strip(), (parts[2] or "").strip()))
     found = prepare_alpaca(original, where, index, template, args) if original else []
     for record in found:
@@ -286,7 +286,7 @@ def prepare(args):
     rows = itertools.islice(rows, args.skip, args.limit and args.skip + args.limit)
     records, read, kept = [], Counter(), Counter()  # kept: a row without a response, or two different ones, is left out
     for index, (where, row) in tqdm(rows, desc="prepare", leave=False):
-        subset = row["subset"] if args.task == "hh" and "subset" in row else None  # others' may be anything
+        subset = row.get("subset") if args.task == "hh" else None  # others' may be anything
         read[subset] += 1
         try:
             made = convert(row, where, index, template, args)

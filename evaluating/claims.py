@@ -123,10 +123,10 @@ def compare(systems, higher, lower, figure, at_equal=None):
     are several, over seeds by Student's t; values, of each seed; p, the larger one of both; items, their number.
     """
     difference = subtract(runs_of(systems, higher, figure), runs_of(systems, lower, figure))
-    if difference.empty and len(difference.columns):
-        raise UserError(f"{higher} and {lower} have no items in common: they were measured on different records")
-    if difference.empty:
+    if difference.columns.empty:
         return None
+    if difference.empty:
+        raise UserError(f"{higher} and {lower} have no items in common: they were measured on different records")
 
     def over_items(seeds):
         differences = difference[seeds].mean(axis=1).tolist()

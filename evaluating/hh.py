@@ -51,7 +51,7 @@ def hh(args):
 
     def compute(records, device):
         if args.source:
-            answers = [own_response(r, args.source) for r in records]
+            answers = [own_response(r, args) for r in records]
         else:
             answers = generate_answers(args, [r | {"prompt": r["prompt"] + args.cue} for r in records], device)
         rows = []
@@ -80,12 +80,12 @@ def reference(record):
     return (preferred or sorted(candidates, key=lambda c: c.get("rank") or 0))[0]["text"]
 
 
-def own_response(record, source):
-    """-> {text, finished} of the record's first candidate of this source; UserError where it has none."""
+def own_response(record, args):
+    """-> {text, finished} of the record's first candidate of --source; UserError where it has none."""
     for c in record["candidates"]:
-        if c["source"] == source:
+        if c["source"] == args.source:
             return {"text": c["text"], "finished": c.get("finished", True)}
-    raise UserError(f"record {record['id']!r} has no response of {source!r}")
+    raise UserError(f"{args.input}: record {record['id']!r} has no response of {args.source!r}")
 
 
 def hh_metrics(rows):

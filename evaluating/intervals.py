@@ -25,12 +25,13 @@ def student(values):
 
 def paired_bootstrap(differences, resamples=9999):
     """The same items under two systems, their differences [n] -> (mean, (low, high), p): p is twice the share of
-    resampled means on the other side of 0, at least 2 / (resamples + 1)."""
+    resampled means on the other side of 0, at least 2 / (resamples + 1). Equal differences cannot be resampled: they
+    have the sign test's p."""
     import numpy as np
     from scipy.stats import bootstrap
 
     middle = sum(differences) / len(differences)
-    if len(set(differences)) == 1:  # nothing to resample: the sign test's p
+    if len(set(differences)) == 1:
         return middle, (middle, middle), min(1.0, 2 * 0.5 ** len(differences)) if middle else 1.0
     found = bootstrap((differences,), np.mean, n_resamples=resamples, method="percentile", random_state=0)
     means, (low, high) = found.bootstrap_distribution, found.confidence_interval

@@ -71,7 +71,7 @@ def ranking(args):
 
 def annotated(record, args):
     """The record with those of its candidates that carry the annotation; the original response may lack it."""
-    needed, kept = [FIELDS[args.by], *["num_tokens"] * (args.by == "logprob")], {}
+    needed, kept = ["logprob", "num_tokens"] if args.by == "logprob" else [FIELDS[args.by]], {}
     for i, c in enumerate(record["candidates"]):
         absent = [field for field in needed if field not in c]
         if absent and c["source"] not in HUMAN:

@@ -90,9 +90,9 @@ def plot_sweep(label, systems, path):
     figure, [axes] = new_figure()
     lines = {}
     for name, document in of_verb(systems, "nli"):
-        line, _, number = without_seed(name).partition("@")
+        line, _, value = without_seed(name).partition("@")
         try:
-            shares, _ = lines.setdefault(line, {}).setdefault(float(number), ([], document["metrics"]["prompts"]))
+            shares, _ = lines.setdefault(line, {}).setdefault(float(value), ([], document["metrics"]["prompts"]))
         except ValueError:
             raise UserError(f"--plot {path.stem}: {name} is not called NAME@NUMBER") from None
         shares.append(document["metrics"]["accuracy"])

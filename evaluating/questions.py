@@ -110,8 +110,7 @@ def multidoc_qa_metrics(frame):
     """Accuracy at every gold position, whole answer and first line, and the mean of the positions' accuracies."""
     places = frame.groupby("gold_position")
     counts = places.size().to_dict()
-    metrics = {"mean_words": frame["words"].mean(), "unfinished": 1 - frame["finished"].mean()}
-    metrics |= {"empty": frame["empty"].mean(), "prompts": len(frame)}
+    metrics = length_figures(frame.to_dict("records")) | {"empty": frame["empty"].mean()}
     for kind in ("accuracy", "first_line"):
         at = places[kind].mean()
         metrics |= {kind: at.mean()} | {f"{kind}_at_{p}": x for p, x in at.items()}

@@ -58,7 +58,7 @@ def sheet(args):
     output.parent.mkdir(parents=True, exist_ok=True)
     for file, text in files.items():
         write_atomically(file, text)
-    say(f"{len(items)} prompts, {len(names)} systems: {output} (do not give {key_file} to the judges)")
+    say(f"{len(items)} prompts, {len(names)} responses each: {output} (do not give {key_file} to the judges)")
 
 
 def answered(args):
