@@ -144,6 +144,7 @@ class TestSignals:
     @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
     def test_each_saves_and_says_how_to_continue(self, train, tmp_path, number, monkeypatch):
         monkeypatch.setattr(signal, "SIGTERM", number)  # what stopped_after raises
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored, and then a run ignores it too
         with stopped_after(2):
             out = train("a run").out
         assert (tmp_path / "a run/checkpoints/step-00000002").exists() and len(losses(tmp_path / "a run")) == 2
