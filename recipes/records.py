@@ -1,4 +1,4 @@
-"""What recipes do to records beyond the verbs of collect_candidates.py. Prints JSONL; `mixed` and `best`: a number.
+"""What recipes do to records beyond the verbs of collect_candidates.py. Prints JSONL; `mixed`: a number.
 
 python recipes/records.py only SOURCE RECORDS           the candidates of one source
 python recipes/records.py answered RECORDS              the candidates that are not empty, and the records that have one
@@ -11,13 +11,11 @@ python recipes/records.py unranked RECORDS              no candidate is ranked
 python recipes/records.py shuffled RECORDS              rank by chance, seeded by the id
 python recipes/records.py length RECORDS                rank by words, the longer one first
 python recipes/records.py mixed RECORDS                 how many have both a right and a wrong candidate
-python recipes/records.py best FIGURE METRICS...        X of the NAME@X-seedN/... with the largest figure
 """
 
 import json
 import pathlib
 import random
-import re
 import sys
 
 
@@ -94,13 +92,8 @@ def mixed(path):
     return [sum(len({c["correct"] for c in r["candidates"]}) > 1 for r in read(path))]
 
 
-def best(figure, *paths):
-    first = max(paths, key=lambda path: json.loads(pathlib.Path(path).read_text())["metrics"][figure])
-    return [float(re.search(r"@(.+)-seed", first)[1])]
-
-
 if __name__ == "__main__":
-    verbs = (only, answered, passages, under, original, with_original, key, unranked, shuffled, length, mixed, best)
+    verbs = (only, answered, passages, under, original, with_original, key, unranked, shuffled, length, mixed)
     if not (verb := [v for v in verbs if [v.__name__] == sys.argv[1:2]]):
         sys.exit(__doc__)
     for line in verb[0](*sys.argv[2:]):

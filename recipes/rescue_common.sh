@@ -99,19 +99,6 @@ candidates() { # prompts and candidates of the training, flipped ones too, and o
   [ "$SAMPLER_PROMPTS" = 0 ] || measure "sampler@$SAMPLER_PROMPTS-seed0" "$sampler"
   [ "$TEACHER_PROMPTS" = 0 ] || measure "teacher@$TEACHER_PROMPTS-seed0" "$RUNS/teacher/model"
 }
-choose_alpha() { # the one of ALPHA_CHOICES most accurate on the held-out rows; of equals the first
-  local files=() seed=100 name
-  apart held-out $((POOL + (SAMPLER_PROMPTS > TEACHER_PROMPTS ? SAMPLER_PROMPTS : TEACHER_PROMPTS))) "$HELD_OUT"
-  for ALPHA in $ALPHA_CHOICES; do
-    name=choice-alpha@$ALPHA-seed$seed
-    files+=("$RESULTS/$name/nli.metrics.json")
-    order "$name" "$DATA/mixed" label "$ALPHA_SIZE"
-    ! kept "$name" || continue
-    nli "$name" "$RUNS/$name/model" held-out
-    keep "$name" "$RUNS/$name/model"
-  done
-  [ -n "$DRY" ] && ALPHA=${ALPHA_CHOICES%% *} || ALPHA=$(python recipes/records.py best accuracy "${files[@]}")
-}
 start() { # what both recipes begin with. A checkpoint of 7B has 81 GB, and the next is written before it goes
   local urls=()
   [ -z "$TEACHER$RANKER$FLIP_SIZES" ] || urls=(--urls "$BASE_URL")
@@ -123,5 +110,4 @@ start() { # what both recipes begin with. A checkpoint of 7B has 81 GB, and the 
   prompts "$ESNLI_TEST" test --limit "$TEST"
   apart train 0 "$POOL"
   candidates
-  [ -z "$ALPHA_CHOICES" ] || choose_alpha
 }

@@ -176,7 +176,7 @@ def test_the_designs_commands(monkeypatch, tmp_path):
     for name, data, system, flags in (
         ("pro_hh", "own5", "rrhf-own5-seed4", {"schedule": "cosine", "warmup": "0.1", "max_train_samples": "320"}),
         ("pro_rankings", "own5", "subset@2-seed0", {"ranking_length": "2", "lr": "5e-5"}),
-        ("rescue_esnli", "mixed-label", "label@3000-seed4", {"alpha": "0.1", "lr": "3e-4", "model": "demo/model"}),
+        ("rescue_esnli", "mixed-label", "label@2000-seed2", {"alpha": "0.1", "lr": "3e-4", "model": "demo/model"}),
         ("rescue_multidoc", "ranked", "label-seed2", {"lr": "1e-4"}),
         ("tuna_multidoc", "shuffled", "shuffled-seed2", {"stage": "contextual", "lr": "5e-5"}),
         ("tuna_multidoc", "ranked-tuna_p-seed0", "tuna-seed0", {"lr": "2e-5"}),
