@@ -15,24 +15,29 @@ FOUND = {1: "**seen**", 0: "**too small to tell**", -1: "**not seen: the other w
 
 
 def claims_page(path):
-    """A claims file -> Markdown: a table of verdicts, the conclusions, and for each claim its paper's words, the
-    command, our figures beside the paper's, and the comparisons that decide it.
+    """A claims file -> Markdown: a table of verdicts, the conclusions, how to read the tables, and for each claim its
+    paper's words, the command, our figures beside the paper's, and the comparisons that decide it.
 
-    The JSON: intro, verdicts, conclusions (a list of sentences), claims. What a verdict and a claim hold are the
-    arguments of `verdict` and `section`; a comparison those of `compare`. Folders are beside the file. Raises
+    The JSON: intro, verdicts, conclusions and reading (lists of sentences), claims. What a verdict and a claim hold are
+    the arguments of `verdict` and `section`; a comparison those of `compare`. Folders are beside the file. Raises
     UserError.
     """
-    page, root = read_document(path, intro=str, claims=list, conclusions=list), pathlib.Path(path).parent
+    page = read_document(path, intro=str, claims=list, conclusions=list, reading=list)
+    root = pathlib.Path(path).parent
     parts = [f"# Evidence\n\n{page['intro']}"]
     try:
         if "verdicts" in page:
             parts.append(verdicts(root, page["verdicts"]))
-        if page["conclusions"]:
-            parts.append("## What a reader may conclude\n\n" + "\n".join(f"- {s}" for s in page["conclusions"]))
+        parts.append("## What a reader may conclude\n\n" + bullets(page["conclusions"]))
+        parts.append("## How to read the tables\n\n" + bullets(page["reading"]))
         parts += [section(root, **claim) for claim in page["claims"]]
     except (KeyError, TypeError) as e:  # a field that is missing, unknown or of another type
         raise UserError(f"{path}: not a page of claims ({type(e).__name__}: {e})") from e
     return "\n\n".join(parts)
+
+
+def bullets(sentences):
+    return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 # fmt: off
@@ -40,13 +45,13 @@ def section(root, title, says, command, folder, setting, comparisons, systems=("
             figures=None, plots=()):
     # fmt: on
     """A claim. title: a heading; says: the paper's finding; folder: of results; systems: patterns of their names;
-    setting: a paragraph; table: a JSON of the paper's, with `columns` of it; figures: ours alone, a verb before each
+    setting: sentences; table: a JSON of the paper's, with `columns` of it; figures: ours alone, a verb before each
     ("nll response_nll"); comparisons: arguments of `compare`; plots: files in the folder."""
     parts = [f"## {title}\n\nThe paper: {says}\n\n```sh\n{command}\n```"]
     found = systems_in(root / folder, systems)
     if not found:
         return "\n\n".join([*parts, "Not run at this size yet."])
-    parts.append(setting)
+    parts.append(bullets(setting))
     if table:
         parts.append(beside_paper(root / table, found, columns))
     if figures:
@@ -96,7 +101,7 @@ def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=No
     if not ours:
         return [study, claim, "not run", "", paper, "**not run**"]
     scale = 100 if percent else 1
-    figures = f"{scale * ours.middle:+.3g} {', '.join(shown(ours.intervals, scale))}"
+    figures = f"{scale * ours.middle:+.1f} {', '.join(shown(ours.intervals, scale, '+.1f'))}"
     text = FOUND[side(ours.intervals[0]) if p < 0.05 else 0] + ", in one seed" * (len(ours.values) == 1)
     if p >= 0.05 and len(ours.values) > 1 and all(scale * high < small for _, high in ours.intervals):
         text = f"**not there at this size**: below {small} points"
@@ -108,8 +113,8 @@ def side(interval):
     return (interval[0] > 0) - (interval[1] < 0)
 
 
-def shown(intervals, scale=1):
-    return [f"[{scale * low:+.3g}, {scale * high:+.3g}]" for low, high in intervals]
+def shown(intervals, scale=1, form="+.3g"):
+    return [f"[{scale * low:{form}}, {scale * high:{form}}]" for low, high in intervals]
 
 
 def compare(systems, higher, lower, figure, at_equal=None):

@@ -28,12 +28,12 @@ def page(tmp_path, cli, monkeypatch):
         "says": "label beats SFT.",
         "command": "bash x.sh",
         "folder": "x-cpu",
-        "setting": "60 prompts.",
+        "setting": ["60 prompts.", "One epoch."],
         "comparisons": [{"higher": "label", "lower": "none", "figure": "accuracy"}],
     }
 
     def run(verdicts=(), **more):
-        document = {"intro": "Here.", "claims": [claim | more], "conclusions": ["It does."]}
+        document = {"intro": "Here.", "claims": [claim | more], "conclusions": ["It does."], "reading": ["± is half."]}
         document |= {"verdicts": verdicts} if verdicts else {}
         (tmp_path / "claims.json").write_text(json.dumps(document))
         return cli("evaluate", "report", "--claims", "claims.json", "--output", "README.md")
@@ -48,6 +48,7 @@ def test_a_claim_is_decided_over_items_and_seeds(page, tmp_path):
         keep(results, f"none-seed{seed}", [0.0, 1.0] * 300)
         keep(results, f"label-seed{seed}", [0.0, 1.0, 1.0] * 200)
     out = page().out
+    assert "\n\n- 60 prompts.\n- One epoch.\n\n" in out
     assert "| label > none, accuracy | +0.167 | [" in out and "| [+0.167, +0.167] | 600, 3 | **seen** |" in out
     assert (tmp_path / "README.md").read_text().endswith(out)
     swapped = [{"higher": "none", "lower": "label", "figure": "accuracy"}]
@@ -111,7 +112,7 @@ def test_verdicts_at_the_head(page, tmp_path):
     rows = [x for x in out if x.startswith("| S | Label is better")]
     assert rows[0].startswith("| S | Label is better | +16.7 [")
     assert rows[0].endswith("| 0.0008 | +5 | **seen**; here |")  # times four: the line that is not run counts too
-    assert "| +0.0833 [" in rows[1] and "| **too small to tell**; here |" in rows[2]
+    assert "| +0.1 [" in rows[1] and "| **too small to tell**; here |" in rows[2]
     assert rows[3].endswith("| not run |  | +5 | **not run** |")
     assert out.index(rows[0]) < out.index("## What a reader may conclude")
     none = line | {"lower": "label"}  # no difference at all, and with so small a bound a smaller one than is asked for
