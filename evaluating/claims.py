@@ -96,7 +96,8 @@ def verdicts(root, lines):
 def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=None, percent=False, small=-np.inf):
     # fmt: on
     """One of its lines. ours: compare's; p: corrected; paper: what it printed; percent: a share, shown in points.
-    small: where nothing is seen and both intervals end below so many points, the verdict is "not there at this size".
+    small: where nothing is seen and both intervals end below so many points, the verdict is "not there at this size";
+    else the larger half-width stands behind it: a smaller effect could not have been seen.
     """
     if not ours:
         return [study, claim, "not run", "", paper, "**not run**"]
@@ -105,6 +106,8 @@ def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=No
     text = FOUND[side(ours.intervals[0]) if p < 0.05 else 0] + ", in one seed" * (len(ours.values) == 1)
     if p >= 0.05 and len(ours.values) > 1 and all(scale * high < small for _, high in ours.intervals):
         text = f"**not there at this size**: below {small} points"
+    elif p >= 0.05:
+        text += f" (±{scale * max(high - low for low, high in ours.intervals) / 2:.1f})"
     return [study, claim, figures, f"{p:.2g}", paper, f"{text}; {note}" if note else text]
 
 

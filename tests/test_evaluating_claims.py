@@ -112,7 +112,7 @@ def test_verdicts_at_the_head(page, tmp_path):
     rows = [x for x in out if x.startswith("| S | Label is better")]
     assert rows[0].startswith("| S | Label is better | +16.7 [")
     assert rows[0].endswith("| 0.0008 | +5 | **seen**; here |")  # times four: the line that is not run counts too
-    assert "| +0.1 [" in rows[1] and "| **too small to tell**; here |" in rows[2]
+    assert "| +0.1 [" in rows[1] and "| **too small to tell** (±8.0); here |" in rows[2]
     assert rows[3].endswith("| not run |  | +5 | **not run** |")
     assert out.index(rows[0]) < out.index("## What a reader may conclude")
     none = line | {"lower": "label"}  # no difference at all, and with so small a bound a smaller one than is asked for
