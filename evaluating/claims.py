@@ -103,11 +103,14 @@ def verdict(ours, p, study, claim, paper, folder, higher, lower, figure, note=No
         return [study, claim, "not run", "", paper, "**not run**"]
     scale = 100 if percent else 1
     figures = f"{scale * ours.middle:+.1f} {', '.join(shown(ours.intervals, scale, '+.1f'))}"
-    text = FOUND[side(ours.intervals[0]) if p < 0.05 else 0] + ", in one seed" * (len(ours.values) == 1)
-    if p >= 0.05 and len(ours.values) > 1 and all(scale * high < small for _, high in ours.intervals):
+    one_seed = ", in one seed" * (len(ours.values) == 1)
+    if p < 0.05:
+        text = FOUND[side(ours.intervals[0])] + one_seed
+    elif not one_seed and all(scale * high < small for _, high in ours.intervals):
         text = f"**not there at this size**: below {small} points"
-    elif p >= 0.05:
-        text += f" (±{scale * max(high - low for low, high in ours.intervals) / 2:.1f})"
+    else:
+        half = max(high - low for low, high in ours.intervals) / 2
+        text = f"{FOUND[0]}{one_seed} (±{scale * half:.1f})"
     return [study, claim, figures, f"{p:.2g}", paper, f"{text}; {note}" if note else text]
 
 
